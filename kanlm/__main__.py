@@ -1,0 +1,3 @@
+from kanlm.cli import main
+
+main()

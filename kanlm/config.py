@@ -1,0 +1,248 @@
+"""Run configuration: frozen types, strict TOML, `section.key=value` overrides.
+
+Every mistake of a user becomes one `UserError` line: key, value, rule, remedy. The `[model]` table is
+kept as a plain dict here; `kanlm.sizing.architecture` checks it against the fields of `KanLMConfig`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+class UserError(ValueError):
+    """A mistake of the user: one line that names key or file, value, rule and remedy. Exit status 2."""
+
+
+class Section(BaseModel):
+    """A frozen table of a TOML file: unknown keys, wrong types and values out of range are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class SourceConfig(Section):
+    """Where text comes from: an embedded corpus, a local file or folder, or a hub id."""
+
+    source: str = Field("stdlib", min_length=1)
+    """`stdlib` (Python's own library sources), `stories` (seeded generator with known entropy), a path to a
+    .txt/.jsonl/.json/.parquet file (also .xz/.gz/.zst), a local dataset folder, or a hub dataset id."""
+    config_name: str | None = None
+    """Configuration name of a hub data set, e.g. `sample-10BT`."""
+    split: str = "train"
+    """Split that is trained on."""
+    text_column: str = "text"
+    """Column that holds the text of one document."""
+    document_separator: str | None = None
+    """Plain text only: a line that separates documents, e.g. `<|endoftext|>`; without it a file is one document."""
+    weight: float = Field(1.0, ge=0)
+    """Share of this source in a mixture; weights are normalised over the mixture."""
+
+
+class DataConfig(SourceConfig):
+    """Corpus, validation text, packing and cache."""
+
+    validation_source: str | None = None
+    """Held-out text as a source of its own; without it `validation_split`, else a share of the documents."""
+    validation_split: str | None = None
+    """Held-out split of `source`, e.g. `validation`."""
+    validation_fraction: float = Field(0.05, gt=0, lt=1)
+    """Share of the documents (chosen by hash of their text, or the tail of a single document) held out otherwise."""
+    mixture: tuple[SourceConfig, ...] = Field((), strict=False)
+    """Several sources with weights; replaces `source`."""
+    block_size: int = Field(256, ge=8)
+    """Tokens in a training sequence."""
+    cross_document_attention: bool = True
+    """Whether a token may attend to earlier documents packed into its block."""
+    streaming: bool = False
+    """Tokenise while training; for corpora larger than the disk."""
+    shuffle_buffer: int = Field(1024, ge=1)
+    """Streaming only: blocks held for shuffling."""
+    invalid_utf8: Literal["error", "replace"] = "error"
+    """What to do with bytes that are not UTF-8."""
+    max_documents: int | None = Field(None, ge=1)
+    """Read at most this many documents of the training split."""
+    cache_dir: str = "runs/cache"
+    """Where tokenizers and packed tokens are kept."""
+    num_workers: int = Field(0, ge=0)
+    """Processes that tokenise; 0 = one for each CPU core."""
+
+
+class TokenizerConfig(Section):
+    """Byte-level BPE, trained on the training split unless `path` is given."""
+
+    path: str | None = None
+    """Folder or hub id of an existing tokenizer."""
+    vocab_size: int = Field(4096, ge=257)
+    """Size of a trained vocabulary, special tokens included."""
+
+
+class TrainConfig(Section):
+    """Token budget, optimiser, schedule, precision and checkpoints."""
+
+    max_tokens: int = Field(ge=1)
+    """Training tokens in all; rounded down to whole steps."""
+    batch_size: int = Field(16, ge=1)
+    """Sequences in an optimiser step, over all processes and accumulation steps."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Sequences in one forward pass of one process; default: batch_size / processes."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak learning rate of the matrices."""
+    kan_lr_multiplier: float = Field(1.0, gt=0)
+    """Learning rate of KAN coefficients over that of the matrices."""
+    kan_betas: tuple[float, float] | None = Field(None, strict=False)
+    """Adam betas of the KAN coefficients; default: `betas`."""
+    betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    """Of matrices; norms, embeddings and KAN coefficients are not decayed."""
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    warmup_fraction: float = Field(0.02, ge=0, lt=1)
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+    """wsd only: share of the steps in the final decay."""
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """Final over peak learning rate."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """0 turns clipping off."""
+    z_loss: float = Field(0.0, ge=0)
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """auto = bf16 on a GPU that has it, else fp32."""
+    compile: bool = False
+    """`torch.compile` of each decoder layer."""
+    kernels: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    """Implementation of the KAN operations; never saved in the model."""
+    gradient_checkpointing: bool = False
+    num_threads: int | None = Field(None, ge=1)
+    """torch threads of a process; default: cores / processes."""
+    log_every: int = Field(10, ge=1)
+    """Steps between log lines."""
+    eval_every: int = Field(0, ge=0)
+    """Steps between validations; 0 = only at the end."""
+    eval_tokens: int | None = Field(None, ge=1)
+    """Validation tokens while training; default: all. The report's numbers come from `kanlm eval`."""
+    save_every: int = Field(0, ge=0)
+    """Steps between checkpoints; 0 = only at the end and on a signal."""
+    keep_last: int = Field(2, ge=1)
+    keep_every: int = Field(0, ge=0)
+    """Keep every n-th step's checkpoint for good; 0 = none."""
+    async_checkpoint: bool = True
+    on_checkpoint_error: Literal["stop", "continue"] = "stop"
+    zero_gradient_steps: int = Field(20, ge=0)
+    """Stop where a trainable parameter's gradient stays exactly zero for this many first steps; 0 = never."""
+    health_every: int = Field(0, ge=0)
+    """Steps between `kan_health` logs; 0 = with each validation."""
+
+    @field_validator("betas", "kan_betas")
+    @classmethod
+    def betas_in_range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not all(0 <= beta < 1 for beta in value):
+            raise ValueError("each beta must lie in [0, 1)")
+        return value
+
+    @model_validator(mode="after")
+    def whole_micro_batches(self) -> TrainConfig:
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+
+class TrackingConfig(Section):
+    """Experiment trackers besides metrics.jsonl."""
+
+    tracker: Literal["none", "wandb", "tensorboard", "trackio"] = "none"
+    project: str = "kanlm"
+    wandb_mode: Literal["online", "offline"] = "offline"
+
+
+class RunConfig(Section):
+    """One training run; the whole of a `configs/*.toml` file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run's folder."""
+    output_dir: str = "runs"
+    seed: int = Field(0, ge=0)
+    """Initialisation; the data order has `data_seed`."""
+    data_seed: int = Field(0, ge=0)
+    model: dict[str, Any]
+    """Fields of `KanLMConfig`; `vocab_size` defaults to the tokenizer's size."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+
+def toml_table(path: str | Path) -> dict[str, Any]:
+    """The parsed TOML file at `path`; `UserError` where it is missing or malformed."""
+    path = Path(path)
+    if not path.is_file():
+        siblings = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+        hint = f"; {path.parent}/ has: {', '.join(siblings)}" if siblings else ""
+        raise UserError(f"{path}: no such config file{hint}")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+def with_overrides(table: dict[str, Any], overrides: tuple[str, ...] | list[str]) -> dict[str, Any]:
+    """A copy of `table` with each `section.key=value` set; values are TOML, a bare word is a string."""
+    table = {key: dict(value) if isinstance(value, dict) else value for key, value in table.items()}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"override {override!r}: expected section.key=value, e.g. train.max_tokens=1_000_000")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        *path, last = key.strip().split(".")
+        node = table
+        for part in path:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UserError(f"override {override!r}: {part} is a value, not a table")
+        node[last] = value
+    return table
+
+
+def parsed(kind: type[Section], table: dict[str, Any], where: str) -> Any:
+    """`table` as a `kind`; the first mistake becomes a one-line `UserError` that names the key."""
+    try:
+        return kind.model_validate(table)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "(file)"
+        value = first.get("input")
+        shown = "" if first["type"] in ("missing", "extra_forbidden") else f", got {value!r} ({type(value).__name__})"
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            fields = _fields_at(kind, first["loc"][:-1])
+            close = difflib.get_close_matches(str(first["loc"][-1]), fields, n=1)
+            message = "unknown key; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(fields)}")
+        elif first["type"] == "missing":
+            message = f"required, but absent; add it to {where}"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise UserError(f"{where}: {key}: {message}{shown}{more}") from None
+
+
+def _fields_at(kind: type[Section], loc: tuple) -> list[str]:
+    for part in loc:
+        annotation = kind.model_fields[part].annotation if isinstance(part, str) and part in kind.model_fields else None
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            kind = annotation
+    return list(kind.model_fields)
+
+
+def load_run_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> RunConfig:
+    """The run configuration in the TOML file at `path` with `overrides` applied."""
+    return parsed(RunConfig, with_overrides(toml_table(path), overrides), str(path))

@@ -1,0 +1,218 @@
+"""Run directories: paths, artifact schemas, atomic writes and provenance.
+
+    runs/NAME/
+      config.json             the resolved RunConfig
+      run.json                RunRecord: state, tokens, provenance, final metrics
+      metrics.jsonl           one JSON object a log line
+      tokenizer/              the tokenizer that the run was trained with
+      checkpoints/step-00001000/   manifest.json, model.safetensors, ...
+      hf/                     the exported model
+      eval/DATASET.json       EvalReport
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from kanlm import __version__
+
+
+class RunDir:
+    """The paths of one run; creates nothing."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        self.config = self.root / "config.json"
+        self.record = self.root / "run.json"
+        self.metrics = self.root / "metrics.jsonl"
+        self.tokenizer = self.root / "tokenizer"
+        self.checkpoints = self.root / "checkpoints"
+        self.hf = self.root / "hf"
+        self.eval = self.root / "eval"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}"
+
+
+class EvalReport(BaseModel):
+    """The perplexity report of one model on one held-out text. Sums are stored; ratios are derived from them.
+
+    nll_nats is the sum over `tokens` scored tokens; loss = nll_nats / tokens (nats/token);
+    perplexity = exp(loss); word_perplexity = exp(nll_nats / words); bits_per_byte = nll_nats / ln 2 / bytes.
+    Bytes and words are those of the original text.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    model: str
+    dataset: str
+    split: str
+    tokens: int
+    bytes: int
+    words: int
+    documents: int
+    nll_nats: float
+    loss: float
+    perplexity: float
+    word_perplexity: float
+    bits_per_byte: float
+    context_length: int
+    stride: int
+    parameters: int
+    non_embedding_parameters: int
+    seconds: float
+    tokens_per_second: float
+    data_sha256: str
+    dtype: str
+    device: str
+    kanlm_version: str
+    versions: dict[str, str]
+
+
+class RunRecord(BaseModel):
+    """run.json: where a run stands and how it came about."""
+
+    model_config = ConfigDict(extra="allow")
+
+    state: str
+    """`running`, `interrupted`, `finished` or `failed`."""
+    step: int
+    total_steps: int
+    tokens: int
+    seconds: float
+    """Training time in all, over all resumptions, without evaluation and checkpoints."""
+    tokens_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+    final_validation: dict[str, float] | None = None
+    parameters: int
+    non_embedding_parameters: int
+    provenance: dict[str, Any]
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """`write_text` of `value` as indented JSON; a pydantic model is dumped first."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=True) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def fsync_folder(folder: Path) -> None:
+    """fsync every file below `folder`, then the folders themselves."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary sibling folder that becomes `path` in one rename when the block ends well, else vanishes."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        os.chmod(temporary, 0o755)
+        yield temporary
+        fsync_folder(temporary)
+        os.rename(temporary, path)
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def versions() -> dict[str, str]:
+    """Python's and the main libraries' versions."""
+    names = ("torch", "transformers", "datasets", "tokenizers", "accelerate", "numpy", "triton")
+    found = {"python": platform.python_version(), "kanlm": __version__}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state() -> dict[str, Any]:
+    """Commit and dirtiness of the checkout that holds kanlm; empty outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (subprocess.CalledProcessError, FileNotFoundError, subprocess.TimeoutExpired):
+        return {}
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, memory and accelerators of this machine."""
+    import psutil
+    import torch
+
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    return {
+        "cpu": model or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "platform": platform.platform(terse=True),
+    }
+
+
+def provenance(**more: Any) -> dict[str, Any]:
+    """Date (UTC), versions, git state and hardware, with `more` added."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "git": git_state(),
+        "hardware": hardware(),
+        **more,
+    }
