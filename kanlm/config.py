@@ -200,7 +200,9 @@ def with_overrides(table: dict[str, Any], overrides: tuple[str, ...] | list[str]
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
-            raise UserError(f"override {override!r}: expected section.key=value, e.g. train.max_tokens=1_000_000")
+            raise UserError(
+                f"override {override!r}: expected section.key=value, e.g. train.max_tokens=1_000_000"
+            )
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
@@ -223,12 +225,18 @@ def parsed(kind: type[Section], table: dict[str, Any], where: str) -> Any:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "(file)"
         value = first.get("input")
-        shown = "" if first["type"] in ("missing", "extra_forbidden") else f", got {value!r} ({type(value).__name__})"
+        shown = (
+            ""
+            if first["type"] in ("missing", "extra_forbidden")
+            else f", got {value!r} ({type(value).__name__})"
+        )
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             fields = _fields_at(kind, first["loc"][:-1])
             close = difflib.get_close_matches(str(first["loc"][-1]), fields, n=1)
-            message = "unknown key; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(fields)}")
+            message = "unknown key; " + (
+                f"did you mean {close[0]!r}?" if close else f"known: {', '.join(fields)}"
+            )
         elif first["type"] == "missing":
             message = f"required, but absent; add it to {where}"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
@@ -237,7 +245,11 @@ def parsed(kind: type[Section], table: dict[str, Any], where: str) -> Any:
 
 def _fields_at(kind: type[Section], loc: tuple) -> list[str]:
     for part in loc:
-        annotation = kind.model_fields[part].annotation if isinstance(part, str) and part in kind.model_fields else None
+        annotation = (
+            kind.model_fields[part].annotation
+            if isinstance(part, str) and part in kind.model_fields
+            else None
+        )
         if isinstance(annotation, type) and issubclass(annotation, Section):
             kind = annotation
     return list(kind.model_fields)

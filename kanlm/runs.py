@@ -1,13 +1,13 @@
 """Run directories: paths, artifact schemas, atomic writes and provenance.
 
-    runs/NAME/
-      config.json             the resolved RunConfig
-      run.json                RunRecord: state, tokens, provenance, final metrics
-      metrics.jsonl           one JSON object a log line
-      tokenizer/              the tokenizer that the run was trained with
-      checkpoints/step-00001000/   manifest.json, model.safetensors, ...
-      hf/                     the exported model
-      eval/DATASET.json       EvalReport
+runs/NAME/
+  config.json             the resolved RunConfig
+  run.json                RunRecord: state, tokens, provenance, final metrics
+  metrics.jsonl           one JSON object a log line
+  tokenizer/              the tokenizer that the run was trained with
+  checkpoints/step-00001000/   manifest.json, model.safetensors, ...
+  hf/                     the exported model
+  eval/DATASET.json       EvalReport
 """
 
 from __future__ import annotations
@@ -181,7 +181,10 @@ def git_state() -> dict[str, Any]:
         ).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
     except (subprocess.CalledProcessError, FileNotFoundError, subprocess.TimeoutExpired):
         return {}
 

@@ -1,0 +1,51 @@
+# make demo   the main job on an embedded corpus, from nothing to runs/demo/report.html
+# make test   the tests that need neither a GPU nor a network
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Tests and benchmarks run with a fixed number of threads.
+THREADS ?= 2
+
+.PHONY: demo smoke test test-slow test-hf check lint types clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kanlm needs Python >= 3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m kanlm compare configs/demo.toml
+
+# smoke       the demo shrunk: every stage, in under two minutes
+smoke: $(VENV)/installed
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m kanlm compare configs/smoke.toml
+
+test: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not gpu and not network' -n 2 --dist worksteal
+
+# test-slow   the tests that take over 20 seconds each
+test-slow: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and not gpu and not network' -n 2
+
+# test-hf     transformers' own model tests on our classes
+test-hf: $(VENV)/installed
+	$(BIN)/python scripts/test_hf.py
+
+# check       format, lint, types and tests
+check: lint types test
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check kanlm scripts tests
+	$(BIN)/ruff check kanlm scripts tests
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+# clean       remove the environment and what runs left behind
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,184 @@
+"""The command line: parse, call, exit. One verb a stage; no logic here.
+
+Exit status 0 only when the work was done, 2 for a user's mistake (one line on standard error).
+KANLM_DEBUG=1 shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from kanlm import __version__
+from kanlm.config import UserError, load_run_config
+
+
+def verb(name: str, example: str, **settings):
+    """A subcommand whose help ends in an example."""
+    return cli.command(name, epilog=f"\b\nExample:\n  {example}", **settings)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="kanlm")
+def cli() -> None:
+    """KAN-based small language models: train, export, evaluate, compare."""
+
+
+@verb("train", "accelerate launch -m kanlm train configs/tiny-kan_glu.toml train.max_tokens=2_000_000")
+@click.argument("config", type=click.Path())
+@click.argument("overrides", nargs=-1)
+def train_verb(config: str, overrides: tuple[str, ...]) -> None:
+    """Train the run of CONFIG (TOML), with section.key=value OVERRIDES; goes on where it stopped."""
+    from kanlm.train.loop import train
+
+    train(load_run_config(config, overrides))
+
+
+@verb("plan", "kanlm plan configs/tiny-kan.toml")
+@click.argument("config", type=click.Path())
+@click.argument("overrides", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan_verb(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Parameters, FLOPs, memory and the matched baseline's width of CONFIG; trains nothing."""
+    from kanlm.sizing import plan, plan_text
+
+    planned = plan(load_run_config(config, overrides))
+    click.echo(json.dumps(planned, indent=2) if as_json else plan_text(planned))
+
+
+@verb("export", "kanlm export runs/tiny-kan_glu")
+@click.argument("run", type=click.Path())
+@click.option("--out", type=click.Path(), help="Folder to write; default RUN/hf.")
+def export_verb(run: str, out: str | None) -> None:
+    """Write the trained RUN as a self-contained transformers folder."""
+    from kanlm.export import export
+
+    click.echo(export(run, out))
+
+
+@verb("eval", "kanlm eval runs/tiny-kan_glu/hf --data stdlib --out eval.json")
+@click.argument("model")
+@click.option(
+    "--data", required=True, help="Held-out text: a file, folder, run folder, embedded source or hub id."
+)
+@click.option("--split", help="Split of the data; default: the held-out one.")
+@click.option("--text-column", default="text", show_default=True)
+@click.option("--context-length", type=click.IntRange(min=2), help="Default: the model's own.")
+@click.option("--stride", type=click.IntRange(min=1), help="Default: half of the context length.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--max-documents", type=click.IntRange(min=1))
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True
+)
+@click.option("--device", default=None, help="Default: cuda if there is one, else cpu.")
+@click.option("--out", type=click.Path(), help="Also write the report as JSON to this file.")
+def eval_verb(model: str, data: str, out: str | None, **settings) -> None:
+    """Perplexity report of any causal language MODEL (a folder or hub id)."""
+    from kanlm.evaluation.perplexity import evaluate_spec
+    from kanlm.runs import write_json
+
+    report = evaluate_spec(model, data, **settings)
+    if out:
+        write_json(out, report)
+    click.echo(json.dumps(report.model_dump(mode="json"), indent=2))
+
+
+@verb("compare", "kanlm compare configs/demo.toml")
+@click.argument("config", type=click.Path())
+@click.argument("overrides", nargs=-1)
+def compare_verb(config: str, overrides: tuple[str, ...]) -> None:
+    """Plan the arms of CONFIG, train, export and evaluate them, write the report; goes on where it stopped."""
+    from kanlm.compare.run import compare
+
+    compare(config, overrides)
+
+
+@verb("report", "kanlm report runs/demo")
+@click.argument("directory", type=click.Path())
+def report_verb(directory: str) -> None:
+    """Rebuild the report of a comparison from its artifacts alone."""
+    from kanlm.compare.report import report
+
+    click.echo(report(directory))
+
+
+@verb("status", "kanlm status runs/tiny-kan_glu")
+@click.argument("run", type=click.Path())
+def status_verb(run: str) -> None:
+    """Where a RUN stands, also while it runs."""
+    from kanlm.train.status import status
+
+    click.echo(status(run))
+
+
+@verb("generate", 'kanlm generate runs/tiny-kan_glu/hf --prompt "def main("')
+@click.argument("model")
+@click.option("--prompt", required=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=100, show_default=True)
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0 = greedy."
+)
+@click.option("--top-k", type=click.IntRange(min=0), default=50, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+def generate_verb(model: str, prompt: str, **settings) -> None:
+    """Continue a text with MODEL, streamed to standard output."""
+    from kanlm.evaluation.generation import generate
+
+    generate(model, prompt, **settings)
+
+
+@verb("inspect", "kanlm inspect runs/tiny-kan_glu/hf --out inspect/")
+@click.argument("model")
+@click.option(
+    "--out", type=click.Path(), default="inspect", show_default=True, help="Folder for plots and JSON."
+)
+def inspect_verb(model: str, out: str) -> None:
+    """Learned functions of MODEL: plots and importance."""
+    from kanlm.interpret.inspect import inspect
+
+    click.echo(inspect(model, out))
+
+
+@cli.group("bench")
+def bench_group() -> None:
+    """Side-by-side speed and memory of KAN and MLP arms, as a table and dated JSON."""
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def main() -> None:
+    """Run the command line and exit with its status."""
+    if os.environ.get("KANLM_DEBUG") == "1":
+        cli()
+    try:
+        sys.exit(cli.main(standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except UserError as error:
+        click.echo(f"kanlm: error: {one_line(error)}", err=True)
+    except FileNotFoundError as error:
+        click.echo(f"kanlm: error: {error.filename or ''}: no such file or folder", err=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+            raise
+        where = Path(error.filename).resolve() if error.filename else "output"
+        click.echo(
+            f"kanlm: error: {where}: {error.strerror}; free some space or choose another folder", err=True
+        )
+    except ValueError as error:
+        click.echo(f"kanlm: error: {one_line(error)} (KANLM_DEBUG=1 shows where)", err=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

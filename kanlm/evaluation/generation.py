@@ -1,0 +1,46 @@
+"""Continue a text with any causal language model, streamed."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+
+from kanlm.config import UserError
+
+
+def generate(model: str, prompt: str, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> str:
+    """The continuation of `prompt`, also streamed to standard output; temperature 0 is greedy."""
+    if not prompt:
+        raise UserError(
+            "--prompt: expected at least one character, got an empty string; give the text to continue"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
+        network = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True).eval()
+    except OSError as error:
+        raise UserError(f"{model}: no model there: {error}; give an exported folder or a hub id") from None
+    set_seed(seed)
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
+    length = inputs["input_ids"].shape[1] + max_new_tokens
+    limit = getattr(network.config, "max_position_embeddings", length)
+    if length > limit:
+        raise UserError(
+            f"--max-new-tokens: the prompt's {length - max_new_tokens} tokens and {max_new_tokens} new ones "
+            f"exceed the model's {limit} positions; ask for at most {limit - length + max_new_tokens}"
+        )
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": top_k}
+        if temperature
+        else {"do_sample": False}
+    )
+    with torch.inference_mode():
+        output = network.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id
+            if tokenizer.pad_token_id is not None
+            else tokenizer.eos_token_id,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+            **sampling,
+        )
+    return tokenizer.decode(output[0], skip_special_tokens=True)

@@ -1,0 +1,107 @@
+"""The floors of docs/architecture.md: a package imports only from lower floors, the capsule from nothing of ours."""
+
+import ast
+from pathlib import Path
+
+import kanlm
+
+ROOT = Path(kanlm.__file__).parent
+FLOORS = {
+    "config": 0,
+    "runs": 0,
+    "metrics": 0,
+    "stats": 0,
+    "model": 1,
+    "data": 1,
+    "kernels": 2,
+    "sizing": 2,
+    "evaluation": 3,
+    "train": 4,
+    "export": 4,
+    "interpret": 4,
+    "bench": 4,
+    "compare": 5,
+    "cli": 6,
+    "__main__": 7,
+}
+CAPSULE = {"configuration_kanlm", "basis", "kan", "ffn", "modeling_kanlm"}
+TORCH_FREE = ("config", "metrics", "stats")
+
+
+def package_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of the modules that `path` imports, at any depth of the file."""
+    found = set()
+    here = ["kanlm", *path.relative_to(ROOT).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(here[: len(here) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module or "") if part)
+            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "kanlm" else {module}
+    return found
+
+
+def sources() -> list[Path]:
+    files = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+    assert len(files) > 20
+    return files
+
+
+def test_every_file_has_a_floor():
+    assert {package_of(path) for path in sources()} <= set(FLOORS)
+
+
+def test_packages_import_only_from_lower_floors():
+    wrong = []
+    for path in sources():
+        own = package_of(path)
+        for name in imports(path):
+            if not name.startswith("kanlm."):
+                continue
+            other = name.split(".")[1]
+            if other == "__version__" or other == own:
+                continue
+            if FLOORS[other] >= FLOORS[own]:
+                wrong.append(
+                    f"{path.relative_to(ROOT)} (floor {FLOORS[own]}) imports {name} (floor {FLOORS[other]})"
+                )
+    assert not wrong, "\n".join(wrong)
+
+
+def test_capsule_is_flat_and_imports_only_its_siblings_torch_and_transformers():
+    folder = ROOT / "model"
+    assert not [path for path in folder.iterdir() if path.is_dir() and path.name != "__pycache__"]
+    assert {path.stem for path in folder.glob("*.py")} == CAPSULE | {"__init__", "health"}
+    allowed = {
+        "torch",
+        "transformers",
+        "huggingface_hub",
+        "math",
+        "typing",
+        "dataclasses",
+        "collections",
+        "__future__",
+    }
+    for name in CAPSULE:
+        for module in imports(folder / f"{name}.py"):
+            sibling = module.removeprefix("kanlm.model.")
+            assert module.split(".")[0] in allowed or sibling in CAPSULE, f"{name}.py imports {module}"
+
+
+def test_floor_zero_judges_without_torch():
+    for name in TORCH_FREE:
+        assert not {module for module in imports(ROOT / f"{name}.py") if module.split(".")[0] == "torch"}
+
+
+def test_the_walk_sees_a_wrong_import(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "ffn.py").write_text(
+        "def f():\n    from kanlm.train import loop\n    from .kan import x\n"
+    )
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    assert imports(tmp_path / "model" / "ffn.py") == {"kanlm.train", "kanlm.model.kan"}
