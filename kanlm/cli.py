@@ -92,7 +92,7 @@ def eval_verb(model: str, data: str, out: str | None, **settings) -> None:
 @click.argument("config", type=click.Path())
 @click.argument("overrides", nargs=-1)
 def compare_verb(config: str, overrides: tuple[str, ...]) -> None:
-    """Plan the arms of CONFIG, train, export and evaluate them, write the report; goes on where it stopped."""
+    """Plan the arms of CONFIG, train, export and evaluate them, write the report; resumable."""
     from kanlm.compare.run import compare
 
     compare(config, overrides)

@@ -37,7 +37,7 @@ class SourceConfig(Section):
     text_column: str = "text"
     """Column that holds the text of one document."""
     document_separator: str | None = None
-    """Plain text only: a line that separates documents, e.g. `<|endoftext|>`; without it a file is one document."""
+    """Plain text: a line that separates documents, e.g. `<|endoftext|>`; else a file is one document."""
     weight: float = Field(1.0, ge=0)
     """Share of this source in a mixture; weights are normalised over the mixture."""
 
@@ -50,7 +50,7 @@ class DataConfig(SourceConfig):
     validation_split: str | None = None
     """Held-out split of `source`, e.g. `validation`."""
     validation_fraction: float = Field(0.05, gt=0, lt=1)
-    """Share of the documents (chosen by hash of their text, or the tail of a single document) held out otherwise."""
+    """Share of the documents (by hash of their text; of a single document its tail) held out otherwise."""
     mixture: tuple[SourceConfig, ...] = Field((), strict=False)
     """Several sources with weights; replaces `source`."""
     block_size: int = Field(256, ge=8)

@@ -142,7 +142,7 @@ def fsync_folder(folder: Path) -> None:
 
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary sibling folder that becomes `path` in one rename when the block ends well, else vanishes."""
+    """A temporary sibling folder that becomes `path` in one rename if the block ends well, else vanishes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))

@@ -1,4 +1,4 @@
-"""The floors of docs/architecture.md: a package imports only from lower floors, the capsule from nothing of ours."""
+"""The floors of docs/architecture.md: a package imports only from lower floors, the capsule from none."""
 
 import ast
 from pathlib import Path
