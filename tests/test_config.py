@@ -1,0 +1,91 @@
+"""Run configuration: strict TOML, overrides, one-line errors that name key, value, rule and remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from kanlm.config import RunConfig, UserError, load_run_config, parsed, with_overrides
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+MINIMAL = """
+name = "x"
+[model]
+hidden_size = 64
+[train]
+max_tokens = 1_000_000
+"""
+
+
+def written(tmp_path, text: str) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_and_overrides(tmp_path):
+    config = load_run_config(
+        written(tmp_path, MINIMAL),
+        ["train.learning_rate=0.003", "model.ffn_type=kan", "train.betas=[0.8, 0.9]"],
+    )
+    assert config.train.learning_rate == 0.003
+    assert config.train.betas == (0.8, 0.9)
+    assert config.model == {"hidden_size": 64, "ffn_type": "kan"}
+    assert config.run_dir == Path("runs/x")
+
+
+def test_overrides_leave_the_table_alone():
+    table = {"train": {"max_tokens": 1}}
+    assert with_overrides(table, ["train.max_tokens=2"]) == {"train": {"max_tokens": 2}}
+    assert table == {"train": {"max_tokens": 1}}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.max_tokens=2e8"], ["train.max_tokens", "valid integer", "200000000.0", "float"]),
+        (["train.learing_rate=1e-3"], ["train.learing_rate", "unknown key", "did you mean 'learning_rate'"]),
+        (["trian.max_tokens=1"], ["trian", "unknown key", "'train'"]),
+        (["train.max_tokens=0"], ["train.max_tokens", "greater than or equal to 1", "0"]),
+        (["train.schedule=cosin"], ["train.schedule", "'cosine', 'linear' or 'wsd'", "cosin"]),
+        (["train.betas=[0.9, 1.5]"], ["train.betas", "[0, 1)"]),
+        (["train.batch_size=6", "train.micro_batch_size=4"], ["train", "not a multiple"]),
+        (["name=a/b"], ["name", "a/b"]),
+        (["data.mixture=[{source='a', weight=-1.0}]"], ["data.mixture.0.weight", "-1.0"]),
+        (["train"], ["'train'", "section.key=value"]),
+        (["name.x=1"], ["name is a value, not a table"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(tmp_path, overrides, words):
+    with pytest.raises(UserError) as caught:
+        load_run_config(written(tmp_path, MINIMAL), overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def test_missing_key_missing_file_and_malformed_file(tmp_path):
+    path = written(tmp_path, MINIMAL.replace("max_tokens = 1_000_000", ""))
+    with pytest.raises(UserError, match=r"train.max_tokens: required"):
+        load_run_config(path)
+    with pytest.raises(UserError, match=r"no such config file; .* has: run.toml"):
+        load_run_config(tmp_path / "rum.toml")
+    path.write_text("name = ")
+    with pytest.raises(UserError, match="not valid TOML"):
+        load_run_config(path)
+
+
+def test_config_round_trips_through_json(tmp_path):
+    config = load_run_config(written(tmp_path, MINIMAL))
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config
+    assert parsed(RunConfig, config.model_dump(mode="json"), "config.json") == config
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(p for k in ("tiny", "small", "base", "plan") for p in CONFIGS.glob(f"{k}-*.toml")),
+    ids=lambda p: p.stem,
+)
+def test_shipped_run_configs_parse(path):
+    assert load_run_config(path).name
