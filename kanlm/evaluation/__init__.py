@@ -1,0 +1,1 @@
+"""Judges of a finished model: perplexity, minimal pairs, the harness bridge, simple baselines."""

@@ -1,0 +1,442 @@
+"""Perplexity of any causal language model: every token of every document scored exactly once.
+
+Legend: B windows, T tokens of a window, V vocabulary.
+
+A document of n tokens t_1 .. t_n is scored apart from the others, after a prefix token P (BOS, else EOS), as
+in lm-evaluation-harness' `loglikelihood_rolling`. A window is `context_length` consecutive inputs; it moves
+by `stride` tokens, and only the tokens that no earlier window has scored count. With n = 7, context 4 and
+stride 2:
+
+    inputs     scored
+    P 1 2 3    1 2 3 4
+    2 3 4 5    5 6
+    3 4 5 6    7
+
+The last window is moved back so that it too sees a full context. `stride = context_length` (the default) is
+the harness' definition and costs one pass over the text; a smaller stride gives more context and costs more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from kanlm import __version__, metrics
+from kanlm.config import UserError
+from kanlm.runs import EvalReport, versions
+
+logger = logging.getLogger(__name__)
+
+_BUFFERED_BATCHES = 32
+"""Windows are sorted by length within this many batches, so that short documents are padded little."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Inputs of one forward pass and the targets of its last positions.
+
+    `inputs` has at most context_length ids; the last `len(targets)` positions predict `targets`.
+    """
+
+    document: int
+    inputs: list[int]
+    targets: list[int]
+
+
+def windows(
+    tokens: list[int], prefix_token_id: int, context_length: int, stride: int, document: int = 0
+) -> Iterator[Window]:
+    """The windows of one document; their targets, in order, are `tokens`."""
+    inputs = [prefix_token_id, *tokens[:-1]]
+    scored = 0
+    while scored < len(tokens):
+        end = min(len(tokens), scored + stride if scored else context_length)
+        yield Window(document, inputs[max(0, end - context_length) : end], tokens[scored:end])
+        scored = end
+
+
+@dataclass
+class Score:
+    """Sums over a text: nll_nats over `tokens` scored tokens, and the size of the original text."""
+
+    nll_nats: float = 0.0
+    tokens: int = 0
+    counts: metrics.TextCounts = field(default_factory=metrics.TextCounts)
+    sha256: str = ""
+    seconds: float = 0.0
+    document_nll: list[float] = field(default_factory=list)
+
+
+@torch.inference_mode()
+def window_nll(model: nn.Module, batch: list[Window], pad_token_id: int = 0) -> Tensor:
+    """[B] fp64 sums of -ln p of each window's targets.
+
+    Windows are padded on the right: under causal attention no real token sees a pad, so neither padding nor
+    the other windows of the batch change the result beyond rounding. Log-probabilities are taken in fp32.
+    """
+    device = next(model.parameters()).device
+    longest = max(len(window.inputs) for window in batch)
+    inputs = torch.full((len(batch), longest), pad_token_id, dtype=torch.int64)  # [B, T]
+    labels = torch.full((len(batch), longest), -100, dtype=torch.int64)  # [B, T]
+    for row, window in enumerate(batch):
+        length = len(window.inputs)
+        inputs[row, :length] = torch.tensor(window.inputs)
+        labels[row, length - len(window.targets) : length] = torch.tensor(window.targets)
+    arguments: dict[str, Tensor] = {}
+    if any(len(window.inputs) < longest for window in batch):
+        lengths = torch.tensor([len(window.inputs) for window in batch])
+        arguments["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long().to(device)  # [B, T]
+    labels = labels.to(device)
+    logits = model(input_ids=inputs.to(device), use_cache=False, **arguments).logits  # [B, T, V]
+    nll = nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")  # [B, T]
+    return nll.double().sum(dim=1).cpu()
+
+
+def score(
+    model: nn.Module,
+    tokenizer: Any,
+    documents: Iterable[str],
+    *,
+    context_length: int,
+    stride: int | None = None,
+    batch_size: int = 8,
+    prefix_token_id: int | None = None,
+    progress: bool = False,
+) -> Score:
+    """Score every token of `documents` once (module docstring) and add up in fp64.
+
+    `batch_size` counts full windows: shorter ones are batched to the same number of tokens. The model is left
+    in eval mode. Text that spells a special token is scored as the text that it is.
+    """
+    stride = context_length if stride is None else stride
+    if context_length < 1:
+        raise UserError(f"context_length: expected at least 1 token, got {context_length}")
+    if not 1 <= stride <= context_length:
+        raise UserError(
+            f"stride: expected 1 <= stride <= context_length ({context_length}), got {stride}; "
+            "a longer stride would leave tokens unscored"
+        )
+    if batch_size < 1:
+        raise UserError(f"batch_size: expected at least 1 window, got {batch_size}")
+    if prefix_token_id is None:
+        prefix_token_id = prefix_token(model, tokenizer)
+    model.eval()
+    result = Score()
+    digest = hashlib.sha256()
+    start = time.perf_counter()
+    token_budget = batch_size * context_length
+    bar = tqdm(unit="tok", unit_scale=True, desc="evaluating", disable=None if progress else True)
+
+    def flush(buffer: list[Window]) -> None:
+        for batch in _batches(buffer, token_budget):
+            for window, nll in zip(batch, window_nll(model, batch).tolist(), strict=True):
+                result.document_nll[window.document] += nll
+                result.tokens += len(window.targets)
+                bar.update(len(window.targets))
+
+    buffer: list[Window] = []
+    buffered_tokens = 0
+    for index, document in enumerate(documents):
+        if index:
+            digest.update(b"\0")
+        digest.update(document.encode("utf-8"))
+        result.counts += metrics.text_counts(document)
+        result.document_nll.append(0.0)
+        for window in windows(token_ids(tokenizer, document), prefix_token_id, context_length, stride, index):
+            buffer.append(window)
+            buffered_tokens += len(window.inputs)
+        if buffered_tokens >= _BUFFERED_BATCHES * token_budget:
+            flush(buffer)
+            buffer, buffered_tokens = [], 0
+    flush(buffer)
+    bar.close()
+    if not result.tokens:
+        raise UserError("data: the held-out text is empty; there is no token to score")
+    result.nll_nats = math.fsum(result.document_nll)
+    result.seconds = time.perf_counter() - start
+    result.sha256 = digest.hexdigest()
+    return result
+
+
+def _batches(buffer: list[Window], token_budget: int) -> Iterator[list[Window]]:
+    """Windows sorted by length, longest first, cut where rows x longest row would exceed the budget."""
+    batch: list[Window] = []
+    for window in sorted(buffer, key=lambda window: len(window.inputs), reverse=True):
+        if batch and (len(batch) + 1) * len(batch[0].inputs) > token_budget:
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def token_ids(tokenizer: Any, document: str) -> list[int]:
+    """Ids of the text alone: no special token is added, and none is read out of the text."""
+    return tokenizer(document, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+        "input_ids"
+    ]
+
+
+def prefix_token(model: nn.Module, tokenizer: Any) -> int:
+    """The id put before each document: the tokenizer's BOS, else its EOS, else those of the config."""
+    config = getattr(model, "config", None)
+    for holder in (tokenizer, config):
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(holder, name, None)
+            if isinstance(value, list):
+                value = value[0] if value else None
+            if value is not None:
+                return value
+    raise UserError(
+        "prefix_token_id: neither the tokenizer nor the model's config has a BOS or EOS token, so a "
+        "document's first token has no context; name the id to put before each document"
+    )
+
+
+def max_context_length(model: nn.Module) -> int:
+    """Positions that the model's config declares."""
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
+        value = getattr(model.config, name, None)
+        if isinstance(value, int):
+            return value
+    raise UserError("context_length: the model's config declares no number of positions; give context_length")
+
+
+def load_causal_lm(
+    model_path: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str | None = None,
+    trust_remote_code: bool = True,
+) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) of a folder or hub id through the Auto classes, on `device` (default GPU, else CPU).
+
+    `dtype` is a torch dtype's name or `auto` (as saved). UserError where the folder is no model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(model_path)
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise UserError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
+    if path.exists() and not (path / "config.json").is_file():
+        raise UserError(
+            f"model {model_path}: no config.json there; expected a folder written by `kanlm export`"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            model_path,
+            trust_remote_code=trust_remote_code,
+            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+        )
+    except OSError as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"model {model_path}: neither a model folder nor a reachable hub id: {first_line}"
+        ) from error
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), tokenizer
+
+
+def parameter_numbers(model: nn.Module) -> tuple[int, int]:
+    """(all, non-embedding) parameters; the second leaves out input and output embeddings, tied or not."""
+    embeddings = {
+        id(module.weight)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        if module is not None and getattr(module, "weight", None) is not None
+    }
+    total = sum(p.numel() for p in model.parameters())
+    return total, sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+
+
+def evaluate(
+    model_path: str | Path,
+    documents: Iterable[str],
+    dataset: str,
+    split: str,
+    context_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    *,
+    dtype: str = "float32",
+    device: str | None = None,
+    prefix_token_id: int | None = None,
+    words: int | None = None,
+    trust_remote_code: bool = True,
+    progress: bool = False,
+) -> EvalReport:
+    """The perplexity report of a causal LM (folder or hub id) on `documents`.
+
+    context_length: inputs of a window, default the model's positions. stride: default context_length.
+    words: the corpus' published word count where it is not the white-space count (WikiText-2 test: 245,569).
+    """
+    model, tokenizer = load_causal_lm(
+        model_path, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
+    return evaluate_model(
+        model,
+        tokenizer,
+        documents,
+        name=str(model_path),
+        dataset=dataset,
+        split=split,
+        context_length=context_length,
+        stride=stride,
+        batch_size=batch_size,
+        prefix_token_id=prefix_token_id,
+        words=words,
+        progress=progress,
+    )
+
+
+def evaluate_model(
+    model: nn.Module,
+    tokenizer: Any,
+    documents: Iterable[str],
+    *,
+    name: str,
+    dataset: str,
+    split: str,
+    context_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    prefix_token_id: int | None = None,
+    words: int | None = None,
+    progress: bool = False,
+) -> EvalReport:
+    """`evaluate` of a model that is loaded already."""
+    if context_length is None:
+        context_length = max_context_length(model)
+    else:
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if isinstance(positions, int) and context_length > positions:
+            raise UserError(
+                f"context_length: got {context_length}, but {name} has max_position_embeddings {positions}; "
+                f"use at most {positions}"
+            )
+    result = score(
+        model,
+        tokenizer,
+        documents,
+        context_length=context_length,
+        stride=stride,
+        batch_size=batch_size,
+        prefix_token_id=prefix_token_id,
+        progress=progress,
+    )
+    if words is not None and words < 1:
+        raise UserError(f"words: expected at least 1, got {words}")
+    words = result.counts.words if words is None else words
+    total, non_embedding = parameter_numbers(model)
+    parameter = next(model.parameters())
+    return EvalReport(
+        model=name,
+        dataset=dataset,
+        split=split,
+        tokens=result.tokens,
+        bytes=result.counts.bytes,
+        words=words,
+        lines=result.counts.lines,
+        documents=result.counts.documents,
+        nll_nats=result.nll_nats,
+        **metrics.ratios(result.nll_nats, result.tokens, result.counts.bytes, words),
+        context_length=context_length,
+        stride=context_length if stride is None else stride,
+        parameters=total,
+        non_embedding_parameters=non_embedding,
+        seconds=result.seconds,
+        tokens_per_second=result.tokens / result.seconds,
+        data_sha256=result.sha256,
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        device=parameter.device.type,
+        kanlm_version=__version__,
+        versions=versions(),
+    )
+
+
+@torch.no_grad()
+def validation_loss(
+    model: nn.Module,
+    cache: Any,
+    *,
+    block_size: int,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    cross_document_attention: bool = True,
+) -> dict[str, float]:
+    """The training loop's cheap check: consecutive blocks of the packed stream, EOS included, each once.
+
+    Differs from `evaluate`: a block does not see the one before it, document ends are scored too, and the
+    very first token is not. Returns loss (nats/token), perplexity, bits_per_byte (by the stream's bytes per
+    token), nll_nats and tokens. Under torch.distributed every rank must call it: each scores its share of the
+    batches, all run the same number of forward passes, and all return the same sums. Training mode is
+    restored.
+    """
+    ids = cache.ids
+    targets = len(ids) - 1 if max_tokens is None else min(len(ids) - 1, max_tokens)
+    if targets < 1:
+        raise UserError(f"data: the validation text has {len(ids)} tokens; at least 2 are needed")
+    starts = range(0, targets, block_size)
+    batches = [starts[i : i + batch_size] for i in range(0, len(starts), batch_size)]
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, ranks = (
+        (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+    )
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # nll, tokens
+    for round_start in range(0, len(batches), ranks):
+        own = round_start + rank
+        counted = own < len(batches)
+        batch = batches[own if counted else round_start]
+        inputs, labels, position_ids = _blocks(cache, batch, block_size, targets, cross_document_attention)
+        arguments = {} if position_ids is None else {"position_ids": position_ids.to(device)}
+        logits = model(input_ids=inputs.to(device), use_cache=False, **arguments).logits  # [B, T, V]
+        nll = nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), labels.to(device), reduction="none"
+        )  # [B, T]
+        if counted:
+            sums += torch.stack([nll.double().sum(), (labels != -100).sum().double().to(device)])
+    if distributed:
+        torch.distributed.all_reduce(sums)
+    model.train(was_training)
+    nll_nats, tokens = sums.tolist()
+    bytes_per_token = cache.manifest["bytes"] / cache.manifest["tokens"]
+    return {
+        "loss": nll_nats / tokens,
+        "perplexity": metrics.perplexity(nll_nats, int(tokens)),
+        "bits_per_byte": nll_nats / tokens / bytes_per_token / math.log(2),
+        "nll_nats": nll_nats,
+        "tokens": int(tokens),
+    }
+
+
+def _blocks(
+    cache: Any, starts: range, block_size: int, targets: int, cross_document_attention: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """inputs, labels, position_ids [B, T] of the blocks at `starts`; short ones are padded on the right."""
+    length = min(block_size, targets - starts[0])
+    inputs = torch.zeros(len(starts), length, dtype=torch.int64)
+    labels = torch.full((len(starts), length), -100, dtype=torch.int64)
+    for row, start in enumerate(starts):
+        end = min(start + length, targets)
+        block = torch.tensor(cache.ids[start : end + 1].astype("int64"))
+        inputs[row, : end - start] = block[:-1]
+        labels[row, : end - start] = block[1:]
+    if cross_document_attention:
+        return inputs, labels, None
+    document_starts = torch.as_tensor(cache.document_starts.astype("int64"))
+    places = torch.as_tensor(list(starts))[:, None] + torch.arange(length)  # [B, T] places in the stream
+    current = document_starts[torch.searchsorted(document_starts, places, right=True) - 1]  # [B, T]
+    return inputs, labels, places - torch.maximum(current, torch.as_tensor(list(starts))[:, None])
