@@ -1,0 +1,199 @@
+# Copyright 2026 The kanlm authors. Licensed under the Apache License, Version 2.0.
+"""The configuration of a kanlm model: its architecture, and nothing about how it is run.
+
+Every mistake is an error at construction that names the field, its value, the rule and a remedy.
+"""
+
+import math
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+FORMAT_VERSION = 1
+"""Meaning of the fields and names of the parameters. Raised where an older checkpoint would load wrongly."""
+
+MLP_TYPES = ("gelu", "relu2", "swiglu", "geglu")
+KAN_TYPES = ("kan", "kan_mixed", "kan_grouped", "kan_glu")
+ACTIVATION_TYPES = ("polynorm", "xielu")
+FFN_TYPES = MLP_TYPES + KAN_TYPES + ACTIVATION_TYPES
+EDGE_BASES = ("bspline", "rbf", "relu_switch", "chebyshev", "fourier", "wavelet", "linear")
+FUNCTION_BASES = EDGE_BASES + ("rational",)
+"""`rational` has no linear expansion per edge, so only learned functions of a channel or group take it."""
+MAX_ORDER = 5
+
+
+def _choice(field, value, known):
+    if value not in known:
+        raise ValueError(f"{field}: unknown value {value!r}; choose one of {', '.join(known)}")
+
+
+@strict
+class KanLMConfig(PreTrainedConfig):
+    r"""
+    Decoder-only transformer: pre-norm blocks of rotary attention and a feed-forward network (FFN).
+
+    Sizes: `vocab_size`, `hidden_size` (D), `intermediate_size` (h, the FFN's width), `num_hidden_layers`,
+    `num_attention_heads`, `num_key_value_heads` (fewer = grouped-query attention; default: all heads),
+    `head_dim` (default `hidden_size / num_attention_heads`), `max_position_embeddings` (tokens).
+
+    FFN: `ffn_type` is one of `gelu`, `relu2` (plain MLP), `swiglu`, `geglu` (gated MLP), `kan` (two layers of
+    edge functions), `kan_mixed` (mix, then edge functions), `kan_grouped` (learned functions around ordinary
+    matrices), `kan_glu` (gated, the gate's activation is learned), and the controls `polynorm` and `xielu`.
+
+    KAN: `kan_basis` with `kan_grid_size` (G intervals or functions) of order `kan_order` (B-splines: the
+    degree) on [`kan_grid_min`, `kan_grid_max`]; `kan_base` (`silu` or `none`) adds a fixed branch beside the
+    edge functions; `kan_conditioning` (`none` or `whitened`) is the form of the edge coefficients;
+    `kan_num_groups` learned functions serve the channels of a `kan_grouped` or `kan_glu` layer;
+    `kan_glu_form` (`interpolated` or `residual`) says whether the gate's function starts as a spline fitted
+    to SiLU or as SiLU plus a zero correction.
+
+    Raises:
+        ValueError: sizes that do not fit each other, unknown names, another `format_version`.
+        huggingface_hub.errors.StrictDataclassError: a field of the wrong type.
+    """
+
+    model_type = "kanlm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    intermediate_size: int = 683
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 1024
+    rms_norm_eps: float = 1e-6
+    rope_parameters: dict | None = None
+    attention_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    ffn_type: str = "kan_glu"
+    kan_basis: str = "bspline"
+    kan_grid_size: int = 16
+    kan_order: int = 3
+    kan_grid_min: float | int = -4.0
+    kan_grid_max: float | int = 4.0
+    kan_base: str = "silu"
+    kan_conditioning: str = "none"
+    kan_num_groups: int = 8
+    kan_glu_form: str = "interpolated"
+
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads > 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        kwargs.setdefault(
+            "auto_map",
+            {
+                "AutoConfig": "configuration_kanlm.KanLMConfig",
+                "AutoModel": "modeling_kanlm.KanLMModel",
+                "AutoModelForCausalLM": "modeling_kanlm.KanLMForCausalLM",
+            },
+        )
+        # Before the base class, so that a mistake is a plain one-line ValueError.
+        self.validate_architecture()
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Raise ValueError where fields contradict each other; `@strict` runs it again on saving."""
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version: the checkpoint has {self.format_version}, this code reads "
+                f"{FORMAT_VERSION}; load it with the kanlm version that wrote it, or with "
+                "trust_remote_code=True and the code beside the weights"
+            )
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+            "kan_grid_size",
+            "kan_num_groups",
+        ):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}: must be at least 1, got {getattr(self, field)}")
+        self._validate_attention()
+        _choice("ffn_type", self.ffn_type, FFN_TYPES)
+        if self.ffn_type in KAN_TYPES:
+            self._validate_kan()
+        if not (math.isfinite(self.initializer_range) and self.initializer_range > 0):
+            raise ValueError(
+                f"initializer_range: must be a finite number above 0, got {self.initializer_range}"
+            )
+        if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps > 0):
+            raise ValueError(f"rms_norm_eps: must be a finite number above 0, got {self.rms_norm_eps}")
+
+    def _validate_attention(self):
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if self.head_dim == self.hidden_size // heads and self.hidden_size % heads:
+            raise ValueError(
+                f"hidden_size: {self.hidden_size} is not a multiple of num_attention_heads {heads}; "
+                f"write {self.hidden_size // heads * heads or heads}, or set head_dim"
+            )
+        if heads % kv_heads:
+            raise ValueError(
+                f"num_key_value_heads: {kv_heads} does not divide num_attention_heads {heads}; each "
+                "key-value head serves the same number of heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim: rotary embeddings turn pairs, so it must be even, got {self.head_dim}"
+            )
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout: must lie in [0, 1), got {self.attention_dropout}")
+
+    def _validate_kan(self):
+        per_edge = self.ffn_type in ("kan", "kan_mixed")
+        if per_edge and self.kan_basis == "rational":
+            raise ValueError(
+                f"kan_basis: 'rational' is a function of a channel, and ffn_type "
+                f"{self.ffn_type!r} has functions per edge; choose one of {', '.join(EDGE_BASES)}, or ffn_type kan_grouped or kan_glu"
+            )
+        _choice("kan_basis", self.kan_basis, EDGE_BASES if per_edge else FUNCTION_BASES)
+        _choice("kan_base", self.kan_base, ("silu", "none"))
+        _choice("kan_conditioning", self.kan_conditioning, ("none", "whitened"))
+        _choice("kan_glu_form", self.kan_glu_form, ("interpolated", "residual"))
+        if not 0 <= self.kan_order <= MAX_ORDER:
+            raise ValueError(f"kan_order: must lie in 0..{MAX_ORDER}, got {self.kan_order}")
+        low, high = self.kan_grid_min, self.kan_grid_max
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ValueError(f"kan_grid_min: must be finite and below kan_grid_max, got {low} and {high}")
+        if per_edge:
+            return
+        groups = self.kan_num_groups
+        widths = {"intermediate_size": self.intermediate_size}
+        if self.ffn_type == "kan_grouped":
+            widths["hidden_size"] = self.hidden_size
+        for field, width in widths.items():
+            if width % groups:
+                raise ValueError(
+                    f"kan_num_groups: {groups} does not divide {field} {width}; groups have equally many "
+                    "channels"
+                )
+
+
+__all__ = ["KanLMConfig"]

@@ -1,0 +1,391 @@
+# Copyright 2026 The kanlm authors. Licensed under the Apache License, Version 2.0.
+"""The kanlm decoder: rotary attention and a feed-forward network (FFN) in pre-norm residual blocks.
+
+Shapes: B batch, T new tokens, S tokens seen (cache included), D hidden size, H heads, C key-value heads, E
+head dim, V vocabulary.
+
+References: Vaswani et al. 2017 (attention), Su et al. 2021 (rotary embeddings), Zhang & Sennrich 2019
+(RMSNorm), Ainslie et al. 2023 (grouped-query attention), Radford et al. 2019 (residual projections scaled by
+depth).
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_kanlm import KanLMConfig
+from .ffn import build_ffn
+
+
+class KanLMRotaryEmbedding(nn.Module):
+    """Cosines and sines of position * frequency; transformers' scaled forms (`rope_parameters`) work."""
+
+    def __init__(self, config: KanLMConfig):
+        super().__init__()
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        frequencies, self.attention_scaling = self.initial_frequencies()
+        self.register_buffer("inv_freq", frequencies, persistent=False)  # [E/2]
+        self.register_buffer("original_inv_freq", frequencies.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: KanLMConfig, **kwargs) -> tuple[torch.Tensor, float]:
+        """Frequencies theta^(-2i/E), i < E/2 (Su et al. 2021, eq. 15), fp32 [E/2]; cos and sin unscaled."""
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        return config.rope_parameters["rope_theta"] ** -exponents, 1.0
+
+    def initial_frequencies(self) -> tuple[torch.Tensor, float]:
+        if self.rope_type == "default":
+            return self.compute_default_rope_parameters(self.config)
+        return ROPE_INIT_FUNCTIONS[self.rope_type](self.config)
+
+    def reset_parameters(self):
+        """Recompute the buffers: they are not saved, and loading builds the module on the meta device."""
+        frequencies, self.attention_scaling = self.initial_frequencies()
+        init.copy_(self.inv_freq, frequencies)
+        init.copy_(self.original_inv_freq, frequencies)
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [B, T, E] in the dtype of x, from position_ids [B, T]; the angles are fp32."""
+        angles = position_ids[..., None].float() * self.inv_freq.float()  # [B, T, E/2]
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [B, H, T, E] with the pairs (x_i, x_{i+E/2}) turned by the angles of cos and sin [B, T, E]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(q k^T * scaling + mask) v: [B, T, H, E] and the weights [B, H, T, S].
+
+    query [B, H, T, E]; key and value [B, C, S, E], each of which serves H/C heads; the mask is additive.
+    """
+    groups = module.num_key_value_groups
+    key = key.repeat_interleave(groups, dim=1)
+    value = value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling  # [B, H, T, S]
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class KanLMAttention(nn.Module):
+    """Causal attention with rotary positions; the implementation is config._attn_implementation."""
+
+    def __init__(self, config: KanLMConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch_and_time = hidden_states.shape[:-1]
+        heads = (*batch_and_time, -1, self.head_dim)
+        query = rotated(
+            self.q_proj(hidden_states).view(heads).transpose(1, 2), *position_embeddings
+        )  # [B, H, T, E]
+        key = rotated(
+            self.k_proj(hidden_states).view(heads).transpose(1, 2), *position_embeddings
+        )  # [B, C, T, E]
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # [B, C, S, E]
+
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*batch_and_time, -1)), weights  # [B, T, D]
+
+
+class KanLMDecoderLayer(GradientCheckpointingLayer):
+    """x + attention(norm(x)), then x + FFN(norm(x)); [B, T, D] to [B, T, D]."""
+
+    def __init__(self, config: KanLMConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = KanLMAttention(config, layer_idx)
+        self.mlp = build_ffn(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class KanLMPreTrainedModel(PreTrainedModel):
+    config: KanLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["KanLMDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": KanLMDecoderLayer, "attentions": KanLMAttention}
+    # Every key of a checkpoint must fit, but a base model may be read from under a head, or get a new head.
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+    _required_prefixes = ("model.", "lm_head.")
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """Normal weights of deviation `initializer_range`, unit norms, and what KAN modules ask for.
+
+        Called children first. `transformers.initialization` skips what was loaded from a checkpoint.
+        """
+        super()._init_weights(module)
+        if isinstance(module, KanLMDecoderLayer):
+            depth = 2 * self.config.num_hidden_layers
+            init.normal_(module.self_attn.o_proj.weight, std=self.config.initializer_range * depth**-0.5)
+        elif hasattr(module, "reset_parameters") and not type(module).__module__.startswith("torch."):
+            module.reset_parameters()
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
+        # transformers skips modules without tensors of their own where the code was loaded with
+        # trust_remote_code, to protect loaded weights from a careless _init_weights. Ours is careful, and a
+        # layer's must not be skipped.
+        super()._initialize_weights(module, is_custom_code=False)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers, but a checkpoint whose parameters are not the model's is an error.
+
+        Raises:
+            ValueError: parameters that the checkpoint lacks (they would be random) or the model has not.
+                A new task head on the base model, and shapes under `ignore_mismatched_sizes=True`, may be
+                random.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        if pretrained_model_name_or_path is not None:
+            cls._check_keys(pretrained_model_name_or_path, info)
+        return (model, info) if with_info else model
+
+    @classmethod
+    def _check_keys(cls, source, info: dict):
+        missing = sorted(key for key in info["missing_keys"] if key.startswith(cls._required_prefixes))
+        unexpected = sorted(info["unexpected_keys"])
+        for keys, what in ((missing, "lacks"), (unexpected, "has, and the model has not,")):
+            if keys:
+                more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+                raise ValueError(
+                    f"{source}: the checkpoint {what} {', '.join(keys[:3])}{more}; config.json and weights "
+                    "must be of one model: export it again, or load it with the kanlm version that wrote it"
+                )
+
+
+class KanLMModel(KanLMPreTrainedModel):
+    """Embedding, decoder layers and final norm: input_ids [B, T] to last_hidden_state [B, T, D]."""
+
+    _required_prefixes = ("",)
+
+    def __init__(self, config: KanLMConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            KanLMDecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = KanLMRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Hidden states after the final norm.
+
+        Exactly one of `input_ids` [B, T] and `inputs_embeds` [B, T, D]. Without an `attention_mask` and a
+        cache, `position_ids` [B, T] that start anew within a row keep packed documents apart (pass
+        `use_cache=False`).
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: give exactly one of the two")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)  # [B, T, D]
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (
+                torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+            ).unsqueeze(0)
+
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+
+
+def kept_positions(hidden_states: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
+    """The rows of hidden_states [B, T, D] whose logits are wanted: [B, K, D].
+
+    `keep` is an int (the last positions; 0 = all), positions [K] of every sequence or [B, K] of each, or a
+    boolean mask [B, T], which gives [number kept, D].
+    """
+    if isinstance(keep, int):
+        return hidden_states[:, -keep:] if keep else hidden_states
+    if keep.dtype == torch.bool and keep.dim() == 2:
+        return hidden_states[keep]
+    if keep.dim() == 2:
+        return hidden_states.take_along_dim(keep.unsqueeze(-1), dim=1)
+    return hidden_states[:, keep]
+
+
+class KanLMForCausalLM(KanLMPreTrainedModel, GenerationMixin):
+    """The decoder with a next-token head: input_ids [B, T] to logits [B, T, V]."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: KanLMConfig):
+        super().__init__(config)
+        self.model = KanLMModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Logits, and with `labels` [B, T] (-100 = not scored) the loss in nats/token.
+
+        The model shifts the labels itself; `shift_labels` are taken as they are. The loss is the mean over
+        scored tokens, or their sum divided by `num_items_in_batch`. `logits_to_keep`: see `kept_positions`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(kept_positions(outputs.last_hidden_state, logits_to_keep))  # [B, T, V]
+        loss = None
+        if labels is not None or kwargs.get("shift_labels") is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["KanLMForCausalLM", "KanLMModel", "KanLMPreTrainedModel"]
