@@ -17,12 +17,12 @@ FLOORS = {
     "sizing": 2,
     "evaluation": 3,
     "train": 4,
-    "export": 4,
+    "export": 5,
     "interpret": 4,
     "bench": 4,
-    "compare": 5,
-    "cli": 6,
-    "__main__": 7,
+    "compare": 6,
+    "cli": 7,
+    "__main__": 8,
 }
 CAPSULE = {"configuration_kanlm", "basis", "kan", "ffn", "modeling_kanlm"}
 TORCH_FREE = ("config", "metrics", "stats")
