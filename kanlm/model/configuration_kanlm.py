@@ -170,7 +170,7 @@ class KanLMConfig(PreTrainedConfig):
         per_edge = self.ffn_type in ("kan", "kan_mixed")
         if per_edge and self.kan_basis == "rational":
             raise ValueError(
-                f"kan_basis: 'rational' is a function of a channel, and ffn_type {self.ffn_type!r} has those of "
+                f"kan_basis: 'rational' is a function of a channel, and {self.ffn_type!r} has functions of "
                 f"edges; choose one of {', '.join(EDGE_BASES)}, or ffn_type kan_grouped or kan_glu"
             )
         _choice("kan_basis", self.kan_basis, EDGE_BASES if per_edge else FUNCTION_BASES)

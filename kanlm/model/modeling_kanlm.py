@@ -252,9 +252,8 @@ class KanLMModel(KanLMPreTrainedModel):
 
     def __init__(self, config: KanLMConfig):
         super().__init__(config)
-        self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             KanLMDecoderLayer(config, index) for index in range(config.num_hidden_layers)
         )

@@ -1,0 +1,248 @@
+"""A trained run as a self-contained transformers folder, for `from_pretrained` and for the Hub as it is.
+
+config.json, model.safetensors, generation_config.json     the model
+configuration_kanlm.py, modeling_kanlm.py, ...              its code: loads where kanlm is not installed
+tokenizer.json, tokenizer_config.json, ...                  the tokenizer
+README.md                                                   the model card, with the evaluation results
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from kanlm import __version__
+from kanlm.config import UserError
+from kanlm.model import KanLMConfig, KanLMForCausalLM
+from kanlm.runs import EvalReport, RunDir, new_folder, read_json, write_text
+from kanlm.train.checkpoint import load_model
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+METRICS = {
+    "bits_per_byte": "Bits per byte",
+    "loss": "Loss (nats/token)",
+    "perplexity": "Perplexity",
+    "word_perplexity": "Word perplexity",
+}
+EVALUATION = "## Evaluation"
+
+
+def export(run_dir: str | Path, out: str | Path | None = None) -> Path:
+    """Write the newest intact checkpoint of the run in `run_dir` to the new folder `out` (run_dir/hf).
+
+    Reports in run_dir/eval/ go into the card. The folder appears in one rename, whole or not at all.
+
+    Raises:
+        UserError: no such run or checkpoint, no tokenizer, or `out` exists.
+    """
+    run = RunDir(run_dir)
+    out = run.hf if out is None else Path(out)
+    if not run.config.is_file():
+        raise UserError(
+            f"{run.root}: not the folder of a run, it has no config.json; train one first: kanlm train"
+        )
+    _must_be_new(out)
+    config, weights = load_model(run.root)
+    if not (run.tokenizer / "tokenizer.json").is_file():
+        raise UserError(
+            f"{run.tokenizer}: no tokenizer.json; the run's tokenizer is part of the exported model"
+        )
+    return export_model(
+        model_of(config, weights), AutoTokenizer.from_pretrained(run.tokenizer), out, card_facts(run)
+    )
+
+
+def export_model(
+    model: KanLMForCausalLM, tokenizer: PreTrainedTokenizerBase, out: str | Path, card: dict[str, Any]
+) -> Path:
+    """Write `model` and `tokenizer` to the new folder `out`.
+
+    `card` may hold `name`, `training` (a dict of facts that are shown as a list), `datasets` (hub ids) and
+    `eval_reports`. Special token ids that the model's config leaves open are the tokenizer's.
+
+    Raises:
+        UserError: `out` exists, or the tokenizer has more tokens than the model.
+    """
+    out = Path(out)
+    _must_be_new(out)
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"vocab_size: the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}; "
+            "export the model with the tokenizer it was trained with"
+        )
+    model.config.kanlm_version = __version__
+    for holder in (model.config, model.generation_config):
+        for name in TOKEN_IDS:
+            if getattr(holder, name, None) is None:
+                setattr(holder, name, getattr(tokenizer, name))
+    reports = list(card.get("eval_reports", ()))
+    with new_folder(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_text(folder / "README.md", str(model_card(model, {**card, "eval_reports": reports})))
+    return out
+
+
+def model_of(config: KanLMConfig, weights: dict[str, Any]) -> KanLMForCausalLM:
+    """The fp32 model of `config` with exactly `weights`; a missing or unexpected name is an error."""
+    model = KanLMForCausalLM(config)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    missing = set(missing) - (set(model.all_tied_weights_keys) if config.tie_word_embeddings else set())
+    for names, what in ((missing, "lacks"), (unexpected, "has, and the model has not,")):
+        if names:
+            raise UserError(
+                f"checkpoint: it {what} {', '.join(sorted(names))}; train the run with this version again"
+            )
+    model.tie_weights()
+    return model.eval()
+
+
+def card_facts(run: RunDir) -> dict[str, Any]:
+    """What the model card says about `run`, read from its artifacts."""
+    config = read_json(run.config)
+    record = read_json(run.record) if run.record.is_file() else {}
+    data = config.get("data", {})
+    sources = [source["source"] for source in data.get("mixture") or [data]]
+    training = {"Data": ", ".join(f"`{source}`" for source in sources)}
+    if record:
+        training |= {
+            "Tokens seen": f"{record['tokens']:,}",
+            "Steps": f"{record['step']:,}",
+            "Training time": f"{record['seconds']:,.0f} s",
+        }
+        commit = record.get("provenance", {}).get("git", {}).get("commit")
+        if commit:
+            training["Commit of kanlm"] = f"`{commit}`"
+    return {
+        "name": config["name"],
+        "training": training,
+        "datasets": [source for source in sources if _is_hub_id(source)],
+        "eval_reports": eval_reports(run),
+    }
+
+
+def eval_reports(run: RunDir) -> list[EvalReport]:
+    """The reports in run_dir/eval/, in the order of their file names."""
+    return [EvalReport.model_validate(read_json(path)) for path in sorted(run.eval.glob("*.json"))]
+
+
+def update_card(folder: str | Path, eval_reports: Iterable[EvalReport]) -> None:
+    """Replace the evaluation results in the card of the exported `folder`: front matter and text.
+
+    Raises:
+        UserError: `folder` has no card.
+    """
+    path = Path(folder) / "README.md"
+    if not path.is_file():
+        raise UserError(f"{path}: no model card; expected a folder written by `kanlm export`")
+    reports = list(eval_reports)
+    card = ModelCard.load(path)
+    card.data.eval_results = _eval_results(reports)
+    card.text = card.text.partition(EVALUATION)[0].rstrip("\n") + "\n\n" + _evaluation_section(reports)
+    write_text(path, str(card))
+
+
+def model_card(model: KanLMForCausalLM, facts: dict[str, Any]) -> ModelCard:
+    """The card of `model`: YAML front matter (with a model-index) and a text that ends in the evaluation."""
+    config, name = model.config, facts.get("name", "kanlm")
+    reports = facts.get("eval_reports", [])
+    data = ModelCardData(
+        model_name=name,
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[
+            "kanlm",
+            "kolmogorov-arnold-network" if config.ffn_type.startswith("kan") else "mlp",
+            config.ffn_type,
+        ],
+        datasets=facts.get("datasets") or None,
+        eval_results=_eval_results(reports),
+    )
+    embedding = model.get_input_embeddings().weight.numel() * (1 if config.tie_word_embeddings else 2)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    ffn = f"`{config.ffn_type}`"
+    if config.ffn_type.startswith("kan"):
+        ffn += f" (`{config.kan_basis}`, {config.kan_grid_size} intervals of order {config.kan_order})"
+    architecture = {
+        "Feed-forward blocks": ffn,
+        "Parameters": f"{parameters:,} ({parameters - embedding:,} without embeddings)",
+        "Layers": config.num_hidden_layers,
+        "Width": config.hidden_size,
+        "Attention heads": config.num_attention_heads,
+        "Vocabulary": f"{config.vocab_size:,}",
+        "Positions": f"{config.max_position_embeddings:,}",
+    }
+    text = f"""# {name}
+
+A small decoder-only language model by kanlm {__version__}: rotary attention and {ffn} feed-forward blocks.
+
+{_bullets(architecture)}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+inputs = tokenizer(text, return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+`path` is this folder or its id on the Hub. The code beside the weights needs torch and transformers alone;
+after `import kanlm` the installed package is used, and no trust is asked for.
+
+## Training
+
+{_bullets(facts.get("training", {})) or "Not recorded."}
+
+A base model: it continues text, it was not taught to follow instructions, and nothing was done against wrong
+or harmful text.
+
+"""
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}{_evaluation_section(reports)}")
+
+
+def _bullets(facts: dict[str, Any]) -> str:
+    return "\n".join(f"- {name}: {value}" for name, value in facts.items())
+
+
+def _evaluation_section(reports: list[EvalReport]) -> str:
+    if not reports:
+        return f"{EVALUATION}\n\nNot evaluated yet.\n"
+    rows = ["| Data | Tokens | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 2) + "|"]
+    for report in reports:
+        values = " | ".join(f"{getattr(report, metric):.4f}" for metric in METRICS)
+        rows.append(f"| {report.dataset} ({report.split}) | {report.tokens:,} | {values} |")
+    return f"{EVALUATION}\n\n" + "\n".join(rows) + "\n"
+
+
+def _eval_results(reports: list[EvalReport]) -> list[EvalResult] | None:
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=re.sub(r"[^A-Za-z0-9._/-]+", "-", report.dataset),
+            dataset_name=report.dataset,
+            dataset_split=report.split,
+            metric_type=metric,
+            metric_name=label,
+            metric_value=getattr(report, metric),
+        )
+        for report in reports
+        for metric, label in METRICS.items()
+    ] or None
+
+
+def _is_hub_id(source: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not Path(source).exists()
+
+
+def _must_be_new(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"{out}: exists already; delete it, or choose another folder with --out")
