@@ -1,4 +1,4 @@
-"""Judgement over seeds and sizes: paired intervals, equivalence tests, scaling-law fits. numpy and scipy only.
+"""Judgement over seeds and sizes: paired intervals, equivalence, scaling laws. numpy and scipy only.
 
 Diverged runs (NaN, inf) are not averaged away: they are an error here and a row of their own in a report.
 """
@@ -65,7 +65,10 @@ class Equivalence:
 def equivalence(
     a: Sequence[float], b: Sequence[float], margin: float = MARGIN_NATS, alpha: float = 0.05
 ) -> Equivalence:
-    """Two one-sided paired t tests (Schuirmann 1987). "Not equivalent" is not "different": it may be too few seeds."""
+    """Two one-sided paired t tests (Schuirmann 1987).
+
+    "Not equivalent" does not mean "different": there may be too few seeds to tell.
+    """
     if not margin > 0:
         raise ValueError(f"margin: expected a positive number of nats, got {margin}")
     if not 0 < alpha < 0.5:

@@ -1,62 +1,46 @@
-"""Continue a text with any causal language model."""
+"""Continue a text with any causal language model, streamed."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-from typing import TextIO
-
 import torch
-from transformers import TextStreamer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
 
 from kanlm.config import UserError
-from kanlm.evaluation.perplexity import load_causal_lm, max_context_length, prefix_token
 
 
-class _Writer(TextStreamer):
-    def __init__(self, tokenizer, out: TextIO):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.out = out
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.out.write(text + ("\n" if stream_end else ""))
-        self.out.flush()
-
-
-def generate(
-    model_path: str | Path,
-    prompt: str,
-    *,
-    max_new_tokens: int = 100,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    seed: int = 0,
-    out: TextIO | None = None,
-) -> str:
-    """Write prompt and continuation to `out` (default: standard output) as it grows, and return the text.
-
-    temperature 0 is greedy; top_k 0 samples from all tokens. An empty prompt starts a new document.
-    """
-    out = out or sys.stdout
-    model, tokenizer = load_causal_lm(model_path)
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [prefix_token(model, tokenizer)]
-    positions = max_context_length(model)
-    if len(ids) + max_new_tokens > positions:
+def generate(model: str, prompt: str, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> str:
+    """The continuation of `prompt`, also streamed to standard output; temperature 0 is greedy."""
+    if not prompt:
         raise UserError(
-            f"max_new_tokens: prompt ({len(ids)} tokens) and {max_new_tokens} new ones exceed the model's "
-            f"{positions} positions; ask for at most {max(positions - len(ids), 0)}"
+            "--prompt: expected at least one character, got an empty string; give the text to continue"
         )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
+        network = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True).eval()
+    except OSError as error:
+        raise UserError(f"{model}: no model there: {error}; give an exported folder or a hub id") from None
     set_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature > 0 else
-    {"do_sample": False} out.write(prompt)
-    out.flush()
-    input_ids = torch.tensor([ids], device=model.device)
-    tokens = model.generate(
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=prefix_token(model, tokenizer),
-        streamer=_Writer(tokenizer, out),
-        **sampling,
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
+    length = inputs["input_ids"].shape[1] + max_new_tokens
+    limit = getattr(network.config, "max_position_embeddings", length)
+    if length > limit:
+        raise UserError(
+            f"--max-new-tokens: the prompt's {length - max_new_tokens} tokens and {max_new_tokens} new ones "
+            f"exceed the model's {limit} positions; ask for at most {limit - length + max_new_tokens}"
+        )
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": top_k}
+        if temperature
+        else {"do_sample": False}
     )
-    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+    with torch.inference_mode():
+        output = network.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id
+            if tokenizer.pad_token_id is not None
+            else tokenizer.eos_token_id,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+            **sampling,
+        )
+    return tokenizer.decode(output[0], skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""Zero-shot minimal pairs: does the model find the grammatical sentence more likely than its ungrammatical twin?
+"""Zero-shot minimal pairs: is the grammatical sentence more likely than its ungrammatical twin?
 
 The score of BLiMP (Warstadt et al. 2020): the share of pairs with ln p(good) > ln p(bad) in each paradigm,
 then the mean over paradigms; chance is 50%. Sentences are scored whole, after the prefix token, without
@@ -40,7 +40,7 @@ class MinimalPairs:
 
 
 def read_pairs(path: str | Path) -> Iterator[Pair]:
-    """Pairs of a .jsonl file (also .xz, .gz): one object a line with `good`, `bad` and, if any, the paradigm `uid`.
+    """Pairs of a .jsonl file (also .xz, .gz): one object a line with `good`, `bad` and the paradigm `uid`.
 
     BLiMP's own names `sentence_good`, `sentence_bad` and `UID` are read as well.
     """
