@@ -1,0 +1,119 @@
+"""Byte-level BPE that gives every UTF-8 text back exactly, as a `transformers` fast tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from kanlm.config import RunConfig, UserError
+from kanlm.data.corpus import split_texts, training_sources
+from kanlm.runs import new_folder
+
+END_OF_TEXT = "<|endoftext|>"
+"""The one special token: it stands before every document (bos), ends generation (eos) and fills batches (pad)."""
+SAMPLE_CHARACTERS = 20_000_000
+"""A tokenizer is trained on at most this much of the training text."""
+_RECIPE = 1  # part of the cache key: raise it when the training below changes
+
+
+def tokenizer_for(config: RunConfig) -> PreTrainedTokenizerFast:
+    """The tokenizer of `config`: the one at `tokenizer.path`, else one trained once on the training text.
+
+    A trained tokenizer is kept in `data.cache_dir` under a key of the training text and `tokenizer.vocab_size`.
+    Its vocabulary can come out smaller than asked for on a small text.
+    """
+    if config.tokenizer.path is not None:
+        return loaded_tokenizer(config.tokenizer.path)
+    key = _key(config)
+    folder = Path(config.data.cache_dir) / "tokenizers" / f"bpe-{config.tokenizer.vocab_size}-{key[:16]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "tokenizer.json").is_file():
+            tokenizer = trained_tokenizer(_sample(config), config.tokenizer.vocab_size)
+            with new_folder(folder) as temporary:
+                tokenizer.save_pretrained(temporary)
+    return loaded_tokenizer(folder)
+
+
+def trained_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with GPT-2's word pattern (Radford et al. 2019, section 2.2) and all 256 bytes."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def loaded_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """The fast tokenizer in folder or hub id `path`; `UserError` where there is none or it has no eos token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), use_fast=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"tokenizer.path: no tokenizer could be loaded from {str(path)!r}: {reason}; give a folder with "
+            "tokenizer.json or a hub id that can be reached, or leave it out to train one"
+        ) from None
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"tokenizer.path: {str(path)!r} has no fast tokenizer (tokenizer.json); choose another"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer.path: {str(path)!r} has no eos token, which stands between documents")
+    return tokenizer
+
+
+def packing_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """The `tokenizers` object that encodes raw text: no truncation or padding, and a special token's string in
+    the text becomes ordinary tokens, so that no text can pose as a document's end."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """sha256 of what decides the ids of a text: the tokenizer without truncation and padding, and the eos id."""
+    content = json.loads(packing_tokenizer(tokenizer).to_str())
+    content["eos_token_id"] = tokenizer.eos_token_id
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _key(config: RunConfig) -> str:
+    parts = [[source.fingerprint, source.weight] for source in training_sources(config)]
+    parts += [config.tokenizer.vocab_size, SAMPLE_CHARACTERS, _RECIPE]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _sample(config: RunConfig) -> Iterator[str]:
+    """The first training documents of every source, in the mixture's proportions."""
+    sources = training_sources(config)
+    total = sum(source.weight for source in sources)
+    for source in sources:
+        left = SAMPLE_CHARACTERS * source.weight / total
+        for text in split_texts(source):
+            if left <= 0:
+                break
+            yield text[: int(left) + 1]
+            left -= len(text)
