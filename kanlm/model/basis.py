@@ -1,0 +1,286 @@
+# Copyright 2026 The kanlm authors. Licensed under the Apache License, Version 2.0.
+"""Basis functions of one real variable: x [..., I] to values and derivatives [..., K, I].
+
+Shapes: I inputs, K basis functions, G grid intervals, k order (polynomial degree). A basis is evaluated once
+per input, whatever the number of outputs. Inputs stay the last, contiguous dimension, so that every step is a
+long vector operation and `values(x).flatten(-2)` is the left operand of a matrix product without a copy.
+
+Half precision is evaluated in fp32: a cubic B-spline in bf16 is off by 1e-2 and no longer sums to one.
+
+Outside the grid every function goes on linearly, with the value and slope it has at the edge (Fourier: it is
+periodic). The right edge belongs to the grid.
+
+References: de Boor 1978 (B-splines), Schoenberg 1946 (uniform ones), Li 2024, arXiv:2405.06721 (Gaussians for KANs),
+Delis 2024, FasterKAN (reflectional switch), Sidharth & Gokul 2024, arXiv:2405.07200 (Chebyshev), Xu et al. 2024,
+arXiv:2406.01034 (Fourier), Bozorgasl & Chen 2024, arXiv:2405.12832 (wavelets).
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+MAX_ORDER = 5
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+@lru_cache
+def uniform_pieces(order: int) -> tuple[tuple[float, ...], ...]:
+    """Polynomial pieces of a uniform B-spline: entry [r][p] is the coefficient of u^p, u in [0, 1].
+
+    On an interval, with u the position in it, the functions that are not zero are B_{j+r} = sum_p [r][p] u^p for
+    r = 0..k (Schoenberg 1946). Built by the recursion B_{r,k}(u) = (u + k - r) / k * B_{r-1,k-1}(u) + (1 + r - u) / k
+    * B_{r,k-1}(u), shifted to one interval.
+    """
+    pieces = [[1.0]]
+    for k in range(1, order + 1):
+        raised = [[0.0] * (k + 1) for _ in range(k + 1)]
+        for r in range(k + 1):
+            if r > 0:  # (u + k - r) / k times piece r - 1
+                for p, value in enumerate(pieces[r - 1]):
+                    raised[r][p] += (k - r) / k * value
+                    raised[r][p + 1] += value / k
+            if r < k:  # (1 + r - u) / k times piece r
+                for p, value in enumerate(pieces[r]):
+                    raised[r][p] += (1 + r) / k * value
+                    raised[r][p + 1] -= value / k
+        pieces = raised
+    return tuple(tuple(piece) for piece in pieces)
+
+
+def slope_pieces(order: int) -> tuple[tuple[float, ...], ...]:
+    """The derivative of `uniform_pieces` by u: entry [r][p] is the coefficient of u^p."""
+    return tuple(
+        tuple(p * value for p, value in enumerate(piece))[1:] or (0.0,) for piece in uniform_pieces(order)
+    )
+
+
+def horner(coefficients, u: Tensor) -> Tensor:
+    """sum_p coefficients[p] u^p."""
+    total = torch.full_like(u, coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        total = total * u + coefficient
+    return total
+
+
+@dataclass(frozen=True)
+class Basis:
+    """K functions on the grid [grid_min, grid_max] of `grid_size` intervals; see `make_basis`."""
+
+    grid_size: int
+    grid_min: float
+    grid_max: float
+    order: int = 3
+
+    @property
+    def num_functions(self) -> int:
+        return self.grid_size + 1
+
+    @property
+    def step(self) -> float:
+        """Length of a grid interval."""
+        return (self.grid_max - self.grid_min) / self.grid_size
+
+    def values(self, x: Tensor) -> Tensor:
+        """B_m(x): x [..., I] to [..., K, I], fp32 or fp64."""
+        x = at_least_fp32(x)
+        inside = x.clamp(self.grid_min, self.grid_max)
+        left, right = self._edge_slopes(x)
+        beyond = (x - inside).unsqueeze(-2)  # [..., 1, I]
+        return self._values(inside) + beyond.clamp(max=0) * left + beyond.clamp(min=0) * right
+
+    def derivatives(self, x: Tensor) -> Tensor:
+        """dB_m/dx: x [..., I] to [..., K, I], fp32 or fp64; at a kink or edge, the slope of one of its sides."""
+        x = at_least_fp32(x)
+        return self._derivatives(x.clamp(self.grid_min, self.grid_max))
+
+    def _edge_slopes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Slopes [K, 1] at both edges of the grid."""
+        return (
+            self._derivatives(x.new_full((1,), self.grid_min)),
+            self._derivatives(x.new_full((1,), self.grid_max)),
+        )
+
+    def _nodes(self, x: Tensor) -> Tensor:
+        """The G + 1 grid points as [K, 1]."""
+        nodes = torch.arange(self.grid_size + 1, device=x.device, dtype=x.dtype)
+        return (nodes * self.step + self.grid_min).unsqueeze(-1)
+
+    def _values(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _derivatives(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class BSpline(Basis):
+    """Uniform B-splines of order k: K = G + k, at most k + 1 of them not zero, summing to one.
+
+    Each interval's pieces are polynomials in the position u in the interval (`uniform_pieces`), so there is no
+    recursion over orders.
+    """
+
+    @property
+    def num_functions(self) -> int:
+        return self.grid_size + self.order
+
+    def interval(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Index of the grid interval, int64 in 0..G-1, and position in it (below 0 or above 1 outside the grid)."""
+        position = (x - self.grid_min) * (1 / self.step)
+        index = position.detach().floor().clamp(0, self.grid_size - 1)
+        # A NaN has no interval; it must come out as NaN, not as an index outside the memory.
+        return index.long().clamp(0, self.grid_size - 1), position - index
+
+    def _spread(self, index: Tensor, pieces: list[Tensor]) -> Tensor:
+        """Zeros [..., K, I] with pieces[r] [..., I] at function index + r."""
+        rows = torch.stack([index + r for r in range(self.order + 1)], dim=-2)  # [..., k+1, I]
+        stacked = torch.stack(pieces, dim=-2)
+        dense = stacked.new_zeros(*index.shape[:-1], self.num_functions, index.shape[-1])
+        return dense.scatter(-2, rows, stacked)  # [..., K, I]
+
+    def values(self, x: Tensor) -> Tensor:
+        index, u = self.interval(at_least_fp32(x))
+        inside = u.clamp(0, 1)
+        before, after = (u - inside).clamp(max=0), (u - inside).clamp(min=0)
+        pieces = []
+        for piece, slope in zip(uniform_pieces(self.order), slope_pieces(self.order), strict=True):
+            pieces.append(horner(piece, inside) + before * slope[0] + after * sum(slope))
+        return self._spread(index, pieces)
+
+    def derivatives(self, x: Tensor) -> Tensor:
+        index, u = self.interval(at_least_fp32(x))
+        inside = u.clamp(0, 1)
+        return self._spread(index, [horner(slope, inside) / self.step for slope in slope_pieces(self.order)])
+
+
+@dataclass(frozen=True)
+class Gaussian(Basis):
+    """exp(-z^2), z the distance to a grid point in grid steps: K = G + 1."""
+
+    def _values(self, x: Tensor) -> Tensor:
+        z = (x.unsqueeze(-2) - self._nodes(x)) * (1 / self.step)
+        return torch.exp(-z * z)
+
+    def _derivatives(self, x: Tensor) -> Tensor:
+        z = (x.unsqueeze(-2) - self._nodes(x)) * (1 / self.step)
+        return torch.exp(-z * z) * z * (-2 / self.step)
+
+
+@dataclass(frozen=True)
+class ReflectionalSwitch(Basis):
+    """1 - tanh(z)^2, z the distance to a grid point in grid steps: K = G + 1."""
+
+    def _values(self, x: Tensor) -> Tensor:
+        tanh = torch.tanh((x.unsqueeze(-2) - self._nodes(x)) * (1 / self.step))
+        return 1 - tanh * tanh
+
+    def _derivatives(self, x: Tensor) -> Tensor:
+        tanh = torch.tanh((x.unsqueeze(-2) - self._nodes(x)) * (1 / self.step))
+        return (1 - tanh * tanh) * tanh * (-2 / self.step)
+
+
+@dataclass(frozen=True)
+class MexicanHat(Basis):
+    """2 / (sqrt(3) pi^(1/4)) (1 - z^2) exp(-z^2 / 2), z the distance to a grid point in grid steps: K = G + 1."""
+
+    scale = 2 / (math.sqrt(3) * math.pi**0.25)
+
+    def _values(self, x: Tensor) -> Tensor:
+        square = ((x.unsqueeze(-2) - self._nodes(x)) * (1 / self.step)).square()
+        return (1 - square) * torch.exp(square * -0.5) * self.scale
+
+    def _derivatives(self, x: Tensor) -> Tensor:
+        z = (x.unsqueeze(-2) - self._nodes(x)) * (1 / self.step)
+        square = z * z
+        return (square - 3) * z * torch.exp(square * -0.5) * (self.scale / self.step)
+
+
+@dataclass(frozen=True)
+class Chebyshev(Basis):
+    """Chebyshev polynomials T_0 .. T_G of the grid mapped to [-1, 1]: K = G + 1."""
+
+    def _mapped(self, x: Tensor) -> Tensor:
+        return (x - self.grid_min) * (2 / (self.grid_max - self.grid_min)) - 1
+
+    def _values(self, x: Tensor) -> Tensor:
+        t = self._mapped(x)
+        functions = [torch.ones_like(t), t]
+        while len(functions) < self.num_functions:
+            functions.append(2 * t * functions[-1] - functions[-2])
+        return torch.stack(functions[: self.num_functions], dim=-2)
+
+    def _derivatives(self, x: Tensor) -> Tensor:
+        """dT_m/dt = m U_{m-1}(t), U the polynomials of the second kind."""
+        t = self._mapped(x)
+        second = [torch.ones_like(t), 2 * t]
+        while len(second) < self.grid_size:
+            second.append(2 * t * second[-1] - second[-2])
+        functions = [torch.zeros_like(t)] + [m * second[m - 1] for m in range(1, self.num_functions)]
+        return torch.stack(functions, dim=-2) * (2 / (self.grid_max - self.grid_min))
+
+
+@dataclass(frozen=True)
+class Fourier(Basis):
+    """1, cos(pi t), sin(pi t), cos(2 pi t), ... of the grid mapped to t in [-1, 1]: K = G + 1, periodic outside."""
+
+    def _angles(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Angles of the functions 1..G [..., G, I] and their frequencies [G, 1]; odd ones are cosines."""
+        numbers = torch.arange(1, self.grid_size + 1, device=x.device)
+        frequencies = (
+            ((numbers + 1) // 2).to(x.dtype) * (2 * math.pi / (self.grid_max - self.grid_min))
+        ).unsqueeze(-1)
+        centre = (self.grid_min + self.grid_max) / 2
+        # A sine is a cosine a quarter turn later.
+        phase = ((numbers + 1) % 2).to(x.dtype).unsqueeze(-1) * (math.pi / 2)
+        return (x.unsqueeze(-2) - centre) * frequencies - phase, frequencies
+
+    def values(self, x: Tensor) -> Tensor:
+        x = at_least_fp32(x)
+        angles, _ = self._angles(x)
+        return torch.cat((torch.ones_like(x).unsqueeze(-2), angles.cos()), dim=-2)
+
+    def derivatives(self, x: Tensor) -> Tensor:
+        x = at_least_fp32(x)
+        angles, frequencies = self._angles(x)
+        return torch.cat((torch.zeros_like(x).unsqueeze(-2), -angles.sin() * frequencies), dim=-2)
+
+
+BASES = {
+    "bspline": BSpline,
+    "rbf": Gaussian,
+    "relu_switch": ReflectionalSwitch,
+    "chebyshev": Chebyshev,
+    "fourier": Fourier,
+    "wavelet": MexicanHat,
+    "linear": BSpline,
+}
+
+
+def make_basis(
+    name: str, grid_size: int, order: int = 3, grid_min: float = -3.0, grid_max: float = 3.0
+) -> Basis:
+    """The basis `name` on a uniform grid of `grid_size` intervals on [grid_min, grid_max].
+
+    K is grid_size + order for `bspline`, grid_size + 1 for all others; `linear` is the B-spline of order 1, and
+    only `bspline` reads `order`.
+
+    Raises:
+        ValueError: an unknown name, grid_size < 1, order outside 0..5, an empty or infinite grid.
+    """
+    if name not in BASES:
+        raise ValueError(f"basis: unknown name {name!r}; choose one of {', '.join(BASES)}")
+    if not isinstance(grid_size, int) or grid_size < 1:
+        raise ValueError(f"grid_size: a grid has at least 1 interval, got {grid_size!r}; write an int >= 1")
+    if not isinstance(order, int) or not 0 <= order <= MAX_ORDER:
+        raise ValueError(f"order: must be an int in 0..{MAX_ORDER}, got {order!r}; 3 is cubic")
+    if not (math.isfinite(grid_min) and math.isfinite(grid_max) and grid_min < grid_max):
+        raise ValueError(
+            f"grid_min, grid_max: must be finite and ascending, got {grid_min!r} and {grid_max!r}"
+        )
+    return BASES[name](grid_size, float(grid_min), float(grid_max), 1 if name == "linear" else order)
