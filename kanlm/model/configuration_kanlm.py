@@ -60,6 +60,7 @@ class KanLMConfig(PreTrainedConfig):
         "layers.*.self_attn.v_proj": "colwise",
         "layers.*.self_attn.o_proj": "rowwise",
     }
+    """Of the attention; `__post_init__` adds the FFN where its channels do not depend on each other."""
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -102,6 +103,12 @@ class KanLMConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.ffn_type in MLP_TYPES:
+            self.base_model_tp_plan = self.base_model_tp_plan | {
+                "layers.*.mlp.gate_proj": "colwise",
+                "layers.*.mlp.up_proj": "colwise",
+                "layers.*.mlp.down_proj": "rowwise",
+            }
         kwargs.setdefault(
             "auto_map",
             {

@@ -25,7 +25,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_kanlm import KanLMConfig
-from .ffn import build_ffn
+from .ffn import XIELU, FeedForward, PolyNorm, build_ffn
+from .kan import KANLinear, LearnedFunction
 
 
 class KanLMRotaryEmbedding(nn.Module):
@@ -36,7 +37,12 @@ class KanLMRotaryEmbedding(nn.Module):
         self.config = config
         self.rope_type = config.rope_parameters["rope_type"]
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
-        frequencies, self.attention_scaling = self.initial_frequencies()
+        default = self.rope_type == "default"
+        frequencies_of = (
+            self.compute_default_rope_parameters if default else ROPE_INIT_FUNCTIONS[self.rope_type]
+        )
+        frequencies, self.attention_scaling = frequencies_of(config)
+        # Not saved: PreTrainedModel._init_weights computes them again after loading, by the name of this class.
         self.register_buffer("inv_freq", frequencies, persistent=False)  # [E/2]
         self.register_buffer("original_inv_freq", frequencies.clone(), persistent=False)
 
@@ -45,17 +51,6 @@ class KanLMRotaryEmbedding(nn.Module):
         """Frequencies theta^(-2i/E), i < E/2 (Su et al. 2021, eq. 15), fp32 [E/2]; cos and sin unscaled."""
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         return config.rope_parameters["rope_theta"] ** -exponents, 1.0
-
-    def initial_frequencies(self) -> tuple[torch.Tensor, float]:
-        if self.rope_type == "default":
-            return self.compute_default_rope_parameters(self.config)
-        return ROPE_INIT_FUNCTIONS[self.rope_type](self.config)
-
-    def reset_parameters(self):
-        """Recompute the buffers: they are not saved, and loading builds the module on the meta device."""
-        frequencies, self.attention_scaling = self.initial_frequencies()
-        init.copy_(self.inv_freq, frequencies)
-        init.copy_(self.original_inv_freq, frequencies)
 
     @torch.no_grad()
     @dynamic_rope_update
@@ -206,7 +201,7 @@ class KanLMPreTrainedModel(PreTrainedModel):
         if isinstance(module, KanLMDecoderLayer):
             depth = 2 * self.config.num_hidden_layers
             init.normal_(module.self_attn.o_proj.weight, std=self.config.initializer_range * depth**-0.5)
-        elif hasattr(module, "reset_parameters") and not type(module).__module__.startswith("torch."):
+        elif isinstance(module, (KANLinear, LearnedFunction, FeedForward, PolyNorm, XIELU)):
             module.reset_parameters()
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
