@@ -19,7 +19,7 @@ the harness' definition and costs one pass over the text; a smaller stride gives
 from __future__ import annotations
 
 import hashlib
-import logging
+import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kanlm import __version__, metrics
-from kanlm.config import UserError
-from kanlm.runs import EvalReport, versions
-
-logger = logging.getLogger(__name__)
+from kanlm.config import DataConfig, RunConfig, SourceConfig, TrainConfig, UserError, load_run_config, parsed
+from kanlm.data import documents as split_documents
+from kanlm.data import text_documents
+from kanlm.runs import EvalReport, RunDir, read_json, versions
 
 _BUFFERED_BATCHES = 32
 """Windows are sorted by length within this many batches, so that short documents are padded little."""
@@ -232,6 +232,10 @@ def load_causal_lm(
         raise UserError(
             f"model {model_path}: no config.json there; expected a folder written by `kanlm export`"
         )
+    if RunDir(path).record.is_file():
+        raise UserError(
+            f"model {model_path}: a run, not a model; run `kanlm export` and give {RunDir(path).hf}"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
@@ -364,6 +368,68 @@ def evaluate_model(
     )
 
 
+def held_out_documents(
+    data: str | Path,
+    split: str | None = None,
+    *,
+    text_column: str = "text",
+    document_separator: str | None = None,
+    max_documents: int | None = None,
+) -> tuple[Iterator[str], str, str]:
+    """(documents, name, split) of a data specification.
+
+    A run folder or a config (.toml): its held-out split (or `train`). `stdlib`, `stories`: the part held out
+    by default (or `train`). A file or data-set folder: all of it. A hub id: `split`, which must be given.
+    """
+    path = Path(data)
+    if path.suffix == ".toml":
+        config = load_run_config(path)
+    elif RunDir(path).record.is_file():
+        config = parsed(RunConfig, read_json(RunDir(path).config), str(RunDir(path).config))
+    elif str(data) in ("stdlib", "stories"):
+        config = RunConfig(
+            name="held-out", model={}, data=DataConfig(source=str(data)), train=TrainConfig(max_tokens=1)
+        )
+    else:
+        if split is None and not path.exists() and path.suffix == "":
+            raise UserError(
+                f"data {data}: a hub data set needs a split, e.g. test; or no such file or folder"
+            )
+        spec = SourceConfig(
+            source=str(data),
+            split=split or "train",
+            text_column=text_column,
+            document_separator=document_separator,
+        )
+        return text_documents(spec, max_documents=max_documents), str(data), split or "all"
+    split = split or "validation"
+    if split not in ("train", "validation"):
+        raise UserError(f"split: {data} has train and validation, got {split!r}")
+    texts = itertools.islice(split_documents(config, split), max_documents)
+    return texts, config.data.validation_source or config.data.source, split
+
+
+def evaluate_spec(
+    model: str | Path,
+    data: str | Path,
+    split: str | None = None,
+    *,
+    text_column: str = "text",
+    document_separator: str | None = None,
+    max_documents: int | None = None,
+    **settings: Any,
+) -> EvalReport:
+    """`evaluate` of `model` on `held_out_documents(data, ...)`; `settings` are those of `evaluate`."""
+    documents, dataset, split = held_out_documents(
+        data,
+        split,
+        text_column=text_column,
+        document_separator=document_separator,
+        max_documents=max_documents,
+    )
+    return evaluate(model, documents, dataset, split, **settings)
+
+
 @torch.no_grad()
 def validation_loss(
     model: nn.Module,
@@ -382,10 +448,9 @@ def validation_loss(
     batches, all run the same number of forward passes, and all return the same sums. Training mode is
     restored.
     """
-    ids = cache.ids
-    targets = len(ids) - 1 if max_tokens is None else min(len(ids) - 1, max_tokens)
+    targets = len(cache) - 1 if max_tokens is None else min(len(cache) - 1, max_tokens)
     if targets < 1:
-        raise UserError(f"data: the validation text has {len(ids)} tokens; at least 2 are needed")
+        raise UserError(f"data: the validation text has {len(cache)} tokens; at least 2 are needed")
     starts = range(0, targets, block_size)
     batches = [starts[i : i + batch_size] for i in range(0, len(starts), batch_size)]
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -412,7 +477,7 @@ def validation_loss(
         torch.distributed.all_reduce(sums)
     model.train(was_training)
     nll_nats, tokens = sums.tolist()
-    bytes_per_token = cache.manifest["bytes"] / cache.manifest["tokens"]
+    bytes_per_token = cache.manifest["bytes"] / (len(cache) - 1)
     return {
         "loss": nll_nats / tokens,
         "perplexity": metrics.perplexity(nll_nats, int(tokens)),
@@ -431,12 +496,13 @@ def _blocks(
     labels = torch.full((len(starts), length), -100, dtype=torch.int64)
     for row, start in enumerate(starts):
         end = min(start + length, targets)
-        block = torch.tensor(cache.ids[start : end + 1].astype("int64"))
+        block = torch.from_numpy(cache.tokens(start, end + 1))
         inputs[row, : end - start] = block[:-1]
         labels[row, : end - start] = block[1:]
     if cross_document_attention:
         return inputs, labels, None
-    document_starts = torch.as_tensor(cache.document_starts.astype("int64"))
-    places = torch.as_tensor(list(starts))[:, None] + torch.arange(length)  # [B, T] places in the stream
+    document_starts = torch.from_numpy(cache.document_starts)
+    block_starts = torch.tensor(list(starts))[:, None]
+    places = block_starts + torch.arange(length)  # [B, T] places in the stream
     current = document_starts[torch.searchsorted(document_starts, places, right=True) - 1]  # [B, T]
-    return inputs, labels, places - torch.maximum(current, torch.as_tensor(list(starts))[:, None])
+    return inputs, labels, places - torch.maximum(current, block_starts)
