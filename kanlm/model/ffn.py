@@ -101,9 +101,12 @@ class MLP(FeedForward):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.activation = activation
+        self.kernel = None
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.up_proj(u)))
+        hidden = self.up_proj(u)
+        hidden = self.activation(hidden) if self.kernel is None else self.kernel(self, hidden, None)
+        return self.down_proj(hidden)
 
 
 class GatedMLP(FeedForward):
@@ -115,9 +118,12 @@ class GatedMLP(FeedForward):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.activation = activation
+        self.kernel = None
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(u)) * self.up_proj(u))
+        gate, up = self.gate_proj(u), self.up_proj(u)
+        hidden = self.activation(gate) * up if self.kernel is None else self.kernel(self, gate, up)
+        return self.down_proj(hidden)
 
 
 def _learned_function(config, channels: int, initial: str, base: str | None = None) -> LearnedFunction:

@@ -152,6 +152,10 @@ class KANLinear(nn.Module):
             )
         if self.kernel is not None:
             return self.kernel(self, x)
+        return self.reference(x)
+
+    def reference(self, x: Tensor) -> Tensor:
+        """`forward` without a kernel: the definition."""
         y = self._splines(x)
         return y if self.base is None else y + self.base(F.silu(x))
 
@@ -324,6 +328,10 @@ class LearnedFunction(nn.Module):
             )
         if self.kernel is not None:
             return self.kernel(self, a, u)
+        return self.reference(a, u)
+
+    def reference(self, a: Tensor, u: Tensor | None) -> Tensor:
+        """phi(a) * u, or phi(a) where u is None, without a kernel: the definition."""
         return _Gated.apply(a, u, self.table() if self.is_spline else self.coefficients, self)
 
     def table(self) -> Tensor:
