@@ -1,0 +1,300 @@
+"""Checkpoints: complete, checksummed, replaced in one rename, the same whatever the number of processes.
+
+    checkpoints/step-00001000/
+      manifest.json           size and sha256 of every other file; written last
+      model.json              KanLMConfig
+      model.safetensors       full (unsharded) parameters; a tied head is not stored twice
+      optimizer.safetensors   full optimiser state, `PARAMETER/exp_avg` and so on
+      trainer.json            step, tokens, loader state, and what else an exact resume needs
+
+Nothing goes through pickle. Sharded (FSDP2) and replicated (DDP) runs are gathered by
+torch.distributed.checkpoint.state_dict into the same files, so a checkpoint resumes on any number of
+processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from transformers import PreTrainedTokenizerFast
+
+from kanlm.config import UserError
+from kanlm.model import KanLMConfig
+from kanlm.runs import RunDir, new_folder, read_json, write_json
+
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FOLDER = re.compile(r"step-(\d{8,})$")
+
+
+class CorruptCheckpoint(UserError):
+    """A checkpoint folder whose files are not those of its manifest."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A training state in CPU memory that no later step changes."""
+
+    step: int
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    model_config: dict[str, Any]
+    trainer: dict[str, Any]
+
+    def write(self, folder: Path) -> None:
+        """The files of a checkpoint into `folder`, the manifest last."""
+        save_file(self.model, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(self.optimizer, folder / "optimizer.safetensors", metadata={"format": "pt"})
+        write_json(folder / "model.json", self.model_config)
+        write_json(folder / "trainer.json", self.trainer)
+        files = {
+            path.name: {"size": path.stat().st_size, "sha256": sha256(path)}
+            for path in sorted(folder.iterdir())
+        }
+        write_json(folder / "manifest.json", {"step": self.step, "files": files})
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def snapshot(
+    step: int,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    config: KanLMConfig,
+    trainer: dict[str, Any],
+) -> Snapshot:
+    """The state of `model` and `optimizers` on the CPU; all processes call it, the main one holds the
+    result.
+    """
+    weights, states = get_state_dict(model, optimizers, options=FULL)
+    tied = tied_names(config)
+    on_cpu = (
+        next(model.parameters()).device.type == "cpu"
+    )  # then the state dict may still share memory with the model
+
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().clone() if on_cpu else tensor.detach().contiguous()
+
+    return Snapshot(
+        step=step,
+        model={name: copied(tensor) for name, tensor in weights.items() if name not in tied},
+        optimizer={
+            f"{name}/{key}": copied(tensor)
+            for name, state in states.get("state", {}).items()
+            for key, tensor in state.items()
+        },
+        model_config=config.to_dict(),
+        trainer=trainer,
+    )
+
+
+def restore(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Load `folder` into `model` and `optimizers`, sharded or not; the trainer state is returned.
+
+    Hyperparameters stay those of the optimisers passed in: a run's configuration decides them, not its
+    checkpoint.
+    """
+    config = KanLMConfig.from_dict(read_json(folder / "model.json"))
+    weights = with_tied(load_file(folder / "model.safetensors"), config)
+    _, states = get_state_dict(
+        model, optimizers, options=FULL
+    )  # for the structure: groups and parameter names
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in load_file(folder / "optimizer.safetensors").items():
+        parameter, _, key = name.rpartition("/")
+        state.setdefault(parameter, {})[key] = tensor
+    if torch.distributed.is_initialized():  # only the main process holds the gathered structure
+        structure = [states.get("param_groups")]
+        torch.distributed.broadcast_object_list(structure)
+        states["param_groups"] = structure[0]
+    set_state_dict(
+        model,
+        optimizers,
+        model_state_dict=weights,
+        optim_state_dict={"state": state, "param_groups": states["param_groups"]},
+        options=FULL,
+    )
+    return read_json(folder / "trainer.json")
+
+
+def tied_names(config: KanLMConfig) -> set[str]:
+    """Names that a state dict repeats and a file leaves out."""
+    return {"lm_head.weight"} if config.tie_word_embeddings else set()
+
+
+def with_tied(weights: dict[str, torch.Tensor], config: KanLMConfig) -> dict[str, torch.Tensor]:
+    """`weights` with the tied head pointing at the embedding, as a strict load expects it."""
+    return weights | {name: weights["model.embed_tokens.weight"] for name in tied_names(config)}
+
+
+def checkpoint_folders(run: RunDir) -> list[Path]:
+    """All complete-looking checkpoint folders of `run`, oldest first."""
+    if not run.checkpoints.is_dir():
+        return []
+    return sorted(path for path in run.checkpoints.iterdir() if path.is_dir() and FOLDER.fullmatch(path.name))
+
+
+def step_of(folder: Path) -> int:
+    return int(FOLDER.fullmatch(folder.name)[1])
+
+
+def verify(folder: Path) -> None:
+    """Raise `CorruptCheckpoint` where `folder` is not exactly what its manifest lists."""
+    try:
+        files = read_json(folder / "manifest.json")["files"]
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, UnicodeDecodeError):
+        raise CorruptCheckpoint(
+            f"{folder}: no readable manifest.json; the checkpoint is not complete"
+        ) from None
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CorruptCheckpoint(f"{path}: missing, but listed in manifest.json")
+        if path.stat().st_size != expected["size"]:
+            raise CorruptCheckpoint(
+                f"{path}: {path.stat().st_size} bytes where manifest.json says {expected['size']}"
+            )
+        if sha256(path) != expected["sha256"]:
+            raise CorruptCheckpoint(f"{path}: content differs from its sha256 in manifest.json")
+
+
+def newest_good(run: RunDir, say: Callable[[str], None] = print) -> Path | None:
+    """The newest intact checkpoint of `run`, or None where it has none; each damaged one passed over is
+    named.
+    """
+    for folder in reversed(checkpoint_folders(run)):
+        try:
+            verify(folder)
+        except CorruptCheckpoint as error:
+            say(f"damaged checkpoint passed over: {error}")
+        else:
+            return folder
+    return None
+
+
+def remove_leftovers(run: RunDir, after_step: int) -> None:
+    """Delete unfinished folders of a killed writer, and set aside what claims to be later than `after_step`.
+
+    A folder later than the newest intact one is damaged; it is renamed to `damaged-...`, so that the run can
+    write that step again and a person can still look at it.
+    """
+    if not run.checkpoints.is_dir():
+        return
+    for path in run.checkpoints.glob(".step-*"):
+        shutil.rmtree(path)
+    for path in checkpoint_folders(run):
+        if step_of(path) > after_step:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
+class CheckpointWriter:
+    """Writes snapshots, by default in a thread while training goes on; at most one write is under way.
+
+    `finish()` waits for it. A failed write (no space left, a read-only folder) raises UserError from the next
+    `save` or `finish`, or is printed there when `on_error` is "continue"; older checkpoints are untouched
+    either way.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        keep_last: int,
+        keep_every: int,
+        asynchronous: bool,
+        on_error: str,
+        say: Callable[[str], None],
+    ):
+        self.run, self.keep_last, self.keep_every = run, keep_last, keep_every
+        self.asynchronous, self.on_error, self.say = asynchronous, on_error, say
+        self.thread: threading.Thread | None = None
+        self.error: str | None = None
+        self.written_step: int | None = None
+
+    def save(self, state: Snapshot) -> None:
+        self.finish()
+        if self.asynchronous:
+            self.thread = threading.Thread(target=self._write, args=(state,), name="checkpoint")
+            self.thread.start()
+        else:
+            self._write(state)
+            self.finish()
+
+    def finish(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.error is not None:
+            message, self.error = self.error, None
+            if self.on_error == "stop":
+                raise UserError(message)
+            self.say(f"{message}; training goes on without it (train.on_checkpoint_error = continue)")
+
+    def _write(self, state: Snapshot) -> None:
+        folder = self.run.checkpoint(state.step)
+        try:
+            with new_folder(folder) as temporary:
+                state.write(temporary)
+            self.written_step = state.step
+            self._prune()
+        except (OSError, SafetensorError) as error:
+            good = newest_good(self.run, say=lambda _: None)
+            kept = f"{good.name} is intact" if good else "no earlier checkpoint exists"
+            self.error = f"{folder}: the checkpoint could not be written ({error}); {kept}; free some space and run again"
+
+    def _prune(self) -> None:
+        folders = checkpoint_folders(self.run)
+        for folder in folders[: -self.keep_last]:
+            if not (self.keep_every and step_of(folder) % self.keep_every == 0):
+                shutil.rmtree(folder)
+
+
+def load_model(run_dir: str | Path, step: int | None = None) -> tuple[KanLMConfig, dict[str, torch.Tensor]]:
+    """Architecture and weights of the newest intact checkpoint below `run_dir`, or of `step`.
+
+    The state dict fits a strict `load_state_dict`. Raises UserError where there is no such checkpoint,
+    CorruptCheckpoint where the `step` asked for is damaged.
+    """
+    run = RunDir(run_dir)
+    if step is None:
+        folder = newest_good(run)
+        if folder is None:
+            raise UserError(
+                f"{run.root}: holds no intact checkpoint; train it first: kanlm train CONFIG.toml"
+            )
+    else:
+        folder = run.checkpoint(step)
+        if not folder.is_dir():
+            found = ", ".join(str(step_of(path)) for path in checkpoint_folders(run)) or "none"
+            raise UserError(f"{run.root}: no checkpoint of step {step}; steps that it holds: {found}")
+        verify(folder)
+    config = KanLMConfig.from_dict(read_json(folder / "model.json"))
+    return config, with_tied(load_file(folder / "model.safetensors"), config)
+
+
+def load_tokenizer(run_dir: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that the run was trained with."""
+    folder = RunDir(run_dir).tokenizer
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder}: no tokenizer.json; {run_dir} is not the folder of a run that has started")
+    return PreTrainedTokenizerFast.from_pretrained(folder)

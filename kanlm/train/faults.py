@@ -1,0 +1,123 @@
+"""What can go wrong in a step: signals, non-finite numbers, parameters that never learn."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable
+from types import FrameType
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from kanlm.config import UserError
+
+
+class Diverged(UserError):
+    """Training stopped because of non-finite numbers."""
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGINT for the duration of a `with` block, so that a step can be finished first.
+
+    A second SIGINT acts at once. Outside the main thread no handler can be set; the signals then act as
+    before.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopSignal:
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._remember)
+        except ValueError:  # not the main thread
+            self._previous.clear()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.received is signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+
+class ZeroGradientWatch:
+    """Finds trainable parameters whose gradient has been exactly zero in every one of the first `steps`
+    steps.
+
+    Such a parameter is dead by construction (a zero factor in front of it, a branch that is not used), not
+    slow. `silent` names those not seen moving yet; it is part of the trainer state, so that a resumed run
+    goes on watching.
+    """
+
+    def __init__(self, model: nn.Module, steps: int, silent: Iterable[str] | None = None):
+        self.steps = steps
+        names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.silent = set(names if silent is None else silent)
+
+    def observe(self, model: nn.Module, steps_done: int) -> None:
+        """Look at the gradients of a step; call it before they are cleared. Raises UserError at the last
+        step.
+        """
+        if steps_done > self.steps or not self.silent:
+            return
+        watched = [(name, p) for name, p in model.named_parameters() if _plain(name) in self.silent]
+        moved = torch.zeros(len(watched), device=watched[0][1].device)
+        for index, (_, parameter) in enumerate(watched):
+            gradient = parameter.grad
+            if gradient is not None:
+                local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+                moved[index] = local.count_nonzero() > 0
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(moved)
+        self.silent -= {_plain(name) for (name, _), seen in zip(watched, moved.tolist(), strict=True) if seen}
+        if steps_done == self.steps and self.silent:
+            raise UserError(
+                f"train.zero_gradient_steps: in all of the first {self.steps} steps the gradient was "
+                f"exactly zero for "
+                f"{', '.join(sorted(self.silent))}; this parameter cannot learn: check its initialisation, "
+                f"or set "
+                "train.zero_gradient_steps=0 to train anyway"
+            )
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("module.")
+
+
+def first_nonfinite_layer(model: nn.Module, batch: dict[str, torch.Tensor]) -> str:
+    """Where NaN or Inf first appears when `batch` goes through `model`: a module's output, else a gradient.
+
+    Runs one forward pass without gradients; gradients of the failed step must still be in place.
+    """
+    found: list[str] = []
+
+    def hook(name: str):
+        def check(module: nn.Module, inputs: object, output: object) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            if not found and isinstance(first, torch.Tensor) and not first.isfinite().all():
+                found.append(f"output of {name} ({type(module).__name__})")
+
+        return check
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            model(**batch, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if found:
+        return found[0]
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            return f"parameter {_plain(name)}"
+    for name, parameter in reversed(list(model.named_parameters())):  # nearest to the loss first
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            return f"gradient of {_plain(name)}"
+    return "the loss"

@@ -1,0 +1,83 @@
+"""Optimisers over four groups of parameters: matrices, KAN coefficients, embeddings, and vectors.
+
+| group      | what                                            | weight decay | learning rate               |
+|------------|-------------------------------------------------|--------------|-----------------------------|
+| matrices   | attention and FFN weights with two or more axes | weight_decay | learning_rate               |
+| kan        | KAN coefficients                                | 0            | x kan_lr_multiplier         |
+| embeddings | token embedding and untied output head          | 0            | learning_rate               |
+| vectors    | norm scales, biases, learned scalars            | 0            | learning_rate               |
+
+`muon` gives the matrices to torch.optim.Muon (Jordan et al. 2024,
+https://kellerjordan.github.io/posts/muon/) with updates scaled to AdamW's RMS (Liu et al. 2025,
+https://arxiv.org/abs/2502.16982), so that one learning rate serves both; everything else stays with AdamW.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from kanlm.config import TrainConfig
+from kanlm.model.kan import kan_coefficient_names
+
+GROUPS = ("matrices", "kan", "embeddings", "vectors")
+
+
+def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Every trainable parameter of a KanLM model, exactly once, as (name, parameter) under its group's
+    name.
+    """
+    kan = kan_coefficient_names(model)
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = model.get_output_embeddings()
+    if head is not None:
+        embeddings.add(id(head.weight))
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in GROUPS}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name in kan:
+            group = "kan"
+        elif id(parameter) in embeddings:
+            group = "embeddings"
+        else:
+            group = "matrices" if parameter.ndim >= 2 else "vectors"
+        groups[group].append((name, parameter))
+    return groups
+
+
+def optimizers(model: nn.Module, config: TrainConfig, device: torch.device) -> list[torch.optim.Optimizer]:
+    """AdamW alone, or Muon for the matrices and AdamW for the rest.
+
+    Each torch group carries `name` (of the table above) and `peak_lr`; the loop sets `lr` = `peak_lr` *
+    schedule. AdamW is fused on CUDA and CPU, which both have the kernel.
+    """
+    groups = parameter_groups(model)
+
+    def group(name: str) -> dict:
+        multiplier = config.kan_lr_multiplier if name == "kan" else 1.0
+        peak = config.learning_rate * multiplier
+        betas = config.kan_betas if name == "kan" and config.kan_betas else config.betas
+        return {
+            "name": name,
+            "params": [parameter for _, parameter in groups[name]],
+            "lr": peak,
+            "peak_lr": peak,
+            "betas": betas,
+            "weight_decay": config.weight_decay if name == "matrices" else 0.0,
+        }
+
+    adam_names = [
+        name for name in GROUPS if groups[name] and not (config.optimizer == "muon" and name == "matrices")
+    ]
+    fused = device.type in ("cuda", "cpu")
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            [group(name) for name in adam_names], lr=config.learning_rate, eps=config.eps, fused=fused
+        )
+    ]
+    if config.optimizer == "muon":
+        matrices = group("matrices")
+        del matrices["betas"]
+        made.insert(0, torch.optim.Muon([matrices], lr=config.learning_rate, adjust_lr_fn="match_rms_adamw"))
+    return made

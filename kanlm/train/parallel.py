@@ -1,0 +1,153 @@
+"""Placement: one process, DDP or FSDP2, as accelerate was launched; and what is really in use.
+
+accelerate's own FSDP2 serves GPUs. On CPU it ignores its FSDP setting and trains with DDP without a word;
+there torch's `fully_shard` is applied here, so that the same launch command shards on both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from kanlm.config import RunConfig, UserError
+from kanlm.train.tracking import log_with
+
+
+def fsdp_requested() -> bool:
+    """Whether accelerate's launch configuration asks for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
+
+
+def prepared(
+    accelerator: Accelerator,
+    model: nn.Module,
+    make_optimizers: Callable[[nn.Module], list[torch.optim.Optimizer]],
+) -> tuple[nn.Module, list[AcceleratedOptimizer], str]:
+    """The model and its optimisers as this launch runs them, and "none", "ddp" or "fsdp2": what was really
+    done.
+
+    UserError where the launch asks for something else than these.
+    """
+    if fsdp_requested() and accelerator.num_processes == 1:
+        raise UserError(
+            "accelerate: FSDP was asked for, but one process was launched; set num_processes to 2 or more"
+        )
+    if accelerator.is_fsdp2:
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = model._no_split_modules
+        model, *optimizers = accelerator.prepare(model, *make_optimizers(model))
+    elif fsdp_requested():
+        if accelerator.device.type != "cpu":
+            raise UserError("accelerate: fsdp_config.fsdp_version: expected 2; FSDP1 is not supported")
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        optimizers = [accelerator.prepare(optimizer) for optimizer in make_optimizers(model)]
+    else:
+        model, *optimizers = accelerator.prepare(model, *make_optimizers(model))
+    # The model would otherwise turn its logits to fp32, a copy as large as they are; the loop opens autocast
+    # itself.
+    if not isinstance(model, FSDPModule):
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    wrapper = wrapper_in_use(model)
+    expected = "none" if accelerator.num_processes == 1 else "fsdp2" if fsdp_requested() else "ddp"
+    assert wrapper == expected, f"{accelerator.num_processes} processes: expected {expected}, got {wrapper}"
+    return model, optimizers, wrapper
+
+
+def wrapper_in_use(model: nn.Module) -> str:
+    if isinstance(model, FSDPModule):
+        return "fsdp2"
+    return "ddp" if isinstance(model, DistributedDataParallel) else "none"
+
+
+def no_sync(accelerator: Accelerator, model: nn.Module) -> Any:
+    """A context in which gradients stay local to the process: every micro-batch of a step but the last."""
+    if isinstance(model, FSDPModule):
+        return _FsdpNoSync(model)
+    return accelerator.no_sync(model)
+
+
+class _FsdpNoSync:
+    def __init__(self, model: FSDPModule):
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.model.set_requires_gradient_sync(False)
+
+    def __exit__(self, *_: object) -> None:
+        self.model.set_requires_gradient_sync(True)
+
+
+def global_sum(values: torch.Tensor) -> torch.Tensor:
+    """`values` summed over all processes, in place."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(values)
+    return values
+
+
+@contextmanager
+def new_accelerator(config: RunConfig) -> Iterator[Accelerator]:
+    """accelerate's view of this launch, for one run; UserError where the device lacks the precision."""
+    wanted = config.train.mixed_precision
+    state = PartialState()
+    on_gpu = state.device.type == "cuda"
+    if wanted == "auto":
+        wanted = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    elif wanted == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError("train.mixed_precision: this GPU has no bf16; use 'fp16', 'no' or 'auto'")
+    elif wanted == "fp16" and not on_gpu:
+        raise UserError(
+            f"train.mixed_precision: 'fp16' needs a GPU, and this run is on {state.device.type}; "
+            "use 'no', 'bf16' or 'auto'"
+        )
+    if wanted == "fp16" and config.train.optimizer == "muon":
+        raise UserError("train.mixed_precision: 'fp16' does not go with train.optimizer = 'muon'; use 'bf16'")
+    accelerator = Accelerator(
+        mixed_precision=wanted,
+        log_with=log_with(config),
+        project_config=ProjectConfiguration(project_dir=str(config.run_dir), logging_dir=str(config.run_dir)),
+    )
+    try:
+        yield accelerator
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        accelerator.free_memory()
+        AcceleratorState._reset_state()  # the next run of this process may choose another precision
+
+
+def set_threads(accelerator: Accelerator, num_threads: int | None) -> None:
+    """torch threads of this process: as configured, else OMP_NUM_THREADS of a lone process, else cores /
+    processes.
+
+    (`accelerate launch` and torchrun set OMP_NUM_THREADS=1 themselves when they start several processes.)
+    """
+    if num_threads is None and accelerator.num_processes == 1 and "OMP_NUM_THREADS" in os.environ:
+        return
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    torch.set_num_threads(num_threads or max(1, len(os.sched_getaffinity(0)) // local_processes))
+
+
+def clipped_norm(
+    accelerator: Accelerator, model: nn.Module, optimizers: list[AcceleratedOptimizer], max_norm: float
+) -> float:
+    """L2 norm of all gradients before clipping to `max_norm` (0 = no clipping)."""
+    if accelerator.scaler is not None:
+        accelerator.unscale_gradients()
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

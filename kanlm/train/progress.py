@@ -1,0 +1,164 @@
+"""What a person and a program see of a run: a progress bar or plain lines, metrics.jsonl, and the
+trackers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from kanlm.runs import RunDir, RunRecord, write_json, write_text
+from kanlm.train.resume import TrainerState
+
+PEAK_TFLOPS = {  # dense bf16 tensor-core peaks of the vendors' data sheets
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "B200": 2250,
+    "A100": 312,
+    "L40S": 362,
+    "A10G": 70,
+    "RTX 4090": 165,
+}
+
+
+class Progress:
+    """Speaks for the main process; on all others every method does nothing."""
+
+    def __init__(self, accelerator: Accelerator, metrics: Path, total_steps: int, first_step: int):
+        self.accelerator = accelerator
+        self.main = accelerator.is_main_process
+        self.total_steps = total_steps
+        self.bits_per_byte: float | None = None
+        self.bar = None
+        self.file = None
+        if self.main:
+            keep_metrics_until(metrics, first_step)
+            self.file = open(metrics, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+            if sys.stderr.isatty():
+                self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def say(self, line: str) -> None:
+        if self.main:
+            if self.bar is not None:
+                self.bar.write(line)
+            else:
+                print(line, flush=True)
+
+    def step_done(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def log(self, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, the same to the trackers, and a readable form of it."""
+        if not self.main:
+            return
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+        numbers = {
+            key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"
+        }
+        self.accelerator.log(numbers, step=values["step"])
+        self.bits_per_byte = values.get("validation_bits_per_byte", self.bits_per_byte)
+        if self.bar is not None:
+            self.bar.set_postfix_str(self._short(values))
+        else:
+            print(f"step {values['step']}/{self.total_steps}  {self._short(values)}", flush=True)
+
+    def _short(self, values: dict[str, Any]) -> str:
+        parts = []
+        if "loss" in values:
+            parts += [f"loss {values['loss']:.4f}"]
+        if self.bits_per_byte is not None:
+            parts += [f"{self.bits_per_byte:.3f} bits/byte"]
+        if values.get("tokens_per_second"):
+            parts += [f"{values['tokens_per_second']:,.0f} tokens/s"]
+            if values.get("mfu") is not None:
+                parts += [f"{values['mfu']:.1%} of peak"]
+            if self.bar is None and "seconds_left" in values:
+                parts += [f"{timedelta(seconds=math.ceil(values['seconds_left']))} left"]
+        return "  ".join(parts)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.file is not None:
+            self.file.close()
+
+
+def keep_metrics_until(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step`, which a resumed run is about to do again, and a torn last
+    line.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:  # the line that a kill cut off
+            break
+        if values["step"] > step or values.get("final"):
+            break
+        kept.append(line)
+    write_text(path, "".join(line + "\n" for line in kept))
+
+
+def peak_flops_per_second(device: torch.device, low_precision: bool) -> tuple[float, str]:
+    """Peak FLOP/s of one device, and where the number comes from.
+
+    The data sheet's bf16 value for a known GPU in mixed precision, otherwise the fastest of a few matrix
+    products.
+    """
+    if device.type == "cuda" and low_precision:
+        name = torch.cuda.get_device_name(device)
+        for known, tflops in PEAK_TFLOPS.items():
+            if known in name:
+                return tflops * 1e12, f"data sheet, {known} bf16"
+    size = 4096 if device.type == "cuda" else 512
+    dtype = torch.bfloat16 if low_precision and device.type == "cuda" else torch.float32
+    generator = torch.Generator().manual_seed(0)  # the run's own random numbers stay untouched
+    a = torch.rand(size, size, generator=generator).to(device, dtype)
+    best = math.inf
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best, f"measured, {size} x {size} {str(dtype).removeprefix('torch.')} matrix product"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: allocated on a GPU, resident otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class RecordKeeper:
+    """Keeps run.json in step with the trainer state; only the main process writes."""
+
+    def __init__(self, run: RunDir, record: RunRecord, accelerator: Accelerator):
+        self.run, self.record, self.main = run, record, accelerator.is_main_process
+        self.written = -math.inf
+
+    def __call__(self, state: TrainerState, at_most_every_seconds: float = 0.0) -> None:
+        record = self.record
+        record.step, record.tokens, record.seconds = state.step, state.tokens, state.seconds
+        record.skipped_steps = state.skipped_steps
+        if self.main and time.monotonic() - self.written >= at_most_every_seconds:
+            write_json(self.run.record, record)
+            self.written = time.monotonic()

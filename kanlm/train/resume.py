@@ -1,0 +1,152 @@
+"""When a run may go on: same configuration, tokenizer and data, one process group at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from kanlm.config import RunConfig, UserError
+from kanlm.runs import RunDir, read_json
+from kanlm.train import checkpoint
+
+FREE_TO_CHANGE = {
+    "output_dir",
+    "data.cache_dir",
+    "data.num_workers",
+    "train.micro_batch_size",
+    "train.num_threads",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_tokens",
+    "train.health_every",
+    "train.save_every",
+    "train.keep_last",
+    "train.keep_every",
+    "train.async_checkpoint",
+    "train.on_checkpoint_error",
+    "train.zero_gradient_steps",
+    "tracking.tracker",
+    "tracking.project",
+    "tracking.wandb_mode",
+}
+"""Keys that may differ from those a run was started with: what is learned does not depend on them."""
+
+
+@dataclass
+class TrainerState:
+    """What an exact resumption needs besides weights and optimiser states."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped_steps: int = 0
+    nonfinite_in_a_row: int = 0
+    loader: dict[str, Any] = field(default_factory=dict)
+    silent: list[str] | None = None
+    """Parameters whose gradient has always been zero so far; None before the first step."""
+    scaler: dict[str, Any] | None = None
+    """fp16 only: the gradient scaler."""
+    data_sha256: str = ""
+    tokenizer_sha256: str = ""
+    world_size: int = 1
+
+
+def check_same_run(config: RunConfig, run: RunDir) -> None:
+    """UserError naming the first differing key where the folder of `run` holds another configuration."""
+    if not run.config.exists():
+        return
+    before, now = leaves(read_json(run.config)), leaves(config.model_dump(mode="json"))
+    for key in sorted(before.keys() | now.keys()):
+        if key not in FREE_TO_CHANGE and before.get(key) != now.get(key):
+            raise UserError(
+                f"{run.root}: holds a run with another configuration: {key} was {before.get(key)!r}, is now "
+                f"{now.get(key)!r}; choose another name, change it back, or delete the folder"
+            )
+
+
+def leaves(table: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted keys; a list is one value."""
+    if not isinstance(table, dict):
+        return {prefix: table}
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= leaves(value, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+@contextmanager
+def held_by_this_process(run: RunDir, accelerator: Accelerator) -> Iterator[None]:
+    """Make the run's folder and lock it; UserError where another process trains it. A killed one holds no
+    lock.
+    """
+    if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+        yield
+        return
+    run.root.mkdir(parents=True, exist_ok=True)
+    with open(run.root / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{run.root}: another process is training this run; wait for it, or choose another name"
+            ) from None
+        accelerator.wait_for_everyone()
+        yield
+
+
+def resume(
+    run: RunDir,
+    state: TrainerState,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+) -> Path | None:
+    """Load the newest intact checkpoint into `state`, `model` and `optimizers`; its folder, or None for a
+    new run.
+
+    UserError where the checkpoint's tokenizer or data are not those of `state`, or where every checkpoint of
+    the run is damaged.
+    """
+    choice: list[Any] = [None, False]  # made once, so that all processes load the same
+    if accelerator.is_main_process:
+        folder = checkpoint.newest_good(run, say)
+        choice = [folder, bool(checkpoint.checkpoint_folders(run))]
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(choice)
+    folder, any_folder = choice
+    if folder is None:
+        if any_folder:
+            raise UserError(
+                f"{run.checkpoints}: every checkpoint is damaged; delete the folder to start the run anew"
+            )
+        return None
+    if accelerator.is_main_process:
+        checkpoint.remove_leftovers(run, after_step=checkpoint.step_of(folder))
+    saved = read_json(folder / "trainer.json")
+    for name, what in (("tokenizer_sha256", "tokenizer"), ("data_sha256", "training data")):
+        if saved[name] != getattr(state, name):
+            raise UserError(
+                f"{run.root}: {name}: the {what} of the checkpoint ({saved[name][:12]}) is not today's "
+                f"({getattr(state, name)[:12]}); restore it, or choose another name for a new run"
+            )
+    checkpoint.restore(folder, model, optimizers)
+    for item in fields(state):
+        if item.name != "world_size":
+            setattr(state, item.name, saved[item.name])
+    return folder

@@ -1,0 +1,76 @@
+"""Experiment trackers through accelerate's tracker interface: never a prompt, never a crash in mid-training.
+
+wandb runs offline unless `tracking.wandb_mode` is `online`; a missing package, key or network is found before
+the first step and said in one line.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import netrc
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from accelerate import Accelerator
+
+from kanlm.config import RunConfig, UserError
+
+PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
+
+
+def log_with(config: RunConfig) -> str | None:
+    """accelerate's name of the configured tracker; UserError where its package or wandb's key is missing."""
+    name = config.tracking.tracker
+    if name == "none":
+        return None
+    if importlib.util.find_spec(PACKAGES[name]) is None:
+        raise UserError(
+            f"tracking.tracker: {name!r} is not installed; pip install {PACKAGES[name]}, or set "
+            f"tracking.tracker=none"
+        )
+    if name == "wandb" and config.tracking.wandb_mode == "online" and not _wandb_key():
+        raise UserError(
+            "tracking.wandb_mode: 'online' needs an API key, and WANDB_API_KEY is not set and no `wandb "
+            "login` was "
+            "made; log in, or set tracking.wandb_mode=offline"
+        )
+    return name
+
+
+def _wandb_key() -> bool:
+    """Whether WANDB_API_KEY or a netrc entry of wandb's host, as `wandb login` writes it, is there."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False
+
+
+def start_trackers(accelerator: Accelerator, config: RunConfig, run_dir: Path) -> None:
+    """Start the configured tracker; UserError in one line where it cannot start (no network, a refused
+    key).
+    """
+    name = config.tracking.tracker
+    if name == "none":
+        return
+    settings: dict[str, dict[str, Any]] = {
+        "wandb": {"wandb": {"name": config.name, "dir": str(run_dir), "mode": config.tracking.wandb_mode}},
+        "tensorboard": {},
+        "trackio": {"trackio": {"name": config.name}},
+    }[name]
+    accelerator.init_trackers(config.tracking.project, config=flat(config.model_dump()), init_kwargs=settings)
+
+
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, bool | str | float | int]:
+    """Nested tables as dotted keys with scalar values; None is left out, anything else becomes text."""
+    values: dict[str, bool | str | float | int] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            values |= flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            values[f"{prefix}{key}"] = value if isinstance(value, (bool, str, float, int)) else str(value)
+    return values
