@@ -1,0 +1,110 @@
+"""Fused implementations of what kanlm.model defines; `select` chooses, and the reference stays the definition.
+
+    native.cpp, native.py   C++ with OpenMP, compiled once for this machine
+    cpu.py                  autograd functions over it
+    triton_ops.py           the same for GPUs
+
+The choice is an attribute `kernel` of a module, never part of a config or checkpoint. Select after the model is on
+its device: a kernel refuses tensors of another one.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from kanlm.kernels import cpu
+from kanlm.kernels.native import NativeUnavailable, library
+from kanlm.model.ffn import MLP, GatedMLP
+from kanlm.model.kan import KANLinear, LearnedFunction
+
+BACKENDS = ("auto", "reference", "cpu", "triton")
+log = logging.getLogger(__name__)
+_logged: set[str] = set()
+
+
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        log.info(message)
+
+
+def select(model: nn.Module, backend: str = "auto") -> dict[str, str]:
+    """Set the implementation of every KAN layer, learned function and MLP activation of `model`.
+
+    `reference` is plain PyTorch; `cpu` and `triton` are fused kernels; `auto` is `triton` on a CUDA device, `cpu` where
+    a C++ compiler is at hand, else the reference, and says once what it chose. Where a backend has no kernel for a
+    module (e.g. a Chebyshev basis), that module keeps the reference.
+
+    Returns:
+        What each module that has a choice now uses, by its name: "reference", "cpu" or "triton".
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot run here.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"kernels: unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    if backend == "auto":
+        backend = _automatic(device)
+    elif backend == "cpu":
+        _require_cpu(device)
+    elif backend == "triton":
+        from kanlm.kernels.triton_ops import require
+
+        require(device)
+    chosen = {}
+    for name, module in model.named_modules():
+        if not hasattr(module, "kernel"):
+            continue
+        module.__dict__.pop("_frozen", None)
+        module.kernel = None if backend == "reference" else _kernel(module, backend)
+        chosen[name] = "reference" if module.kernel is None else backend
+    return chosen
+
+
+def _automatic(device: str) -> str:
+    if device == "cuda":
+        from kanlm.kernels import triton_ops
+
+        if reason := triton_ops.unavailable(device):
+            _log_once(f"kernels: reference implementation on {device} ({reason})")
+            return "reference"
+        _log_once(f"kernels: triton on {device}")
+        return "triton"
+    if device != "cpu":
+        _log_once(f"kernels: reference implementation on {device}")
+        return "reference"
+    try:
+        library()
+    except NativeUnavailable as reason:
+        _log_once(f"kernels: reference implementation on cpu ({reason})")
+        return "reference"
+    _log_once("kernels: native library on cpu")
+    return "cpu"
+
+
+def _require_cpu(device: str) -> None:
+    if device != "cpu":
+        raise ValueError(f"kernels: 'cpu' was asked for a model on {device}; choose 'auto' or 'triton'")
+    try:
+        library()
+    except NativeUnavailable as reason:
+        raise ValueError(f"kernels: 'cpu' cannot run here: {reason}; or choose 'auto'") from reason
+
+
+def _kernel(module: nn.Module, backend: str):
+    """The function that stands in for the module's reference, or None where there is none."""
+    if backend == "cpu":
+        ops = cpu
+    else:
+        from kanlm.kernels import triton_ops as ops
+    if isinstance(module, KANLinear):
+        return ops.edge if ops.supports_edge(module) else None
+    if isinstance(module, LearnedFunction):
+        return ops.learned if ops.supports_learned(module) else None
+    if isinstance(module, GatedMLP | MLP):
+        return ops.activation(module.activation)
+    return None

@@ -1,0 +1,303 @@
+"""Fused CPU implementations over native.cpp: full-edge layers, learned functions, the MLP arms' activations.
+
+Shapes: N rows (all leading dimensions together), I in, O out, P = O rounded up to whole vectors, C channels, K basis
+functions, G grid intervals, k order.
+
+A full-edge layer reads only the k + 1 functions that are not zero at an input, so it does (k + 1) / K of the dense
+product's multiply-adds, and its [N, K, I] expansion never exists. Everything is computed in fp32; only inputs are
+kept for backward. Each function here takes the module as the first argument: `module.kernel = edge`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kanlm.kernels.native import MAX_ORDER, library, pointer
+from kanlm.model.basis import BSpline, uniform_pieces
+from kanlm.model.ffn import relu2
+from kanlm.model.kan import KANLinear, LearnedFunction, product_dtype
+
+VECTOR = 16
+SPLINE, RATIONAL = 0, 1
+ACTIVATIONS = {"silu": 2, "gelu": 3, "relu2": 4}
+"""Kinds of kanlm_elementwise."""
+
+
+def supports_edge(layer: KANLinear) -> bool:
+    """Whether `edge` implements this layer."""
+    return isinstance(layer.basis, BSpline) and 1 <= layer.basis.order <= MAX_ORDER
+
+
+def supports_learned(layer: LearnedFunction) -> bool:
+    """Whether `learned` implements this function."""
+    return layer.is_rational or (layer.is_spline and 1 <= layer.basis.order <= MAX_ORDER)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in fp32, contiguous."""
+    if x.device.type != "cpu":
+        raise RuntimeError(
+            f"the cpu kernel got a tensor on {x.device}; call kernels.select after moving the model"
+        )
+    return x.float().contiguous()
+
+
+# ---- full edge ------------------------------------------------------------------------------------------------------
+
+
+def _edge_arguments(basis: BSpline, rows: int, inputs: int, outputs: int) -> tuple:
+    """What all edge kernels end with: N, I, P, K, order, G, lo, 1 / step, threads."""
+    return (
+        *(rows, inputs, outputs, basis.num_functions, basis.order, basis.grid_size),
+        *(basis.grid_min, 1 / basis.step, torch.get_num_threads()),
+    )
+
+
+def _rounded(outputs: int) -> int:
+    return -(-outputs // VECTOR) * VECTOR
+
+
+def packed_coefficients(weight: Tensor, inputs: int) -> Tensor:
+    """spline.weight [O, K * I] as the column tiles that the kernels read, flat fp32 [I * K * P]."""
+    weight = _wide(weight)
+    outputs, functions = len(weight), weight.shape[1] // inputs
+    packed = weight.new_empty(inputs * functions * _rounded(outputs))
+    sizes = (outputs, inputs, functions, _rounded(outputs), torch.get_num_threads())
+    library().kanlm_edge_pack(pointer(weight), pointer(packed), *sizes)
+    return packed
+
+
+def _edge_output(x: Tensor, packed: Tensor, base: Tensor | None, basis: BSpline, outputs: int) -> Tensor:
+    """y [N, O] fp32 of x [N, I] fp32."""
+    rows, inputs = x.shape
+    y = x.new_empty(rows, _rounded(outputs))
+    if base is None:
+        y.zero_()
+    elif y.shape[1] == outputs:
+        torch.mm(F.silu(x), base.t(), out=y)
+    else:
+        y[:, :outputs] = F.silu(x) @ base.t()
+    arguments = _edge_arguments(basis, rows, inputs, y.shape[1])
+    library().kanlm_edge_forward(pointer(x), pointer(packed), pointer(y), *arguments)
+    return y if y.shape[1] == outputs else y[:, :outputs].contiguous()
+
+
+class _Edge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, base, basis):
+        packed = packed_coefficients(weight, x.shape[1])
+        ctx.save_for_backward(x, packed, weight, base)
+        ctx.basis = basis
+        wide_base = None if base is None else base.float()
+        return _edge_output(_wide(x), packed, wide_base, basis, len(weight))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, packed, weight, base = ctx.saved_tensors
+        needs_x, needs_weight, needs_base, _ = ctx.needs_input_grad
+        wide, outputs = _wide(x), len(weight)
+        rows, inputs = wide.shape
+        padded = _rounded(outputs)
+        grad = _wide(grad)
+        columns = grad if padded == outputs else F.pad(grad, (0, padded - outputs))  # [N, P]
+        arguments = _edge_arguments(ctx.basis, rows, inputs, padded)
+        native = library()
+        grad_x = grad_weight = grad_base = None
+        if needs_x:
+            grad_x = torch.empty_like(wide)
+            native.kanlm_edge_input_gradient(
+                pointer(wide), pointer(packed), pointer(columns), pointer(grad_x), *arguments
+            )
+            if base is not None:
+                grad_x += torch.ops.aten.silu_backward(grad @ base.float(), wide)
+            grad_x = grad_x.to(x.dtype)
+        if needs_weight:
+            totals = torch.empty_like(packed)
+            transposed = wide.t().contiguous()
+            native.kanlm_edge_coefficient_gradient(
+                pointer(transposed), pointer(columns), pointer(totals), *arguments
+            )
+            grad_weight = torch.empty(weight.shape, dtype=torch.float32)
+            sizes = (outputs, inputs, ctx.basis.num_functions, padded, torch.get_num_threads())
+            native.kanlm_edge_unpack(pointer(grad_weight), pointer(totals), *sizes)
+            grad_weight = grad_weight.to(weight.dtype)
+        if needs_base:
+            grad_base = (grad.t() @ F.silu(wide)).to(base.dtype)
+        return grad_x, grad_weight, grad_base, None
+
+
+class _Frozen:
+    """Packed coefficients of a layer between calls without gradients (decoding).
+
+    They are packed again when the parameter is another tensor or was written in place; a write through `.data` moves
+    no version counter, so call the layer once with gradients enabled, or `kernels.select` again, after one.
+    """
+
+    def __init__(self, weight: Tensor, inputs: int):
+        self.mark = self.mark_of(weight)
+        self.packed = packed_coefficients(weight, inputs)
+
+    @staticmethod
+    def mark_of(weight: Tensor) -> tuple:
+        return id(weight), weight.data_ptr(), weight._version
+
+
+@torch.compiler.disable
+def edge(layer: KANLinear, x: Tensor) -> Tensor:
+    """KANLinear: x [..., I] to [..., O]."""
+    weight = layer.spline.weight
+    plain = type(layer.spline) is nn.Linear and (layer.base is None or type(layer.base) is nn.Linear)
+    if not plain or torch.float64 in (weight.dtype, x.dtype):
+        # An adapter has replaced a child, or the precision is more than the library's.
+        return layer.reference(x)
+    dtype = product_dtype(x, weight)
+    base = None if layer.base is None else layer.base.weight
+    flat = x.reshape(-1, layer.in_features)
+    with torch.autocast("cpu", enabled=False):
+        if torch.is_grad_enabled():
+            layer.__dict__.pop("_frozen", None)
+            y = _Edge.apply(flat, weight, base, layer.basis)
+        else:
+            y = _edge_output(
+                _wide(flat),
+                _packed(layer),
+                None if base is None else base.float(),
+                layer.basis,
+                layer.out_features,
+            )
+    return y.to(dtype).view(*x.shape[:-1], layer.out_features)
+
+
+def _packed(layer: KANLinear) -> Tensor:
+    weight = layer.spline.weight
+    if layer.training or weight.is_inference():
+        return packed_coefficients(weight, layer.in_features)
+    frozen = layer.__dict__.get("_frozen")
+    if frozen is None or frozen.mark != frozen.mark_of(weight):
+        frozen = layer.__dict__["_frozen"] = _Frozen(weight, layer.in_features)
+    return frozen.packed
+
+
+# ---- learned functions and activations ------------------------------------------------------------------------------
+
+
+class _Function:
+    """What the elementwise kernel needs to know of a function beside its table."""
+
+    def __init__(
+        self, kind: int, channels: int, groups: int = 1, basis: BSpline | None = None, silu: bool = False
+    ):
+        self.channels, self.groups, self.kind, self.basis = channels, groups, kind, basis
+        order, cells, low, inverse = (0, 0, 0.0, 0.0)
+        if basis is not None:
+            order, cells, low, inverse = basis.order, basis.grid_size, basis.grid_min, 1 / basis.step
+            self.pieces = torch.tensor(uniform_pieces(order))  # [k+1 functions, k+1 powers]
+        self.arguments = (channels, groups, kind, order, cells, low, inverse, int(silu))
+
+    def tables(self, coefficients: Tensor | None) -> Tensor | None:
+        """coefficients [groups, K] as the kernel's tables, fp32: polynomials [groups, k + 1, G], or themselves."""
+        if coefficients is None or self.basis is None:
+            return None if coefficients is None else _wide(coefficients)
+        windows = coefficients.float().unfold(-1, self.basis.order + 1, 1)  # [groups, G, k+1]
+        return (windows @ self.pieces).transpose(1, 2).contiguous()
+
+    def coefficient_gradient(self, sums: Tensor, coefficients: Tensor) -> Tensor:
+        """The gradient of the tables [groups, size] fp64 as that of the coefficients."""
+        if self.basis is None:
+            return sums.to(coefficients.dtype)
+        order, cells = self.basis.order, self.basis.grid_size
+        by_function = self.pieces.double() @ sums.view(self.groups, order + 1, cells)  # [groups, k+1, G]
+        total = sums.new_zeros(coefficients.shape)
+        for j in range(order + 1):
+            total[:, j : j + cells] += by_function[:, j]
+        return total.to(coefficients.dtype)
+
+    def value(self, a: Tensor, u: Tensor | None, tables: Tensor | None) -> Tensor:
+        """phi(a) * u, fp32, of contiguous fp32 tensors [..., C]."""
+        y = torch.empty_like(a)
+        none = (None, None)
+        rows = a.numel() // self.channels
+        library().kanlm_elementwise(
+            *(pointer(a), pointer(u), None, pointer(y), *none, pointer(tables), None),
+            *(rows, *self.arguments, torch.get_num_threads()),
+        )
+        return y
+
+
+class _Elementwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, u, coefficients, function):
+        tables = function.tables(coefficients)
+        ctx.save_for_backward(a, u, coefficients, tables)
+        ctx.function = function
+        return function.value(_wide(a), None if u is None else _wide(u), tables).to(a.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        a, u, coefficients, tables = ctx.saved_tensors
+        function, threads = ctx.function, torch.get_num_threads()
+        wide_a, wide_u, grad = _wide(a), None if u is None else _wide(u), _wide(grad)
+        grad_a = torch.empty_like(wide_a)
+        grad_u = None if u is None else torch.empty_like(wide_u)
+        sums = None
+        if tables is not None:
+            sums = torch.zeros(
+                threads, function.groups, tables.numel() // function.groups, dtype=torch.float64
+            )
+        rows = grad.numel() // function.channels
+        library().kanlm_elementwise(
+            *(pointer(wide_a), pointer(wide_u), pointer(grad), None, pointer(grad_a), pointer(grad_u)),
+            *(pointer(tables), pointer(sums), rows, *function.arguments, threads),
+        )
+        grad_coefficients = None
+        if sums is not None and ctx.needs_input_grad[2]:
+            grad_coefficients = function.coefficient_gradient(sums.sum(0), coefficients)
+        return grad_a.to(a.dtype), None if u is None else grad_u.to(u.dtype), grad_coefficients, None
+
+
+def _applied(function: _Function, a: Tensor, u: Tensor | None, coefficients: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled():
+        return _Elementwise.apply(a, u, coefficients, function)
+    tables = function.tables(coefficients)
+    return function.value(_wide(a), None if u is None else _wide(u), tables).to(a.dtype)
+
+
+@torch.compiler.disable
+def learned(layer: LearnedFunction, a: Tensor, u: Tensor | None) -> Tensor:
+    """LearnedFunction: phi(a) * u, or phi(a) where u is None; [..., C]."""
+    if torch.float64 in (a.dtype, layer.coefficients.dtype):
+        return layer.reference(a, u)
+    function = layer.__dict__.get("_function")
+    if function is None:
+        kind, basis = (RATIONAL, None) if layer.is_rational else (SPLINE, layer.basis)
+        function = _Function(kind, layer.channels, layer.groups, basis, layer.base is not None)
+        layer.__dict__["_function"] = function
+    return _applied(function, a, u, layer.coefficients)
+
+
+def activation(function: Callable) -> Callable | None:
+    """The kernel (module, a, u or None) -> function(a) * u of an MLP's activation; None where there is none."""
+    if isinstance(function, nn.GELU):
+        name = "gelu" if function.approximate == "none" else None
+    else:
+        name = {F.silu: "silu", F.gelu: "gelu", relu2: "relu2"}.get(function)
+    return name and partial(_activated, ACTIVATIONS[name])
+
+
+@torch.compiler.disable
+def _activated(kind: int, module: nn.Module, a: Tensor, u: Tensor | None) -> Tensor:
+    if a.dtype == torch.float64:
+        return module.activation(a) if u is None else module.activation(a) * u
+    return _applied(_activation_of(kind, a.shape[-1]), a, u, None)
+
+
+@cache
+def _activation_of(kind: int, channels: int) -> _Function:
+    return _Function(kind, channels)

@@ -1,0 +1,126 @@
+"""native.cpp as a shared library: compiled once for this machine, kept in a cache, called through ctypes.
+
+Plain C with pointers needs no Python or torch headers, so any `c++`, `g++` or `clang++` with OpenMP will do. The
+library uses the OpenMP runtime that torch has loaded already, hence torch's pool of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = "-std=c++17 -O3 -fopenmp -shared -fPIC -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi".split()
+MAX_ORDER = 3
+"""Highest order of B-splines that the library has."""
+
+_POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_SIGNATURES = {
+    "kanlm_elementwise": "pppppppp lll iii ff ii",
+    "kanlm_edge_pack": "pp llll i",
+    "kanlm_edge_unpack": "pp llll i",
+    "kanlm_edge_forward": "ppp llll ii ff i",
+    "kanlm_edge_input_gradient": "pppp llll ii ff i",
+    "kanlm_edge_coefficient_gradient": "ppp llll ii ff i",
+}
+_KINDS = {"p": _POINTER, "l": _INT64, "i": _INT, "f": _FLOAT}
+
+
+class NativeUnavailable(RuntimeError):
+    """The library cannot be built or loaded here; the message says why."""
+
+
+def _machine() -> str:
+    """What `-march=native` depends on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        wanted = ("model name", "flags", "Features")
+        lines = {line for line in cpuinfo.read_text().splitlines() if line.startswith(wanted)}
+        return "\n".join(sorted(lines))
+    return platform.machine() + platform.processor()
+
+
+def cache_folder() -> Path:
+    """`KANLM_KERNEL_CACHE`, else kanlm/kernels in the user's cache folder."""
+    if folder := os.environ.get("KANLM_KERNEL_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kanlm" / "kernels"
+
+
+def _compiler() -> str:
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for name in names:
+        if found := shutil.which(name):
+            return found
+    raise NativeUnavailable(f"no C++ compiler found (looked for {', '.join(names)}); install g++ or set CXX")
+
+
+def _built() -> Path:
+    """Path of the compiled library; compiles it unless this source, compiler and machine have been seen before."""
+    compiler = _compiler()
+    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    command = [compiler, *FLAGS, native]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    key = hashlib.sha256("\0".join([SOURCE.read_text(), *command, version, _machine()]).encode()).hexdigest()[
+        :16
+    ]
+    folder = cache_folder()
+    library = folder / f"native-{key}.so"
+    if library.exists():
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".so")
+        os.close(handle)
+    except OSError as error:
+        raise NativeUnavailable(f"{folder} cannot be written ({error}); set KANLM_KERNEL_CACHE") from error
+    try:
+        result = subprocess.run([*command, str(SOURCE), "-o", temporary], capture_output=True, text=True)
+        if result.returncode:
+            first = next(
+                (line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip()
+            )
+            raise NativeUnavailable(f"{compiler} does not compile {SOURCE.name}: {first[:200]}")
+        os.replace(temporary, library)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return library
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        NativeUnavailable: no compiler, no place to keep the result, or it does not compile.
+    """
+    try:
+        loaded = ctypes.CDLL(str(_built()))
+    except OSError as error:
+        raise NativeUnavailable(f"the compiled library does not load: {error}") from error
+    for name, signature in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes = [_KINDS[letter] for letter in signature.replace(" ", "")]
+        function.restype = None
+    return loaded
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    """Address of a contiguous CPU tensor; None stays None."""
+    if tensor is None:
+        return None
+    assert tensor.is_contiguous() and tensor.device.type == "cpu", (
+        tensor.shape,
+        tensor.stride(),
+        tensor.device,
+    )
+    return tensor.data_ptr()

@@ -1,0 +1,199 @@
+"""The CPU kernels against the reference: forward and every gradient."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kanlm import kernels
+from kanlm.kernels import native
+from kanlm.model.configuration_kanlm import KanLMConfig
+from kanlm.model.ffn import build_ffn
+from kanlm.model.kan import KANLinear, LearnedFunction
+
+try:
+    native.library()
+except native.NativeUnavailable as error:
+    pytest.skip(f"no native library: {error}", allow_module_level=True)
+
+TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 2e-2}
+
+
+def close(got, expected, tolerance, what):
+    """Largest error over the largest value."""
+    assert got.shape == expected.shape and got.dtype == expected.dtype, (what, got.shape, got.dtype)
+    got, expected = got.double(), expected.double()
+    error = ((got - expected).abs().max() / expected.abs().max()).item()
+    assert error < tolerance, f"{what}: relative error {error:.2g}"
+
+
+def compared(module, inputs, tolerance):
+    """Outputs and gradients with the kernel against the fp64 reference (fp32: inputs and weights are exact there)."""
+    reference, fused = copy.deepcopy(module).double(), copy.deepcopy(module)
+    assert "cpu" in kernels.select(fused, "cpu").values()
+    results = []
+    generator = torch.Generator().manual_seed(3)
+    grad = None
+    for layer in (reference, fused):
+        dtype = torch.float64 if layer is reference else inputs[0].dtype
+        leaves = [x.detach().clone().to(dtype).requires_grad_() for x in inputs]
+        y = layer(*leaves) if len(leaves) == 1 else layer.gated(*leaves)
+        if grad is None:
+            grad = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+            grad = grad.to(inputs[0].dtype).double()
+        y.backward(grad.to(y.dtype))
+        results.append((y, leaves, dict(layer.named_parameters())))
+    (y0, leaves0, parameters0), (y1, leaves1, parameters1) = results
+    close(y1, y0.to(y1.dtype), tolerance, "output")
+    for n, (a, b) in enumerate(zip(leaves1, leaves0, strict=True)):
+        close(a.grad, b.grad.to(a.dtype), tolerance, f"gradient of input {n}")
+    for name, parameter in parameters1.items():
+        close(parameter.grad, parameters0[name].grad.to(parameter.dtype), tolerance, f"gradient of {name}")
+
+
+def points(*shape, dtype=torch.float32, seed=0, spread=1.5):
+    """Normal points, a tenth of them beyond a grid of [-3, 3]."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * spread
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order, grid", [(1, 5), (2, 4), (3, 5), (3, 1), (3, 40)])
+@pytest.mark.parametrize("rows, inputs, outputs", [(67, 13, 17), (33, 7, 150), (1, 5, 3), (300, 16, 128)])
+def test_edge_layer_equals_the_reference(rows, inputs, outputs, order, grid, dtype):
+    torch.manual_seed(1)
+    layer = KANLinear(inputs, outputs, "bspline", grid_size=grid, order=order).to(dtype)
+    compared(layer, [points(rows, inputs, dtype=dtype)], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("base", ["silu", None])
+@pytest.mark.parametrize("basis", ["linear", "bspline"])
+def test_edge_layer_takes_leading_dimensions_and_strides(basis, base):
+    torch.manual_seed(1)
+    layer = KANLinear(12, 20, basis, base=base)
+    compared(layer, [points(4, 12, 9).transpose(1, 2)], TOLERANCE[torch.float32])
+    wide = points(3, 5, 24)[..., ::2]
+    compared(layer, [wide], TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("base", ["silu", None])
+@pytest.mark.parametrize(
+    "basis, grid, order, channels, groups",
+    [
+        ("linear", 15, 1, 43 * 8, 8),
+        ("bspline", 16, 3, 64, 4),
+        ("bspline", 31, 2, 51, 3),
+        ("bspline", 50, 3, 40, 1),
+        ("bspline", 6, 3, 23, 23),
+        ("linear", 7, 1, 35, 7),
+        ("rational", 8, 3, 66, 3),
+        ("rational", 8, 3, 21, 21),
+    ],
+)
+def test_learned_function_equals_the_reference(basis, grid, order, channels, groups, base, dtype):
+    layer = LearnedFunction(channels, groups, basis, grid_size=grid, order=order, base=base)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        layer.coefficients += 0.3 * torch.randn(layer.coefficients.shape, generator=generator)
+    layer = layer.to(dtype)
+    a, u = (points(5, 61, channels, dtype=dtype, seed=s, spread=2.5) for s in (0, 1))
+    compared(layer, [a], TOLERANCE[dtype])
+    compared(layer, [a, u], TOLERANCE[dtype])
+    compared(layer, [a.transpose(0, 1), u.transpose(0, 1)], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    "ffn_type", ["gelu", "relu2", "swiglu", "geglu", "kan", "kan_mixed", "kan_grouped", "kan_glu"]
+)
+def test_blocks_equal_their_reference(ffn_type):
+    torch.manual_seed(4)
+    config = KanLMConfig(
+        vocab_size=300, hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2,
+        ffn_type=ffn_type, kan_grid_size=5, kan_num_groups=4,
+    )  # fmt: skip
+    block = build_ffn(config)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    compared(block, [points(3, 37, 24, spread=1.0)], 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["edge", "learned"])
+def test_not_a_number_comes_out_as_one(kind):
+    layer = KANLinear(6, 5) if kind == "edge" else LearnedFunction(6, 2)
+    kernels.select(layer, "cpu")
+    x = points(9, 6)
+    x[4, 2], x[5, 1], x[6, 0] = float("nan"), float("inf"), float("-inf")
+    y = layer(x)
+    assert y[4].isnan().any() and y[[0, 1, 2, 3, 7, 8]].isfinite().all()
+
+
+def test_uninitialised_scratch_does_not_reach_the_result(monkeypatch):
+    """Every buffer that the kernels allocate starts as NaN."""
+    real_empty, real_empty_like, real_new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: real_empty(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: real_empty_like(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda *a, **k: real_new_empty(*a, **k).fill_(float("nan"))
+    )
+    layer = KANLinear(7, 13)
+    compared(layer, [points(50, 7)], TOLERANCE[torch.float32])
+    compared(LearnedFunction(21, 3), [points(50, 21), points(50, 21, seed=5)], TOLERANCE[torch.float32])
+
+
+def test_result_does_not_depend_on_the_number_of_rows_in_a_call():
+    layer = KANLinear(9, 40, base=None)  # a matrix product may take another path for one row
+    kernels.select(layer, "cpu")
+    x = points(75, 9)
+    with torch.no_grad():
+        assert torch.equal(layer(x)[70:71], layer(x[70:71]))
+
+
+def test_packed_coefficients_follow_the_parameter():
+    layer = KANLinear(9, 11).eval()
+    kernels.select(layer, "cpu")
+    x = points(4, 9)
+    with torch.no_grad():
+        before = layer(x)
+        layer.spline.weight.mul_(2)
+        layer.base.weight.mul_(2)
+        assert torch.allclose(layer(x), 2 * before, rtol=1e-5)
+        layer.load_state_dict({name: 3 * value for name, value in layer.state_dict().items()})
+        assert torch.allclose(layer(x), 6 * before, rtol=1e-5)
+
+
+def test_two_runs_are_equal_bit_for_bit():
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        layer = nn.Sequential(KANLinear(20, 30), LearnedFunction(30, 3))
+        kernels.select(layer, "cpu")
+        layer(points(600, 20)).square().sum().backward()
+        results.append([p.grad for p in layer.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_autocast_gives_the_dtype_that_the_reference_gives():
+    layer = KANLinear(6, 5)
+    x = points(9, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = layer(x)
+        kernels.select(layer, "cpu")
+        got = layer(x)
+    assert got.dtype == expected.dtype == torch.bfloat16
+    close(got, expected, TOLERANCE[torch.bfloat16], "output")
+
+
+def test_an_adapter_in_place_of_a_child_is_used():
+    layer = KANLinear(6, 5)
+    kernels.select(layer, "cpu")
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    before = layer(points(9, 6))
+    layer.spline.__class__ = layer.base.__class__ = Doubled
+    assert torch.allclose(layer(points(9, 6)), 2 * before, atol=1e-5)
