@@ -260,7 +260,10 @@ class CheckpointWriter:
         except (OSError, SafetensorError) as error:
             good = newest_good(self.run, say=lambda _: None)
             kept = f"{good.name} is intact" if good else "no earlier checkpoint exists"
-            self.error = f"{folder}: the checkpoint could not be written ({error}); {kept}; free some space and run again"
+            self.error = (
+                f"{folder}: the checkpoint could not be written ({error}); {kept}; "
+                "free some space and run again"
+            )
 
     def _prune(self) -> None:
         folders = checkpoint_folders(self.run)

@@ -109,14 +109,19 @@ def prepare(config: RunConfig, run: RunDir, accelerator: Accelerator, stop_signa
     set_threads(accelerator, settings.num_threads)
     with accelerator.main_process_first():
         tokenizer = tokenizer_for(config)
-        training = token_cache(config, tokenizer, "train")
+        loader = TokenLoader(
+            config,
+            tokenizer,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            micro_batch_size=micro_batch_size,
+        )
         validation = token_cache(config, tokenizer, "validation")
     model_config = architecture(
         config, len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     torch.manual_seed(config.seed)
     model = KanLMForCausalLM(model_config)
-    chosen_kernels = kernels.select(model, settings.kernels)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.compile:
@@ -125,13 +130,7 @@ def prepare(config: RunConfig, run: RunDir, accelerator: Accelerator, stop_signa
     model, wrapped_optimizers, wrapper = prepared(
         accelerator, model, lambda module: optimizers(module, settings, accelerator.device)
     )
-    loader = TokenLoader(
-        training,
-        config,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        micro_batch_size=micro_batch_size,
-    )
+    chosen_kernels = kernels.select(accelerator.unwrap_model(model), settings.kernels)
     counts = parameter_counts(model_config)
     flops_per_token = training_flops_per_token(model_config, config.data.block_size)
     peak_flops, peak_source = peak_flops_per_second(accelerator.device, accelerator.mixed_precision != "no")
@@ -144,7 +143,7 @@ def prepare(config: RunConfig, run: RunDir, accelerator: Accelerator, stop_signa
         parameters=counts.total,
         non_embedding_parameters=counts.non_embedding,
         provenance=provenance(
-            data=training.manifest,
+            data=loader.manifest,
             validation_data=validation.manifest,
             processes=accelerator.num_processes,
             wrapper=wrapper,
@@ -173,7 +172,7 @@ def prepare(config: RunConfig, run: RunDir, accelerator: Accelerator, stop_signa
         accumulation_steps=accumulation_steps,
         total_steps=total_steps,
         state=TrainerState(
-            data_sha256=training.manifest["sha256"],
+            data_sha256=loader.manifest["sha256"],
             tokenizer_sha256=tokenizer_sha256(tokenizer),
             world_size=accelerator.num_processes,
         ),
