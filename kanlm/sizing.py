@@ -1,15 +1,36 @@
-"""Sizes before training: the architecture of a run, parameters, FLOPs, memory, and matched widths."""
+"""Sizes before training: the architecture of a run, parameters, FLOPs, memory, and matched widths.
+
+D hidden_size, h intermediate_size, L layers, H heads of E channels, C key-value heads, V vocabulary, T block
+size, K basis functions of a KAN function, I and O inputs and outputs of a layer. "Matrix parameters" take
+part in a matrix product for every token: attention, FFN, and the output head (V D, tied or not), but not the
+embedding lookup.
+
+FLOPs (a multiply-add is 2), per token, forward and backward (twice the forward), without recomputation:
+    matrix        6 x matrix parameters; a full-edge KAN layer is a matrix of I (K + 1) inputs
+    attention     12 L H E T: scores and weighted values, causal mask not discounted (Chowdhery et al. 2022,
+    app. B) elementwise   3 x FLOPs of activations and basis functions, by the table below; exp, tanh and erf
+    count as 1
+The sum is what arms are matched by, so a KAN pays for the evaluation of its basis.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import TYPE_CHECKING, Any
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
 
 from kanlm.config import RunConfig, UserError
+from kanlm.model import KanLMConfig, KanLMForCausalLM
+from kanlm.model.configuration_kanlm import KAN_TYPES, MLP_TYPES
 
-if TYPE_CHECKING:
-    from kanlm.model.configuration_kanlm import KanLMConfig
+TOLERANCE = {"parameters": 0.005, "flops": 0.01}
+"""Relative mismatch up to which two arms count as equal in size."""
 
 
 def architecture(config: RunConfig, vocab_size: int, **token_ids: int | None) -> KanLMConfig:
@@ -20,13 +41,7 @@ def architecture(config: RunConfig, vocab_size: int, **token_ids: int | None) ->
     pad_token_id) are defaults too. UserError for an unknown key, a wrong type or shape, a tokenizer larger
     than the vocabulary, or blocks longer than the positions.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import PreTrainedConfig
-
-    from kanlm.model.configuration_kanlm import KanLMConfig
-
-    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)} | {"format_version"}
-    known = sorted({field.name for field in dataclasses.fields(KanLMConfig)} - inherited)
+    known = architecture_fields()
     for key in config.model:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
@@ -55,3 +70,442 @@ def architecture(config: RunConfig, vocab_size: int, **token_ids: int | None) ->
             f"{architecture.max_position_embeddings}; lower the one or raise the other"
         )
     return architecture
+
+
+def architecture_fields() -> list[str]:
+    """Names of KanLMConfig's own fields that a user may set, sorted."""
+    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)} | {"format_version"}
+    return sorted({field.name for field in dataclasses.fields(KanLMConfig)} - inherited)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters of a model; `embedding` is the input's and, where it is not tied, the output's."""
+
+    total: int
+    embedding: int
+    non_embedding: int
+    ffn: int
+
+
+def num_basis_functions(config: KanLMConfig) -> int:
+    """K of one learned function."""
+    if config.kan_basis == "rational":
+        return 10
+    return config.kan_grid_size + (config.kan_order if config.kan_basis == "bspline" else 1)
+
+
+def _ffn_parameters(config: KanLMConfig) -> tuple[int, int]:
+    """(matrix, other) parameters of one FFN block."""
+    area = config.hidden_size * config.intermediate_size
+    functions = num_basis_functions(config)
+    edges = area * (functions + (config.kan_base != "none"))
+    coefficients = config.kan_num_groups * functions
+    match config.ffn_type:
+        case "gelu" | "relu2":
+            return 2 * area, 0
+        case "polynorm":
+            return 2 * area, 4
+        case "xielu":
+            return 2 * area, 2
+        case "swiglu" | "geglu":
+            return 3 * area, 0
+        case "kan":
+            return 2 * edges, 0
+        case "kan_mixed":
+            return area + edges, 0
+        case "kan_grouped":
+            return 2 * area, 2 * coefficients
+        case "kan_glu":
+            return 3 * area, coefficients
+    raise AssertionError(config.ffn_type)
+
+
+def _attention_parameters(config: KanLMConfig) -> int:
+    """Of one layer: q, k, v, o projections."""
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    return heads * config.head_dim * config.hidden_size
+
+
+def parameter_counts(config: KanLMConfig) -> Counts:
+    """Parameters in closed form; equal to the numbers of the built model."""
+    embedding = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    ffn = config.num_hidden_layers * sum(_ffn_parameters(config))
+    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
+    non_embedding = config.num_hidden_layers * _attention_parameters(config) + ffn + norms
+    return Counts(embedding + non_embedding, embedding, non_embedding, ffn)
+
+
+def built_counts(config: KanLMConfig) -> Counts:
+    """The same numbers, counted on a model built without memory (meta device)."""
+    with torch.device("meta"):
+        model = KanLMForCausalLM(config)
+    embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    total = sum(p.numel() for p in model.parameters())
+    embedding = sum(p.numel() for p in embeddings)
+    ffn = sum(p.numel() for layer in model.model.layers for p in layer.mlp.parameters())
+    return Counts(total, embedding, total - embedding, ffn)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Training FLOPs per token; see the module's convention."""
+
+    matrix: int
+    attention: int
+    elementwise: int
+
+    @property
+    def total(self) -> int:
+        return self.matrix + self.attention + self.elementwise
+
+
+_ACTIVATION_FLOPS = {"silu": 4, "gelu": 5, "relu2": 2, "polynorm": 14, "xielu": 9}
+_BASIS_FLOPS = {"rbf": 5, "relu_switch": 5, "chebyshev": 2, "fourier": 3, "wavelet": 7}
+"""Forward FLOPs of one basis function at one input; B-splines are counted by their polynomial pieces."""
+
+
+def _spline_order(config: KanLMConfig) -> int | None:
+    return {"bspline": config.kan_order, "linear": 1}.get(config.kan_basis)
+
+
+def _edge_flops(config: KanLMConfig) -> int:
+    """Forward FLOPs for the features of one input of a full-edge layer."""
+    base = _ACTIVATION_FLOPS["silu"] if config.kan_base != "none" else 0
+    order = _spline_order(config)
+    if order is not None:  # the interval, then order + 1 polynomials by Horner's rule
+        return base + 3 + (order + 1) * 2 * order
+    return base + num_basis_functions(config) * _BASIS_FLOPS[config.kan_basis]
+
+
+def _function_flops(config: KanLMConfig) -> int:
+    """Forward FLOPs of one learned function at one input."""
+    if config.kan_basis == "rational":
+        return 19
+    order = _spline_order(config)
+    if order is not None:  # the interval, then one polynomial from a table
+        return 3 + 2 * order
+    return num_basis_functions(config) * (_BASIS_FLOPS[config.kan_basis] + 2)
+
+
+def _elementwise_flops(config: KanLMConfig) -> int:
+    """Forward FLOPs per token of one FFN block outside its matrices."""
+    width, hidden = config.hidden_size, config.intermediate_size
+    match config.ffn_type:
+        case "swiglu" | "geglu":
+            return hidden * (1 + _ACTIVATION_FLOPS["silu" if config.ffn_type == "swiglu" else "gelu"])
+        case "kan":
+            return (width + hidden) * _edge_flops(config) + 4 * hidden  # and the norm between the layers
+        case "kan_mixed":
+            return hidden * _edge_flops(config) + 4 * hidden
+        case "kan_grouped":
+            return (width + hidden) * _function_flops(config)
+        case "kan_glu":
+            residual = 1 + _ACTIVATION_FLOPS["silu"] if config.kan_glu_form == "residual" else 0
+            return hidden * (1 + residual + _function_flops(config))
+    return hidden * _ACTIVATION_FLOPS[config.ffn_type]
+
+
+def training_flops(config: KanLMConfig, block_size: int) -> Flops:
+    """FLOPs per token of a training step on blocks of `block_size` tokens, by kind."""
+    layers = config.num_hidden_layers
+    matrices = layers * (_attention_parameters(config) + _ffn_parameters(config)[0])
+    head = config.vocab_size * config.hidden_size
+    attention = 12 * layers * config.num_attention_heads * config.head_dim * block_size
+    return Flops(6 * (matrices + head), attention, 3 * layers * _elementwise_flops(config))
+
+
+def training_flops_per_token(config: KanLMConfig, block_size: int) -> int:
+    """`training_flops(...)` in all."""
+    return training_flops(config, block_size).total
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes on one device in a training step."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    buffers: int
+    """Communication: DDP's gradient buckets, FSDP2's gathered layers."""
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.buffers
+
+
+def memory_bytes(
+    config: KanLMConfig,
+    *,
+    micro_batch_size: int,
+    block_size: int,
+    devices: int = 1,
+    sharding: Literal["none", "ddp", "fsdp2"] = "none",
+    mixed_precision: bool = True,
+    optimizer: Literal["adamw", "muon"] = "adamw",
+    gradient_checkpointing: bool = False,
+) -> Memory:
+    """Estimated peak of a training step on one device, without allocator slack and CUDA's own memory.
+
+    fp32 parameters and gradients (4 + 4 bytes each), Adam's two moments (8; Muon keeps one for the
+    matrices of the blocks), half-precision activations under autocast. `ddp` holds all of it on every device
+    and a copy of the gradients in buckets; `fsdp2` keeps 1/devices of it, and two decoder layers gathered at
+    once.
+    """
+    if devices < 1 or (sharding == "none" and devices != 1):
+        raise UserError(
+            f"devices: got {devices} with sharding {sharding!r}; several devices need ddp or fsdp2"
+        )
+    counts = parameter_counts(config)
+    layer = counts.non_embedding // config.num_hidden_layers
+    share = devices if sharding == "fsdp2" else 1
+    parameters = 4 * counts.total
+    moments = 8 * counts.total - (4 * counts.non_embedding if optimizer == "muon" else 0)
+    half = 2 if mixed_precision else 4
+    buffers = {
+        "none": 0,
+        "ddp": 4 * counts.total,
+        "fsdp2": 2 * half * layer + 4 * layer + half * config.vocab_size * config.hidden_size,
+    }[sharding]
+    tokens = micro_batch_size * block_size
+    return Memory(
+        parameters=math.ceil(parameters / share),
+        gradients=math.ceil(parameters / share),
+        optimizer=math.ceil(moments / share),
+        activations=tokens * _activation_bytes(config, half, gradient_checkpointing)
+        + (half * layer if mixed_precision and sharding != "fsdp2" else 0),
+        buffers=buffers,
+    )
+
+
+def _activation_bytes(config: KanLMConfig, half: int, gradient_checkpointing: bool) -> int:
+    """Bytes that one token leaves for backward: the residual stream in fp32, other activations `half` wide.
+
+    A layer: two norms' inputs (fp32) and outputs; q, k, v before and after rotation; the attention's output;
+    the FFN's tensors. KAN layers keep their inputs and compute the basis again. The head: logits in `half`,
+    in fp32 and as gradient.
+    """
+    width, hidden = config.hidden_size, config.intermediate_size
+    heads = config.num_attention_heads * config.head_dim
+    key_values = config.num_key_value_heads * config.head_dim
+    ffn = {
+        "swiglu": 4 * half * hidden,
+        "geglu": 4 * half * hidden,
+        "kan_glu": 3 * half * hidden,
+        "kan": (4 + 2 * half) * hidden + 2 * half * width,
+        "kan_mixed": (4 + 2 * half) * hidden,
+        "kan_grouped": 2 * half * hidden + half * width,
+    }.get(config.ffn_type, 2 * half * hidden)
+    layer = 2 * (4 + half) * width + half * (3 * heads + 3 * key_values) + ffn
+    logits = (half + 4 + 4) * config.vocab_size
+    if gradient_checkpointing:
+        return config.num_hidden_layers * 4 * width + layer + logits
+    return config.num_hidden_layers * layer + logits
+
+
+def matched_width(
+    config: KanLMConfig,
+    ffn_type: str,
+    target: float,
+    matching: Literal["parameters", "flops"] = "parameters",
+    block_size: int | None = None,
+) -> tuple[KanLMConfig, float]:
+    """`config` with `ffn_type` and the intermediate_size that fits `target`; the relative mismatch (signed).
+
+    `target`: non-embedding parameters, or training FLOPs per token on blocks of `block_size` (default: the
+    model's positions). Widths with a high power of two up to 64 are preferred where they fit within half the
+    tolerance. UserError where no width fits within TOLERANCE[matching].
+    """
+    if matching not in TOLERANCE:
+        raise UserError(f"matching: expected parameters or flops, got {matching!r}")
+    tolerance = TOLERANCE[matching]
+    block_size = block_size or config.max_position_embeddings
+    fields = {name: getattr(config, name) for name in architecture_fields()}
+    step = config.kan_num_groups if ffn_type in ("kan_grouped", "kan_glu") else 1
+
+    def candidate(width: int) -> KanLMConfig:
+        return KanLMConfig(**{**fields, "ffn_type": ffn_type, "intermediate_size": width})
+
+    def size(width: int) -> float:
+        sized = candidate(width)
+        if matching == "parameters":
+            return parameter_counts(sized).non_embedding
+        return training_flops_per_token(sized, block_size)
+
+    # The size is linear in the width.
+    one, two = size(step), size(2 * step)
+    exact = step * (1 + (target - one) / (two - one))
+    best = None
+    for alignment in (64, 32, 16, 8, 4, 2, 1):
+        multiple = math.lcm(alignment, step)
+        width = max(multiple, round(exact / multiple) * multiple)
+        mismatch = size(width) / target - 1
+        if abs(mismatch) <= tolerance / 2:
+            return candidate(width), mismatch
+        if best is None or abs(mismatch) < abs(best[1]):
+            best = (width, mismatch)
+    width, mismatch = best
+    if abs(mismatch) <= tolerance:
+        return candidate(width), mismatch
+    if exact < step:
+        reason = f"the parts outside the FFN and a width of {step} alone come to {one:,.0f}"
+    else:
+        reason = f"widths come in steps of {step}, each worth {(two - one) / target:.2%}"
+    raise UserError(
+        f"intermediate_size: no width of {ffn_type} comes within {tolerance:.1%} of {target:,.0f} {matching} "
+        f"(closest {width}: {mismatch:+.2%}): {reason}; change the width, the grid or kan_num_groups"
+    )
+
+
+PEAK_FLOPS = 989e12
+"""Dense bf16 peak of one NVIDIA H100 SXM (data sheet); days scale with 1 / (peak x utilisation)."""
+UTILISATION = 0.4
+"""Assumed model FLOPs utilisation of the plan's days."""
+DEVICES = (1, 8, 64)
+
+
+def planned_vocab_size(config: RunConfig) -> int:
+    """`model.vocab_size`, else that of the tokenizer at `tokenizer.path`, else `tokenizer.vocab_size`."""
+    vocab_size = config.model.get("vocab_size")
+    if isinstance(vocab_size, int):
+        return vocab_size
+    if config.tokenizer.path:
+        from kanlm.data.tokenizer import loaded_tokenizer
+
+        return len(loaded_tokenizer(config.tokenizer.path))
+    return config.tokenizer.vocab_size
+
+
+def plan(
+    config: RunConfig,
+    *,
+    devices: tuple[int, ...] = DEVICES,
+    peak_flops: float = PEAK_FLOPS,
+    utilisation: float = UTILISATION,
+) -> dict[str, Any]:
+    """What `kanlm plan` prints: parameters (proved on the meta device), FLOPs, memory, days, matched arms."""
+    model = architecture(config, planned_vocab_size(config))
+    counts, built = parameter_counts(model), built_counts(model)
+    assert counts == built, (counts, built)
+    block_size = config.data.block_size
+    flops = training_flops(model, block_size)
+    step_tokens = config.train.batch_size * block_size
+    steps = config.train.max_tokens // step_tokens
+    tokens = steps * step_tokens
+    if not steps:
+        raise UserError(
+            f"train.max_tokens: {config.train.max_tokens} is less than one step of {step_tokens} tokens "
+            f"({config.train.batch_size} x {block_size}); raise it or lower train.batch_size"
+        )
+    return {
+        "name": config.name,
+        "ffn_type": model.ffn_type,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_hidden_layers,
+        "intermediate_size": model.intermediate_size,
+        "block_size": block_size,
+        "parameters": dataclasses.asdict(counts),
+        "parameters_built": dataclasses.asdict(built),
+        "flops_per_token": {**dataclasses.asdict(flops), "total": flops.total},
+        "steps": steps,
+        "tokens": tokens,
+        "tokens_per_step": step_tokens,
+        "tokens_per_parameter": tokens / counts.non_embedding,
+        "training_flops": flops.total * tokens,
+        "peak_flops": peak_flops,
+        "utilisation": utilisation,
+        "devices": [
+            _device_plan(config, model, number, sharding, flops.total * tokens / (peak_flops * utilisation))
+            for number in devices
+            for sharding in (("none",) if number == 1 else ("ddp", "fsdp2"))
+            if config.train.batch_size % number == 0
+        ],
+        "matched": [
+            _match(model, ffn_type, matching, block_size)
+            for ffn_type in (MLP_TYPES if model.ffn_type not in MLP_TYPES else KAN_TYPES)
+            for matching in TOLERANCE
+        ],
+    }
+
+
+def _device_plan(
+    config: RunConfig, model: KanLMConfig, devices: int, sharding: str, device_seconds: float
+) -> dict[str, Any]:
+    train = config.train
+    rows = train.batch_size // devices
+    micro_batch_size = min(train.micro_batch_size or rows, rows)
+    memory = memory_bytes(
+        model,
+        micro_batch_size=micro_batch_size,
+        block_size=config.data.block_size,
+        devices=devices,
+        sharding=sharding,
+        mixed_precision=train.mixed_precision != "no",
+        optimizer=train.optimizer,
+        gradient_checkpointing=train.gradient_checkpointing,
+    )
+    return {
+        "devices": devices,
+        "sharding": sharding,
+        "micro_batch_size": micro_batch_size,
+        "accumulation": math.ceil(rows / micro_batch_size),
+        "memory_bytes": {**dataclasses.asdict(memory), "total": memory.total},
+        "days": device_seconds / devices / 86400,
+    }
+
+
+def _match(model: KanLMConfig, ffn_type: str, matching: str, block_size: int) -> dict[str, Any]:
+    """A row of the plan: the width of another arm that is as large as `model`, or why there is none."""
+    row: dict[str, Any] = {"ffn_type": ffn_type, "matching": matching}
+    if matching == "parameters":
+        target = parameter_counts(model).non_embedding
+    else:
+        target = training_flops_per_token(model, block_size)
+    try:
+        matched, mismatch = matched_width(model, ffn_type, target, matching, block_size)
+    except ValueError as error:
+        return {**row, "error": str(error)}
+    return {**row, "intermediate_size": matched.intermediate_size, "mismatch_percent": 100 * mismatch}
+
+
+_MEMORY_KINDS = tuple(field.name for field in dataclasses.fields(Memory))
+
+
+def plan_text(planned: dict[str, Any]) -> str:
+    """`plan(...)` for a reader."""
+    parameters, flops = planned["parameters"], planned["flops_per_token"]
+    lines = [
+        f"{planned['name']}: {planned['ffn_type']}, {planned['num_hidden_layers']} layers, width "
+        f"{planned['hidden_size']}, FFN width {planned['intermediate_size']}, "
+        f"vocabulary {planned['vocab_size']:,}, blocks of {planned['block_size']}",
+        "",
+        "parameters (closed form = built model)",
+        *(f"  {name.replace('_', '-'):<14}{number:>18,}" for name, number in parameters.items()),
+        "",
+        "training FLOPs per token (multiply-add = 2)",
+        *(f"  {name:<14}{number:>18,}" for name, number in flops.items()),
+        "",
+        f"{planned['tokens']:,} tokens in {planned['steps']:,} steps of {planned['tokens_per_step']:,}: "
+        f"{planned['tokens_per_parameter']:.1f} tokens per non-embedding parameter, "
+        f"{planned['training_flops']:.3g} FLOPs",
+        "",
+        f"estimated peak memory a device, and days at {planned['utilisation']:.0%} of "
+        f"{planned['peak_flops'] / 1e12:,.0f} TFLOP/s",
+        "  devices  sharding  micro batch"
+        + "".join(f"{name:>13}" for name in (*_MEMORY_KINDS, "GiB", "days")),
+    ]
+    for row in planned["devices"]:
+        memory = row["memory_bytes"]
+        gib = "".join(f"{memory[kind] / 2**30:>13.2f}" for kind in (*_MEMORY_KINDS, "total"))
+        lines.append(
+            f"  {row['devices']:>7}  {row['sharding']:<8}  {row['micro_batch_size']:>5} x "
+            f"{row['accumulation']:<3}{gib}{row['days']:>13.3g}"
+        )
+    lines += ["", "arms of equal size (non-embedding parameters within 0.5%, training FLOPs within 1%)"]
+    for row in planned["matched"]:
+        fit = row.get("error") or f"{row['intermediate_size']:>6}  {row['mismatch_percent']:+.3f}%"
+        lines.append(f"  {row['ffn_type']:<12}{row['matching']:<12}{fit}")
+    return "\n".join(lines)
