@@ -8,6 +8,7 @@ import math
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 FORMAT_VERSION = 1
 """Meaning of the fields and names of the parameters. Raised where an older checkpoint would load wrongly."""
@@ -69,7 +70,7 @@ class KanLMConfig(PreTrainedConfig):
 
     vocab_size: int = 4096
     hidden_size: int = 256
-    intermediate_size: int = 683
+    intermediate_size: int = 680
     num_hidden_layers: int = 6
     num_attention_heads: int = 4
     num_key_value_heads: int | None = None
@@ -169,6 +170,12 @@ class KanLMConfig(PreTrainedConfig):
         if self.head_dim % 2:
             raise ValueError(
                 f"head_dim: rotary embeddings turn pairs, so it must be even, got {self.head_dim}"
+            )
+        rope = self.rope_parameters or {}
+        if rope.get("rope_type", "default") not in ("default", *ROPE_INIT_FUNCTIONS):
+            known = ", ".join(("default", *sorted(ROPE_INIT_FUNCTIONS)))
+            raise ValueError(
+                f"rope_parameters: unknown rope_type {rope['rope_type']!r}; choose one of {known}"
             )
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout: must lie in [0, 1), got {self.attention_dropout}")

@@ -37,12 +37,9 @@ class KanLMRotaryEmbedding(nn.Module):
         self.config = config
         self.rope_type = config.rope_parameters["rope_type"]
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
-        default = self.rope_type == "default"
-        frequencies_of = (
-            self.compute_default_rope_parameters if default else ROPE_INIT_FUNCTIONS[self.rope_type]
-        )
-        frequencies, self.attention_scaling = frequencies_of(config)
-        # Not saved: PreTrainedModel._init_weights computes them again after loading, by the name of this class.
+        functions = {"default": self.compute_default_rope_parameters} | ROPE_INIT_FUNCTIONS
+        frequencies, self.attention_scaling = functions[self.rope_type](config)
+        # Not saved: PreTrainedModel._init_weights computes them after loading, by the name of this class.
         self.register_buffer("inv_freq", frequencies, persistent=False)  # [E/2]
         self.register_buffer("original_inv_freq", frequencies.clone(), persistent=False)
 
@@ -212,31 +209,39 @@ class KanLMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers, but a checkpoint whose parameters are not the model's is an error.
+        """As in transformers, but a checkpoint whose parameters are not the model's is an error naming them.
 
         Raises:
-            ValueError: parameters that the checkpoint lacks (they would be random) or the model has not.
-                A new task head on the base model, and shapes under `ignore_mismatched_sizes=True`, may be
-                random.
+            ValueError: parameters that the checkpoint lacks (they would be random), that the model has not,
+                or of another shape. A new task head on the base model may be random, and with
+                `ignore_mismatched_sizes=True` shapes may differ.
         """
         with_info = kwargs.pop("output_loading_info", False)
+        ignore_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            pretrained_model_name_or_path,
+            *args,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **kwargs,
         )
         if pretrained_model_name_or_path is not None:
-            cls._check_keys(pretrained_model_name_or_path, info)
+            cls._check_keys(pretrained_model_name_or_path, info, ignore_sizes)
         return (model, info) if with_info else model
 
     @classmethod
-    def _check_keys(cls, source, info: dict):
-        missing = sorted(key for key in info["missing_keys"] if key.startswith(cls._required_prefixes))
-        unexpected = sorted(info["unexpected_keys"])
-        for keys, what in ((missing, "lacks"), (unexpected, "has, and the model has not,")):
+    def _check_keys(cls, source, info: dict, ignore_sizes: bool):
+        wrong = {
+            "lacks": [key for key in info["missing_keys"] if key.startswith(cls._required_prefixes)],
+            "has, and the model has not,": info["unexpected_keys"],
+            "has in another shape": () if ignore_sizes else [key for key, *_ in info["mismatched_keys"]],
+        }
+        for what, keys in wrong.items():
             if keys:
                 more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
                 raise ValueError(
-                    f"{source}: the checkpoint {what} {', '.join(keys[:3])}{more}; config.json and weights "
-                    "must be of one model: export it again, or load it with the kanlm version that wrote it"
+                    f"{source}: the checkpoint {what} {', '.join(sorted(keys)[:3])}{more}; config.json and "
+                    "weights must be of one model: export it again, or load it with the kanlm that wrote it"
                 )
 
 

@@ -1,0 +1,109 @@
+"""The configuration: round trips, strict types, and errors that name the field."""
+
+import json
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+from kanlm.model import KanLMConfig
+from kanlm.model.configuration_kanlm import EDGE_BASES, FFN_TYPES
+
+
+def test_json_round_trip_keeps_every_field_and_unknown_ones(tmp_path):
+    config = KanLMConfig(
+        ffn_type="kan", kan_basis="rbf", kan_grid_min=-2, eos_token_id=[1, 2], note={"a": [1]}
+    )
+    config.save_pretrained(tmp_path)
+    loaded = KanLMConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert loaded.note == {"a": [1]} and loaded.ffn_type == "kan" and loaded.kan_grid_min == -2
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "config.json").read_text()
+
+
+def test_derived_sizes_and_rope_parameters():
+    config = KanLMConfig(hidden_size=96, num_attention_heads=6, rope_theta=5000.0)
+    assert (config.head_dim, config.num_key_value_heads) == (16, 6)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 5000.0}
+
+
+def test_auto_map_has_all_three_classes():
+    assert set(KanLMConfig().auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+
+
+def test_registered_with_auto_config():
+    assert isinstance(AutoConfig.for_model("kanlm", num_hidden_layers=3), KanLMConfig)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", "256"),
+        ("num_hidden_layers", 2.5),
+        ("ffn_type", 3),
+        ("use_cache", "yes"),
+        ("rope_parameters", 4),
+    ],
+)
+def test_a_wrong_type_is_refused_at_construction_and_on_assignment(field, value):
+    with pytest.raises(StrictDataclassError, match=field):
+        KanLMConfig(**{field: value})
+    config = KanLMConfig()
+    with pytest.raises(StrictDataclassError, match=field):
+        setattr(config, field, value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size: must be at least 1, got 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads: must be at least 1, got 0"),
+        ({"hidden_size": 100, "num_attention_heads": 8}, "hidden_size: 100 is not a multiple.*write 96"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads: 3 does not divide.*4"),
+        ({"head_dim": 15}, "head_dim: .*even, got 15"),
+        ({"attention_dropout": 1.0}, r"attention_dropout: must lie in \[0, 1\), got 1.0"),
+        ({"initializer_range": float("nan")}, "initializer_range: .*nan"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps: .*0.0"),
+        ({"ffn_type": "moe"}, "ffn_type: unknown value 'moe'; choose one of " + ", ".join(FFN_TYPES)),
+        (
+            {"ffn_type": "kan", "kan_basis": "hermite"},
+            "kan_basis: unknown value 'hermite'; .*" + ", ".join(EDGE_BASES),
+        ),
+        ({"ffn_type": "kan", "kan_basis": "rational"}, "kan_basis: 'rational' .*kan_glu"),
+        ({"kan_order": 9}, r"kan_order: must lie in 0\.\.5, got 9"),
+        ({"kan_order": -1}, "kan_order: .*-1"),
+        ({"kan_grid_size": 0}, "kan_grid_size: must be at least 1, got 0"),
+        ({"kan_grid_min": 2.0, "kan_grid_max": 2.0}, "kan_grid_min: .*below kan_grid_max, got 2.0 and 2.0"),
+        (
+            {"kan_glu_form": "zero"},
+            "kan_glu_form: unknown value 'zero'; choose one of interpolated, residual",
+        ),
+        (
+            {"intermediate_size": 100, "kan_num_groups": 8},
+            "kan_num_groups: 8 does not divide intermediate_size 100",
+        ),
+        ({"rope_parameters": {"rope_type": "spiral"}}, "rope_parameters: .*'spiral'"),
+        ({"format_version": 99}, "format_version: the checkpoint has 99, this code reads 1"),
+    ],
+)
+def test_impossible_values_are_one_line_that_names_the_field(fields, message):
+    with pytest.raises(ValueError, match=message) as error:
+        KanLMConfig(**fields)
+    assert "\n" not in str(error.value)
+
+
+def test_the_rules_hold_again_when_a_changed_config_is_saved(tmp_path):
+    config = KanLMConfig()
+    config.num_key_value_heads = 3
+    with pytest.raises(Exception, match="num_key_value_heads: 3 does not divide"):
+        config.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_config_of_another_format_does_not_load(tmp_path):
+    KanLMConfig().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
+    with pytest.raises(ValueError, match="format_version"):
+        AutoConfig.from_pretrained(tmp_path)
