@@ -1,0 +1,142 @@
+import math
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from kanlm import stats
+
+
+def test_paired_interval_of_a_textbook_case():
+    # Differences 1, 2, 3: mean 2, deviation 1. t with 2 degrees has quantile (2p-1)/sqrt(2p(1-p)).
+    difference = stats.paired_difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    half = 0.95 / math.sqrt(2 * 0.975 * 0.025) / math.sqrt(3)
+    assert difference.mean == 2.0 and difference.std == 1.0 and difference.pairs == 3
+    assert difference.low == pytest.approx(2 - half, rel=1e-12)
+    assert difference.high == pytest.approx(2 + half, rel=1e-12)
+
+
+def test_paired_interval_agrees_with_scipy():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=7), rng.normal(size=7)
+    ours, theirs = stats.paired_difference(a, b, confidence=0.9), scipy_stats.ttest_rel(a, b)
+    interval = theirs.confidence_interval(0.9)
+    assert (ours.low, ours.high) == pytest.approx((interval.low, interval.high), rel=1e-12)
+    assert ours.p_value == pytest.approx(theirs.pvalue, rel=1e-12)
+
+
+def test_pairing_removes_what_the_seeds_share():
+    seeds = np.array([3.1, 3.4, 2.9, 3.2])
+    noise = np.array([1e-3, -1e-3, 2e-3, -2e-3])
+    difference = stats.paired_difference(seeds + 0.05 + noise, seeds)
+    assert 0.04 < difference.low < 0.05 < difference.high < 0.06
+
+
+def test_interval_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(1000):
+        a, b = rng.normal(0.3, 1, size=5), rng.normal(0, 1, size=5)
+        difference = stats.paired_difference(a, b)
+        hits += difference.low < 0.3 < difference.high
+    assert 930 <= hits <= 970
+
+
+def test_equivalence_is_the_90_percent_interval_inside_the_margin():
+    rng = np.random.default_rng(2)
+    verdicts = set()
+    for _ in range(200):
+        b = rng.normal(3, 0.1, size=4)
+        a = b + rng.normal(0.004, 0.006, size=4)
+        result = stats.equivalence(a, b, margin=0.01)
+        assert result.equivalent == (-0.01 < result.low and result.high < 0.01)
+        verdicts.add(result.equivalent)
+    assert verdicts == {True, False}
+
+
+def test_equivalence_p_value_is_the_larger_of_two_one_sided_tests():
+    a, b = np.array([1.0, 2.0, 3.0, 5.0]), np.array([1.004, 1.999, 3.002, 4.998])
+    result = stats.equivalence(a, b, margin=0.01)
+    above = scipy_stats.ttest_1samp(a - b, -0.01, alternative="greater").pvalue
+    below = scipy_stats.ttest_1samp(a - b, 0.01, alternative="less").pvalue
+    assert result.p_value == pytest.approx(max(above, below), rel=1e-12)
+
+
+def test_identical_runs_are_equivalent_and_a_constant_gap_is_not():
+    runs = [3.0, 3.25, 3.5]
+    assert stats.equivalence(runs, runs).equivalent
+    assert not stats.equivalence([run + 0.25 for run in runs], runs).equivalent
+    assert stats.paired_difference(runs, runs).p_value == 1.0
+    assert stats.paired_difference([run + 0.25 for run in runs], runs).p_value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        ([1.0], [2.0], "at least 2 seeds"),
+        ([1.0, 2.0], [1.0], "equal length"),
+        ([1.0, math.nan], [1.0, 2.0], "diverged"),
+        ([1.0, math.inf], [1.0, 2.0], "diverged"),
+    ],
+)
+def test_pairs_that_cannot_be_judged_are_errors(a, b, message):
+    with pytest.raises(ValueError, match=message):
+        stats.paired_difference(a, b)
+    with pytest.raises(ValueError, match=message):
+        stats.equivalence(a, b)
+
+
+def test_levels_out_of_range_are_errors():
+    with pytest.raises(ValueError, match="confidence"):
+        stats.paired_difference([1, 2], [3, 4], confidence=1.0)
+    with pytest.raises(ValueError, match="margin"):
+        stats.equivalence([1, 2], [3, 4], margin=0.0)
+    with pytest.raises(ValueError, match="alpha"):
+        stats.equivalence([1, 2], [3, 4], alpha=0.5)
+
+
+def test_scaling_fit_recovers_a_known_law():
+    sizes = np.geomspace(1e5, 1e9, 6)
+    fit = stats.scaling_fit(sizes, 1.69 + (3e5 / sizes) ** 0.34)
+    assert fit.irreducible == pytest.approx(1.69, abs=1e-5)
+    assert fit.exponent == pytest.approx(0.34, rel=1e-5)
+    assert fit.scale == pytest.approx(3e5, rel=1e-4)
+    assert fit.rms < 1e-6
+    assert fit.loss(fit.size(2.5)) == pytest.approx(2.5, rel=1e-12)
+    assert fit.size(1.6) == math.inf
+
+
+def test_arms_share_the_law_and_differ_by_a_ratio_of_sizes():
+    sizes = np.geomspace(1e5, 1e8, 5)
+    rng = np.random.default_rng(3)
+    fits = stats.scaling_fits(
+        {
+            "mlp": (sizes, 2.0 + (4e5 / sizes) ** 0.3 + rng.normal(0, 1e-4, 5)),
+            "kan": (sizes[:2], 2.0 + (2e5 / sizes[:2]) ** 0.3),  # half the parameters for the same loss
+        }
+    )
+    assert fits["mlp"].irreducible == fits["kan"].irreducible
+    assert fits["mlp"].exponent == fits["kan"].exponent
+    assert fits["kan"].scale / fits["mlp"].scale == pytest.approx(0.5, rel=0.01)
+
+
+def test_a_law_without_offset_keeps_the_offset_at_zero():
+    sizes = np.array([1e3, 1e4, 1e5, 1e6])
+    fit = stats.scaling_fit(sizes, 5.0 * sizes**-0.2)
+    assert fit.irreducible == pytest.approx(0.0, abs=1e-4)
+    assert fit.exponent == pytest.approx(0.2, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        ({}, "at least one arm"),
+        ({"kan": ([1e5, 1e6], [3.0, 2.0])}, "three different sizes"),
+        ({"kan": ([1e5, 1e6, 1e7], [3.0, 2.0])}, "as many sizes as losses"),
+        ({"kan": ([1e5, 1e6, 1e7], [3.0, 2.0, math.nan])}, "diverged"),
+        ({"kan": ([0.0, 1e6, 1e7], [3.0, 2.0, 1.5])}, "positive"),
+    ],
+)
+def test_points_without_a_law_are_errors(points, message):
+    with pytest.raises(ValueError, match=message):
+        stats.scaling_fits(points)
