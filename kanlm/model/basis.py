@@ -53,19 +53,75 @@ def uniform_pieces(order: int) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(piece) for piece in pieces)
 
 
-def slope_pieces(order: int) -> tuple[tuple[float, ...], ...]:
-    """The derivative of `uniform_pieces` by u: entry [r][p] is the coefficient of u^p."""
-    return tuple(
-        tuple(p * value for p, value in enumerate(piece))[1:] or (0.0,) for piece in uniform_pieces(order)
-    )
+def slope_of(piece: tuple[float, ...]) -> tuple[float, ...]:
+    """Coefficients of the derivative of the polynomial sum_p piece[p] u^p."""
+    return tuple(p * value for p, value in enumerate(piece))[1:] or (0.0,)
 
 
-def horner(coefficients, u: Tensor) -> Tensor:
-    """sum_p coefficients[p] u^p."""
-    total = torch.full_like(u, coefficients[-1])
-    for coefficient in coefficients[-2::-1]:
-        total = total * u + coefficient
+def horner(coefficients: tuple[float, ...], u: Tensor) -> Tensor:
+    """sum_p coefficients[p] u^p, without gradient."""
+    if len(coefficients) == 1:
+        return torch.full_like(u, coefficients[0])
+    total = (u * coefficients[-1]).add_(coefficients[-2])
+    for coefficient in coefficients[-3::-1]:
+        total.mul_(u).add_(coefficient)
     return total
+
+
+def spread(index: Tensor, pieces: list[Tensor], count: int) -> Tensor:
+    """Zeros [..., count, I] with pieces[r] [..., I] in row index + r, index [..., I]."""
+    rows = torch.stack([index + r for r in range(len(pieces))], dim=-2)  # [..., k+1, I]
+    stacked = torch.stack(pieces, dim=-2)
+    dense = stacked.new_zeros(*index.shape[:-1], count, index.shape[-1])
+    return dense.scatter(-2, rows, stacked)  # [..., count, I]
+
+
+def local_splines(x: Tensor, index: Tensor, knots: Tensor, order: int) -> list[Tensor]:
+    """The `order` + 1 B-splines that are not zero on knot interval `index` [..., I], as polynomials at x [..., I].
+
+    knots [n, I]. The triangular scheme of Cox and de Boor (de Boor 1978, chapter X, eq. 6) from order 0 up.
+    """
+
+    def knot(offset: int) -> Tensor:
+        return knots.gather(0, (index + offset).reshape(-1, index.shape[-1])).view_as(index)
+
+    left = {j: x - knot(1 - j) for j in range(1, order + 1)}
+    right = {j: knot(j) - x for j in range(1, order + 1)}
+    splines = [torch.ones_like(x)]
+    for j in range(1, order + 1):
+        carried, raised = torch.zeros_like(x), []
+        for r in range(j):
+            share = splines[r] / (right[r + 1] + left[j - r])
+            raised.append(carried + right[r + 1] * share)
+            carried = left[j - r] * share
+        splines = [*raised, carried]
+    return splines
+
+
+def spline_values(x: Tensor, knots: Tensor, order: int) -> tuple[Tensor, Tensor]:
+    """Values and derivatives [..., K, I] of the B-splines of `order` on any ascending knots [K + order + 1, I].
+
+    x [..., I]. The grid is knots[order] .. knots[K], both ends included; beyond it values go on linearly.
+    """
+    last = len(knots) - order - 1
+    inside = torch.minimum(torch.maximum(x, knots[order]), knots[last])
+    # The interval is the number of inner knots at or below x: the right edge is in the last one.
+    inner = knots[order + 1 : last]
+    index = (inside.detach().unsqueeze(-2) >= inner).sum(-2) + order  # [..., I]
+    pieces = local_splines(inside, index, knots, order)
+    if order == 0:
+        slopes = [torch.zeros_like(inside)]
+    else:
+        # dB_{m,k}/dx = k (B_{m,k-1} / (t_{m+k} - t_m) - B_{m+1,k-1} / (t_{m+k+1} - t_{m+1}))
+        widths = (knots[order:] - knots[:-order]) / order  # [n - k, I]
+        first = index - order + 1
+        scaled = [
+            piece / widths.gather(0, (first + r).reshape(-1, index.shape[-1])).view_as(index)
+            for r, piece in enumerate(local_splines(inside, index, knots, order - 1))
+        ]
+        slopes = [-scaled[0], *(a - b for a, b in zip(scaled, scaled[1:], strict=False)), scaled[-1]]
+    pieces = [piece + (x - inside) * slope for piece, slope in zip(pieces, slopes, strict=True)]
+    return spread(index - order, pieces, last), spread(index - order, slopes, last)
 
 
 @dataclass(frozen=True)
@@ -118,45 +174,65 @@ class Basis:
         raise NotImplementedError
 
 
+class _SplineValues(torch.autograd.Function):
+    """The n-th derivative of a uniform B-spline basis; saves x alone, and can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, x, basis, n):
+        ctx.save_for_backward(x)
+        ctx.basis, ctx.n = basis, n
+        return basis._evaluated(x, n)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        slopes = _SplineValues.apply(x, ctx.basis, ctx.n + 1)
+        return (grad * slopes).sum(-2).to(x.dtype), None, None
+
+
 @dataclass(frozen=True)
 class BSpline(Basis):
     """Uniform B-splines of order k: K = G + k, at most k + 1 of them not zero, summing to one.
 
-    Each interval's pieces are polynomials in the position u in the interval (`uniform_pieces`), so there is no
-    recursion over orders.
+    Each interval's pieces are polynomials in the position u in the interval (`uniform_pieces`), so there is
+    no recursion over orders.
     """
 
     @property
     def num_functions(self) -> int:
         return self.grid_size + self.order
 
-    def interval(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Index of the grid interval, int64 in 0..G-1, and position in it (below 0 or above 1 outside the grid)."""
-        position = (x - self.grid_min) * (1 / self.step)
-        index = position.detach().floor().clamp(0, self.grid_size - 1)
-        # A NaN has no interval; it must come out as NaN, not as an index outside the memory.
-        return index.long().clamp(0, self.grid_size - 1), position - index
-
-    def _spread(self, index: Tensor, pieces: list[Tensor]) -> Tensor:
-        """Zeros [..., K, I] with pieces[r] [..., I] at function index + r."""
-        rows = torch.stack([index + r for r in range(self.order + 1)], dim=-2)  # [..., k+1, I]
-        stacked = torch.stack(pieces, dim=-2)
-        dense = stacked.new_zeros(*index.shape[:-1], self.num_functions, index.shape[-1])
-        return dense.scatter(-2, rows, stacked)  # [..., K, I]
-
     def values(self, x: Tensor) -> Tensor:
-        index, u = self.interval(at_least_fp32(x))
-        inside = u.clamp(0, 1)
-        before, after = (u - inside).clamp(max=0), (u - inside).clamp(min=0)
-        pieces = []
-        for piece, slope in zip(uniform_pieces(self.order), slope_pieces(self.order), strict=True):
-            pieces.append(horner(piece, inside) + before * slope[0] + after * sum(slope))
-        return self._spread(index, pieces)
+        return _SplineValues.apply(x, self, 0)
 
     def derivatives(self, x: Tensor) -> Tensor:
-        index, u = self.interval(at_least_fp32(x))
+        return _SplineValues.apply(x, self, 1)
+
+    def _evaluated(self, x: Tensor, n: int) -> Tensor:
+        """The n-th derivatives [..., K, I] at x [..., I]; few passes over memory, and in place."""
+        u = (at_least_fp32(x) - self.grid_min).mul_(1 / self.step)
+        interval = u.floor().clamp_(0, self.grid_size - 1)
+        u -= interval
+        # A NaN has no interval; it must come out as NaN, not as an index outside the memory.
+        row = interval.long().clamp_(0, self.grid_size - 1).unsqueeze(-2)  # [..., 1, I]
         inside = u.clamp(0, 1)
-        return self._spread(index, [horner(slope, inside) / self.step for slope in slope_pieces(self.order)])
+        before, after = u.clamp(max=0), (u - 1).clamp_(min=0)
+
+        dense = u.new_zeros(*u.shape[:-1], self.num_functions, u.shape[-1])
+        for piece in uniform_pieces(self.order):
+            for _ in range(n):
+                piece = slope_of(piece)
+            value = horner(piece, inside)
+            if n == 0:
+                slope = slope_of(piece)
+                for beyond, edge_slope in ((before, slope[0]), (after, sum(slope))):
+                    if edge_slope:
+                        value.add_(beyond, alpha=edge_slope)
+            elif n > 1:
+                value.masked_fill_(inside != u, 0)
+            dense.scatter_(-2, row, value.unsqueeze(-2))
+            row += 1
+        return dense if n == 0 else dense.mul_(self.step**-n)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .basis import BSpline, at_least_fp32, make_basis, slope_pieces, uniform_pieces
+from .basis import BSpline, at_least_fp32, make_basis, slope_of, uniform_pieces
 
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 """Size of the basis values alive at once where they are recomputed: a CPU's cache, a share of a GPU's memory."""
@@ -344,7 +344,7 @@ class LearnedFunction(nn.Module):
         c = at_least_fp32(self.coefficients)
         factory = {"dtype": c.dtype, "device": c.device}
         pieces = torch.tensor(uniform_pieces(order), **factory)  # [k+1, k+1]
-        slopes = torch.tensor(slope_pieces(order), **factory)  # [k+1, k]
+        slopes = torch.tensor([slope_of(piece) for piece in uniform_pieces(order)], **factory)  # [k+1, k]
         inner = c.unfold(-1, order + 1, 1) @ pieces  # [groups, G, k+1]
         first, last = c[:, : order + 1], c[:, -order - 1 :]
         left = torch.stack((first @ pieces[:, 0], first @ slopes[:, 0]), dim=-1)

@@ -1,0 +1,150 @@
+# Copyright 2026 The kanlm authors. Licensed under the Apache License, Version 2.0.
+"""Statistics of samples and stable least squares, equal on every rank of a distributed run.
+
+Shapes: N samples, I inputs, K basis functions, G grid intervals, Q stored quantiles.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+STORED_QUANTILES = 1025
+"""Points of a rank's empirical quantile function that are exchanged; knots are read from their mixture."""
+
+EVEN_SHARE = 0.1
+"""Weight of points spread evenly over the grid intervals, so that no basis function is without data."""
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def summed_over_ranks(x: Tensor) -> Tensor:
+    """The sum of x over all ranks; x itself in a single process."""
+    if is_distributed():
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
+def finite_samples(samples: Tensor, inputs: int) -> Tensor:
+    """samples [..., I] as fp64 [N, I].
+
+    Raises:
+        ValueError: another last dimension, or values that are not finite.
+    """
+    if samples.shape[-1] != inputs:
+        raise ValueError(
+            f"samples: the last dimension must be in_features {inputs}, got shape {tuple(samples.shape)}"
+        )
+    samples = samples.detach().reshape(-1, inputs).double()
+    broken = int((~samples.isfinite()).sum())
+    if broken:
+        raise ValueError(
+            f"samples: {broken} of {samples.numel()} values are not finite; a refit needs finite values, "
+            "so find the step that made them"
+        )
+    return samples
+
+
+def mixture_quantiles(samples: Tensor, levels: Tensor) -> Tensor:
+    """Quantiles [levels, I] of the samples [N, I] of all ranks together.
+
+    Each rank sends Q quantiles and its sample count; the quantiles of their weighted mixture are exact at the
+    minimum and maximum and within 1/(Q-1) in rank elsewhere.
+
+    Raises:
+        ValueError: no samples on any rank.
+    """
+    counts = samples.new_tensor([len(samples)])
+    points = torch.linspace(0, 1, STORED_QUANTILES, dtype=samples.dtype, device=samples.device)
+    if len(samples):
+        # quantile() is limited to 2^24 values, sorted columns are not.
+        position = points * (len(samples) - 1)
+        below = position.floor().long()
+        above = (below + 1).clamp(max=len(samples) - 1)
+        ordered = samples.sort(dim=0).values
+        stored = ordered[below].lerp(ordered[above], (position - below).unsqueeze(-1))  # [Q, I]
+    else:
+        stored = samples.new_zeros(STORED_QUANTILES, samples.shape[-1])
+    if is_distributed():
+        gathered = [torch.empty_like(stored) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, stored.contiguous())
+        all_counts = [torch.empty_like(counts) for _ in gathered]
+        dist.all_gather(all_counts, counts)
+        stored, counts = torch.stack(gathered), torch.cat(all_counts)
+    else:
+        stored = stored.unsqueeze(0)  # [ranks, Q, I]
+    kept = counts > 0
+    if not kept.any():
+        raise ValueError("samples: got none; a grid needs at least one sample")
+    stored, counts = stored[kept], counts[kept]
+    if len(stored) == 1:
+        values, ranks = stored[0], points.unsqueeze(-1).expand_as(stored[0]).contiguous()
+    else:
+        weights = (counts / counts.sum()).view(-1, 1, 1).expand_as(stored).flatten(0, 1)
+        values, order = stored.flatten(0, 1).sort(dim=0, stable=True)
+        mass = weights.gather(0, order).cumsum(0)
+        ranks = (mass - mass[:1]) / (mass[-1:] - mass[:1])  # [ranks * Q, I], from 0 to 1
+    above = torch.searchsorted(ranks.t().contiguous(), levels.expand(ranks.shape[-1], -1).contiguous())
+    above = above.t().clamp(1, len(ranks) - 1)  # [levels, I]
+    low, high = ranks.gather(0, above - 1), ranks.gather(0, above)
+    share = ((levels.unsqueeze(-1) - low) / (high - low).clamp_min(1e-300)).clamp(0, 1)
+    return values.gather(0, above - 1).lerp(values.gather(0, above), share)
+
+
+def adapted_knots(samples: Tensor, grid_size: int, grid_eps: float, least_span: float) -> Tensor:
+    """Knots [G + 1, I] from the smallest to the largest sample: quantiles mixed with `grid_eps` uniform ones.
+
+    Strictly ascending also for repeated and constant samples: a range below `least_span` is widened to it.
+    Liu et al. 2024, arXiv:2404.19756, section 2.2 (grid extension from samples).
+    """
+    levels = torch.linspace(0, 1, grid_size + 1, dtype=torch.float64, device=samples.device)
+    quantiles = mixture_quantiles(samples, levels)
+    low, high = quantiles[0], quantiles[-1]
+    margin = (least_span - (high - low)).clamp(min=0) / 2
+    uniform = (low - margin).lerp(high + margin, levels.unsqueeze(-1))
+    # Where the range was widened the quantiles would not reach its ends.
+    share = torch.where(margin > 0, 1.0, grid_eps).to(uniform.dtype)
+    return quantiles.lerp(uniform, share)
+
+
+def refit_map(batches) -> Tensor:
+    """The map T [I, K_new, K_old] for which T c is the least-squares refit of coefficients c.
+
+    `batches` yields (new [N, K_new, I], old [N, K_old, I], weights [N]): values of both bases at the same points.
+    T minimises sum_n w_n (new_n . c' - old_n . c)^2 over the batches of all ranks, with a relative ridge of
+    1e-14 on c', far below what a double resolves in the function, so that any data have one solution.
+    """
+    gram = cross = 0
+    for new, old, weights in batches:
+        weighted = new * weights.view(-1, 1, 1)
+        gram = gram + torch.einsum("nai,nbi->iab", weighted, new)
+        cross = cross + torch.einsum("nai,nbi->iab", weighted, old)
+    gram, cross = summed_over_ranks(gram), summed_over_ranks(cross)
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1)  # [I, 1, 1]
+    ridge = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device) * 1e-14
+    return torch.cholesky_solve(cross / scale, torch.linalg.cholesky(gram / scale + ridge))
+
+
+def whitening_map(values: Tensor, weights: Tensor, constant_scale: float) -> Tensor:
+    """W [K, K] for which psi = W B is white under the weighted points: values [N, K], weights [N] of sum one.
+
+    psi_0 is the part of the constant function that the basis can represent, times `constant_scale`; all
+    others have mean zero, variance one, and are uncorrelated. For a basis that sums to one psi_0 is constant.
+    Built as (reflection that brings the constant first) M^(-1/2), M = E[B B^T], so that W is invertible and the
+    other features stay as local as can be.
+    """
+    second = torch.einsum("n,na,nb->ab", weights, values, values)
+    eigenvalues, vectors = torch.linalg.eigh(second)
+    root = vectors @ torch.diag(eigenvalues.clamp_min(1e-12 * eigenvalues[-1]).rsqrt()) @ vectors.t()
+    constant = root @ (weights @ values)
+    constant = constant / constant.norm()
+    axis = torch.zeros_like(constant)
+    axis[0] = 1.0 if constant[0] <= 0 else -1.0  # the sign that keeps the reflection away from cancellation
+    mirror = constant - axis
+    reflection = torch.eye(len(axis), dtype=root.dtype, device=root.device)
+    reflection = reflection - 2 * torch.outer(mirror, mirror) / mirror.dot(mirror)
+    white = reflection @ root * axis[0]
+    white[0] *= constant_scale
+    return white
