@@ -1,0 +1,1 @@
+"""Plan arms of equal size, train and judge them under one protocol, write the report."""

@@ -1,0 +1,1 @@
+"""Learned functions of trained models: curves, importance, pictures."""

@@ -1,0 +1,179 @@
+"""Pictures of the report: matplotlib figures as inline SVG, narrow enough to be read on a phone.
+
+Every function takes the artifacts' plain lists and returns the text of one `<svg>` element. Text stays text
+(searchable, in the page's font), and the same artifacts give the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from kanlm.compare.artifacts import Result
+from kanlm.interpret.pictures import figure_svg
+
+KAN_COLOURS = ("#c2410c", "#b4257e", "#a16207", "#7c2d12", "#db2777")
+MLP_COLOURS = ("#1d4ed8", "#0e7490", "#475569", "#4338ca")
+CONTROL_COLOURS = ("#15803d", "#4d7c0f")
+BASELINE_COLOUR = "#6b7280"
+
+
+def colours(arms: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """A colour for each (name, family): warm for KANs, cool for MLPs, green for controls."""
+    palettes = {"kan": KAN_COLOURS, "mlp": MLP_COLOURS, "control": CONTROL_COLOURS}
+    used = dict.fromkeys(palettes, 0)
+    result = {}
+    for name, family in arms:
+        palette = palettes[family]
+        result[name] = palette[used[family] % len(palette)]
+        used[family] += 1
+    return result
+
+
+def short(value: float, _position: int | None = None) -> str:
+    """1234567 -> 1.23M."""
+    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def smoothed(values: Sequence[float], window: int) -> np.ndarray:
+    """Trailing mean over `window` values, over fewer at the start."""
+    sums = np.cumsum(np.concatenate([[0.0], np.asarray(values, dtype=float)]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def loss_curves(results: Sequence[Result], colour: dict[str, str], against: str, name: str) -> str:
+    """Training losses (thin: each seed) and validation losses (dots) against `tokens` or `seconds`."""
+    with figure_svg(name, 3.3) as (figure, output):
+        axes = figure.add_subplot()
+        labelled: set[str] = set()
+        ends = []
+        for result in results:
+            curve, arm = result.curve, result.trial.arm
+            places = getattr(curve, against)
+            finite = np.isfinite(curve.loss) if curve.loss else np.zeros(0, bool)
+            if not finite.any():
+                continue
+            window = max(1, len(curve.loss) // 40)
+            loss = smoothed(np.where(finite, curve.loss, np.nan), window)
+            label = arm if arm not in labelled else None
+            labelled.add(arm)
+            axes.plot(places, loss, color=colour[arm], label=label, alpha=0.85, linewidth=1.2)
+            axes.plot(
+                getattr(curve, f"validation_{against}"),
+                curve.validation_loss,
+                "o",
+                color=colour[arm],
+                markersize=4,
+                markeredgecolor="white",
+                markeredgewidth=0.5,
+            )
+            ends.append((min(loss[np.isfinite(loss)]), np.nanpercentile(loss, 92)))
+        if ends:
+            low, high = min(end[0] for end in ends), max(end[1] for end in ends)
+            axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low) or None)
+            axes.legend(loc="upper right")
+        axes.set_xlabel("training tokens" if against == "tokens" else "training time, seconds")
+        axes.set_ylabel("loss, nats per token")
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter(FuncFormatter(short))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+    return output[0]
+
+
+def quality(
+    results: Sequence[Result], baselines: Sequence[dict[str, Any]], colour: dict[str, str], name: str
+) -> str:
+    """Bits per byte: a dot for each seed, a tick for the mean, dashed lines for the baselines."""
+    arms = list(dict.fromkeys(result.trial.arm for result in results))
+    with figure_svg(name, 0.9 + 0.38 * len(arms)) as (figure, output):
+        axes = figure.add_subplot()
+        for row, arm in enumerate(arms):
+            values = [r.eval.bits_per_byte for r in results if r.trial.arm == arm and r.eval]
+            if not values:
+                continue
+            axes.plot(values, [row] * len(values), "o", color=colour[arm], alpha=0.75, markersize=6)
+            axes.plot([np.mean(values)], [row], "|", color=colour[arm], markersize=16, markeredgewidth=2)
+        for baseline in baselines:
+            axes.axvline(baseline["bits_per_byte"], color=BASELINE_COLOUR, linestyle="--", linewidth=1)
+            axes.annotate(
+                baseline["name"],
+                (baseline["bits_per_byte"], 1),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                va="bottom",
+                fontsize=8,
+                color=BASELINE_COLOUR,
+            )
+        axes.set_yticks(range(len(arms)), arms)
+        axes.set_ylim(len(arms) - 0.4, -0.6)
+        axes.set_xlabel("bits per byte of unseen text (left is better)")
+        axes.grid(axis="y", visible=False)
+    return output[0]
+
+
+def throughput(rows: Sequence[dict[str, Any]], colour: dict[str, str], name: str) -> str:
+    """Bars of training tokens/s; the whisker spans the middle half of the measured rounds."""
+    with figure_svg(name, 0.8 + 0.38 * len(rows)) as (figure, output):
+        axes = figure.add_subplot()
+        for place, row in enumerate(rows):
+            axes.barh(place, row["tokens_per_second"], color=colour[row["arm"]], height=0.62)
+            low, high = row.get("low"), row.get("high")
+            if low is not None:
+                axes.plot([low, high], [place, place], color="#111827", linewidth=1.2)
+            axes.annotate(
+                f" {short(row['tokens_per_second'])}",
+                (max(row["tokens_per_second"], high or 0), place),
+                va="center",
+                fontsize=9,
+            )
+        axes.set_yticks(range(len(rows)), [row["arm"] for row in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_xlim(right=1.15 * max(max(row["tokens_per_second"], row.get("high") or 0) for row in rows))
+        axes.set_xlabel("training tokens per second (right is better)")
+        axes.xaxis.set_major_formatter(FuncFormatter(short))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.grid(axis="y", visible=False)
+    return output[0]
+
+
+def sweep(rows: Sequence[dict[str, Any]], colour: dict[str, str], name: str) -> str:
+    """Validation loss against learning rate for every arm; the chosen one is filled."""
+    with figure_svg(name, 2.9) as (figure, output):
+        axes = figure.add_subplot()
+        for row in rows:
+            points = [(p["learning_rate"], p["loss"]) for p in row["trials"] if p["loss"] is not None]
+            if not points:
+                continue
+            rates, losses = zip(*points, strict=True)
+            axes.plot(
+                rates, losses, "o-", color=colour[row["arm"]], label=row["arm"], markerfacecolor="white"
+            )
+            chosen = dict(points)[row["learning_rate"]]
+            axes.plot([row["learning_rate"]], [chosen], "o", color=colour[row["arm"]])
+        axes.set_xscale("log")
+        axes.set_xlabel("peak learning rate")
+        axes.set_ylabel("validation loss, nats per token")
+        axes.legend()
+    return output[0]
+
+
+def scaling(series: dict[str, list[tuple[float, float]]], colour: dict[str, str], name: str) -> str:
+    """Mean loss against non-embedding parameters, one line an arm."""
+    with figure_svg(name, 2.9) as (figure, output):
+        axes = figure.add_subplot()
+        for arm, points in series.items():
+            sizes, losses = zip(*sorted(points), strict=True)
+            axes.plot(sizes, losses, "o-", color=colour[arm], label=arm)
+        axes.set_xscale("log")
+        axes.set_xlabel("non-embedding parameters")
+        axes.set_ylabel("loss, nats per token")
+        axes.legend()
+    return output[0]
