@@ -1,146 +1,245 @@
 """Packed token ids on disk: built once, memory-mapped ever after.
 
     CACHE_DIR/tokens/SPLIT-KEY/
-      manifest.json       counts, hashes, shards; written last
-      shard-00000.bin     uint16 (uint32 for vocabularies over 65,536) ids
-      documents.bin       uint64 position of every document's first id
+      manifest.json       what the ids are of, counts, hashes, shards; present only in a finished cache
+      shard-00000.bin     uint16 ids (uint32 for vocabularies over 65,536); a shard ends where a document ends
+      documents.bin       uint64 position of every document's first id, which is EOS (kanlm.data.packing)
 
-A document is stored as the eos id followed by its own ids, so the stream reads EOS a EOS b EOS c: the first
-token of a document is predicted from EOS alone or from EOS and earlier documents, and EOS is predicted at
-the end of the document before it. A shard ends where a document ends.
+KEY covers the tokenizer and all that decides the text, so a cache is never reused for other data. A build
+goes on in SPLIT-KEY.partial/, which is renamed when it is whole; stopped at any moment it resumes after the last
+whole shard. A file lock lets one process build while others wait.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
+import logging
+import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from kanlm.config import RunConfig, UserError
-from kanlm.data.corpus import Source, Split, split_texts, training_sources, validation_sources
-from kanlm.data.tokenizer import packing_tokenizer, tokenizer_hash
-from kanlm.metrics import TextCounts, text_counts
-from kanlm.runs import new_folder, read_json, write_json
+from kanlm.data.corpus import Source, Split, TextStream, split_sources
+from kanlm.data.packing import Packed, Packer
+from kanlm.data.tokenizer import tokenizer_hash
+from kanlm.metrics import TextCounts
+from kanlm.runs import fsync_folder, read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
+"""Part of the key: raise it when the same text would give other files."""
 SHARD_TOKENS = 1 << 25
-BATCH_DOCUMENTS = 256
 
 
 class TokenCache:
-    """Token ids of one split in `folder`."""
+    """Token ids of one split, memory-mapped; `manifest` says what they are."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.manifest: dict[str, Any] = read_json(self.folder / "manifest.json")
         dtype = np.dtype(self.manifest["dtype"])
-        self._shards, self._ends = [], []
-        end = 0
-        for shard in self.manifest["shards"]:
-            path = self.folder / shard["file"]
-            size = path.stat().st_size if path.exists() else 0
-            if size != shard["tokens"] * dtype.itemsize:
-                raise UserError(
-                    f"{path}: expected {shard['tokens'] * dtype.itemsize} bytes as its manifest says, found {size}; "
-                    f"delete {self.folder} to build it again"
-                )
-            self._shards.append(np.memmap(path, dtype=dtype, mode="r"))
-            end += shard["tokens"]
-            self._ends.append(end)
-        self.document_starts = np.fromfile(self.folder / "documents.bin", dtype=np.uint64).astype(np.int64)
+        self._shards = [
+            np.memmap(
+                _checked(self.folder / shard["file"], shard["tokens"] * dtype.itemsize), dtype, mode="r"
+            )
+            for shard in self.manifest["shards"]
+        ]
+        self._ends = np.cumsum([len(shard) for shard in self._shards])
+        starts = _checked(self.folder / "documents.bin", self.manifest["documents"] * 8)
+        self.document_starts = np.memmap(starts, np.uint64, mode="r")
+        """[documents] position of every document's EOS."""
 
     def __len__(self) -> int:
+        """Tokens, with one EOS for each document."""
         return self.manifest["tokens"]
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """ids [start, stop) as int64, across shards."""
-        assert 0 <= start <= stop <= len(self), (start, stop, len(self))
-        pieces = []
-        shard = int(np.searchsorted(self._ends, start, side="right"))
-        while start < stop:
-            begin = self._ends[shard] - len(self._shards[shard])
-            piece = self._shards[shard][start - begin : stop - begin]
-            pieces.append(piece)
-            start += len(piece)
-            shard += 1
-        return np.concatenate(pieces).astype(np.int64) if pieces else np.zeros(0, dtype=np.int64)
+        """int64 ids [start, stop), across shards."""
+        assert 0 <= start < stop <= len(self), (start, stop, len(self))
+        found = np.empty(stop - start, dtype=np.int64)
+        done = start
+        while done < stop:
+            shard = int(np.searchsorted(self._ends, done, side="right"))
+            offset = done - (self._ends[shard] - len(self._shards[shard]))
+            part = self._shards[shard][offset : offset + stop - done]
+            found[done - start : done - start + len(part)] = part
+            done += len(part)
+        return found
 
 
 def token_cache(config: RunConfig, tokenizer: PreTrainedTokenizerFast, split: Split) -> TokenCache:
-    """The packed tokens of `split`, built where `data.cache_dir` does not hold them yet."""
-    sources = training_sources(config) if split == "train" else validation_sources(config)
-    return cached(sources, tokenizer, split, config)
+    """The packed tokens of `split`, source after source; built where there is no cache of them."""
+    return cached(split_sources(config, split), config, tokenizer, split)
 
 
 def train_caches(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[TokenCache, ...]:
     """One cache for each source of the training mixture."""
-    return tuple(cached((source,), tokenizer, "train", config) for source in training_sources(config))
+    return tuple(cached((source,), config, tokenizer, "train") for source in split_sources(config, "train"))
 
 
 def cached(
-    sources: tuple[Source, ...], tokenizer: PreTrainedTokenizerFast, split: Split, config: RunConfig
+    sources: tuple[Source, ...],
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    split: Split,
+    shard_tokens: int = SHARD_TOKENS,
 ) -> TokenCache:
+    """The cache of `sources`, built or resumed under its lock where it is not whole.
+
+    `UserError` for text that cannot be read or packed; then, and on a full disk, nothing half-built stays.
+    """
     identity = {
         "format": FORMAT,
-        "tokenizer": tokenizer_hash(tokenizer),
-        "sources": [source.fingerprint for source in sources],
+        "tokenizer_sha256": tokenizer_hash(tokenizer),
+        "source_fingerprints": [source.fingerprint for source in sources],
     }
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps(identity).encode("utf-8")).hexdigest()
     folder = Path(config.data.cache_dir) / "tokens" / f"{split}-{key[:16]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if not (folder / "manifest.json").is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-            with new_folder(folder) as temporary:
-                manifest = identity | {
-                    "split": split,
-                    "source": ", ".join(source.name for source in sources),
-                    "licence": ", ".join(sorted({source.licence for source in sources})),
-                }
-                texts = itertools.chain.from_iterable(split_texts(source) for source in sources)
-                _build(temporary, texts, tokenizer, manifest)
-    return TokenCache(folder)
+        if not folder.is_dir():
+            manifest = identity | {
+                "split": split,
+                "source": ", ".join(source.name for source in sources),
+                "licence": ", ".join(dict.fromkeys(source.reader.licence for source in sources)),
+            }
+            partial = folder.with_name(f"{folder.name}.partial")
+            try:
+                build = _Build(partial, Packer(tokenizer), shard_tokens)
+                texts = itertools.chain.from_iterable(TextStream(source) for source in sources)
+                build.run(texts, config.data.num_workers, manifest)
+            except UserError:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                shutil.rmtree(partial, ignore_errors=True)
+                raise UserError(
+                    f"data.cache_dir: no space left for the token cache in {folder.parent}; free some, set "
+                    "data.cache_dir to another disk, or set data.streaming=true"
+                ) from None
+            os.rename(partial, folder)
+    cache = TokenCache(folder)
+    found = {name: cache.manifest.get(name) for name in identity}
+    if found != identity:
+        different = ", ".join(name for name in identity if found[name] != identity[name])
+        raise UserError(f"{folder}/manifest.json: made of other data ({different} differs); delete {folder}")
+    return cache
 
 
-def _build(
-    folder: Path, texts: Iterator[str], tokenizer: PreTrainedTokenizerFast, manifest: dict[str, Any]
-) -> None:
-    backend = packing_tokenizer(tokenizer)
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-    eos = tokenizer.eos_token_id
-    pieces, starts, position = [], [], 0
-    counts = TextCounts()
-    while batch := list(itertools.islice(texts, BATCH_DOCUMENTS)):
-        for text, encoding in zip(
-            batch, backend.encode_batch_fast(batch, add_special_tokens=False), strict=True
-        ):
-            starts.append(position)
-            ids = encoding.ids
-            pieces.append(np.array([eos, *ids], dtype=dtype))
-            position += len(ids) + 1
-            counts += text_counts(text)
-    if not position:
-        raise UserError(f"data.source: {manifest['source']} holds no text for {manifest['split']}")
-    ids = np.concatenate(pieces)
-    ids.tofile(folder / "shard-00000.bin")
-    np.array(starts, dtype=np.uint64).tofile(folder / "documents.bin")
-    digest = hashlib.sha256(ids.tobytes()).hexdigest()
-    manifest |= {
-        "dtype": dtype.name,
-        "eos_token_id": eos,
-        "tokens": position,
-        "documents": counts.documents,
-        "bytes": counts.bytes,
-        "words": counts.words,
-        "sha256": digest,
-        "shards": [{"file": "shard-00000.bin", "tokens": position, "sha256": digest}],
-    }
-    write_json(folder / "manifest.json", manifest)
+class _Build:
+    """A cache in the making. progress.json names the whole shards and what has been read up to their end."""
+
+    def __init__(self, folder: Path, pack: Packer, shard_tokens: int):
+        self.folder, self.pack, self.shard_tokens = folder, pack, shard_tokens
+        self.shards: list[dict[str, Any]] = []
+        self.counts = TextCounts()
+        self.sha256 = hashlib.sha256()
+        folder.mkdir(exist_ok=True)
+        if (folder / "progress.json").is_file():
+            progress = read_json(folder / "progress.json")
+            self.counts = TextCounts(**progress["counts"])
+            self.shards = progress["shards"]
+            for shard in self.shards:
+                content = (folder / shard["file"]).read_bytes()
+                if hashlib.sha256(content).hexdigest() != shard["sha256"]:
+                    raise UserError(f"{folder / shard['file']}: damaged (sha256 differs); delete {folder}")
+                self.sha256.update(content)
+        with open(folder / "documents.bin", "ab") as file:
+            file.truncate(self.counts.documents * 8)
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard["tokens"] for shard in self.shards)
+
+    def run(self, texts: Iterator[str], num_workers: int, manifest: dict[str, Any]) -> None:
+        """Pack what is left of `texts` and write the manifest."""
+        done = self.counts
+        if done.documents:
+            logger.info("%s: resuming after %s documents", self.folder, f"{done.documents:,}")
+        rest = itertools.islice(texts, done.documents, None)
+        description = f"packing {manifest['split']} text"
+        with tqdm(desc=description, unit="B", unit_scale=True, initial=done.bytes, disable=None) as bar:
+            buffer: list[Packed] = []
+            for packed in self.pack.packed(rest, num_workers):
+                buffer.append(packed)
+                bar.update(packed.counts.bytes)
+                if sum(len(part.ids) for part in buffer) >= self.shard_tokens:
+                    self._write_shard(buffer)
+                    buffer = []
+            if buffer:
+                self._write_shard(buffer)
+        if not self.counts.documents:
+            raise UserError(_no_text(manifest))
+        counts = self.counts
+        write_json(
+            self.folder / "manifest.json",
+            manifest
+            | {
+                "dtype": self.pack.dtype.name,
+                "tokens": self.tokens,
+                "text_tokens": self.tokens - counts.documents,
+                "bytes": counts.bytes,
+                "words": counts.words,
+                "documents": counts.documents,
+                "sha256": self.sha256.hexdigest(),
+                "shards": self.shards,
+            },
+        )
+        (self.folder / "progress.json").unlink()
+        fsync_folder(self.folder)
+        logger.info(
+            "packed %s: %s documents, %s bytes, %s tokens, sha256 %s",
+            manifest["split"],
+            f"{counts.documents:,}",
+            f"{counts.bytes:,}",
+            f"{self.tokens:,}",
+            self.sha256.hexdigest()[:16],
+        )
+
+    def _write_shard(self, buffer: list[Packed]) -> None:
+        name = f"shard-{len(self.shards):05d}.bin"
+        lengths = np.concatenate([packed.lengths for packed in buffer])
+        starts = self.tokens + np.cumsum(lengths) - lengths
+        content = b"".join(packed.ids.tobytes() for packed in buffer)
+        (self.folder / name).write_bytes(content)
+        with open(self.folder / "documents.bin", "ab") as file:
+            file.write(starts.astype(np.uint64).tobytes())
+        fsync_folder(self.folder)
+        self.sha256.update(content)
+        digest = hashlib.sha256(content).hexdigest()
+        self.shards.append({"file": name, "tokens": int(lengths.sum()), "sha256": digest})
+        self.counts = sum((packed.counts for packed in buffer), self.counts)
+        write_json(self.folder / "progress.json", {"counts": asdict(self.counts), "shards": self.shards})
+
+
+def _no_text(manifest: dict[str, Any]) -> str:
+    if manifest["split"] == "train":
+        return f"data.source: {manifest['source']!r} is empty: it holds no text; give a source with text"
+    return (
+        f"data.validation_fraction: no text of {manifest['source']!r} is held out; raise it, "
+        "or name data.validation_source or data.validation_split"
+    )
+
+
+def _checked(path: Path, expected: int) -> Path:
+    size = path.stat().st_size if path.is_file() else None
+    if size != expected:
+        found = "is missing" if size is None else f"has {size} bytes"
+        raise UserError(
+            f"{path}: {found}, but its manifest says {expected} bytes; delete {path.parent} to build it again"
+        )
+    return path

@@ -1,14 +1,17 @@
-"""Training batches in an order that depends on (data_seed, consumed sequences) alone.
+"""Training batches whose order depends on (data_seed, consumed sequences) alone.
 
 Legend: B sequences of a micro-batch, T tokens of a sequence.
 
-Sequence number n of a run is one block of T consecutive ids. Micro-batch number i of rank r holds the sequences
-(i * world_size + r) * B + [0, B), so every number of processes sees the same sequences in the same order, and the
-number of consumed sequences is the whole state.
+Sequence number n is one block of T consecutive ids; `Mixture` says which source it is from and how many that
+source has given before. An epoch of a source is a permutation of its blocks (streaming: of every window).
+Micro-batch number i of rank r holds the sequences (i * world_size + r) * B + [0, B), so any number of
+processes sees the same sequences in the same steps.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,20 +21,24 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from kanlm.config import RunConfig, UserError
-from kanlm.data.cache import train_caches
-
-_MASK = (1 << 64) - 1
-SCHEDULE = 4096
-"""Sequences in which the sources of a mixture keep their exact shares."""
+from kanlm.data.cache import TokenCache, train_caches
+from kanlm.data.corpus import split_sources
+from kanlm.data.order import Mixture, permuted
+from kanlm.data.packing import Packer
+from kanlm.data.stream import StreamedBlocks
+from kanlm.data.tokenizer import tokenizer_hash
 
 
 class TokenLoader:
     """Endless micro-batches of the training text for one process.
 
-    Yields dicts of `input_ids` [B, T] int64, `labels` [B, T] int64 (the same ids, unshifted, as transformers'
-    causal models take them: position t is scored against labels[t + 1], so T - 1 targets a sequence) and, where
-    `data.cross_document_attention` is false, `position_ids` [B, T] that restart at every document. A document
-    begins with its EOS: the end of a document is predicted from within it, and its first token from EOS alone.
+    Yields dicts of `input_ids` [B, T] int64; `labels` [B, T] int64, the same ids unshifted, as transformers'
+    causal models take them (position t is scored against labels[t + 1]; T - 1 targets a sequence, no mask);
+    and, with `data.cross_document_attention = false`, `position_ids` [B, T] that restart at every document,
+    which those models turn into block-diagonal attention. A document begins with EOS, so no target needs a
+    mask: a document's first token is predicted from its EOS, and the next EOS from the end of the document.
+
+    `micro_batch_size` defaults to the configured one, else to batch_size / world_size.
     """
 
     def __init__(
@@ -43,83 +50,145 @@ class TokenLoader:
         world_size: int = 1,
         micro_batch_size: int | None = None,
     ):
+        assert 0 <= rank < world_size
         self.rank, self.world_size = rank, world_size
-        self.micro_batch_size = (
-            micro_batch_size or config.train.micro_batch_size or config.train.batch_size // world_size
-        )
-        self.block_size = config.data.block_size
-        self.seed = config.data_seed
-        self.keep_documents_apart = not config.data.cross_document_attention
-        self.eos_token_id = tokenizer.eos_token_id
-        self.caches = train_caches(config, tokenizer)
+        self.micro_batch_size = micro_batch_size or _micro_batch_size(config, world_size)
         self.consumed = 0
-        self.blocks = [len(cache) // self.block_size for cache in self.caches]
-        for cache, blocks in zip(self.caches, self.blocks, strict=True):
-            if not blocks:
-                raise UserError(
-                    f"data.block_size: {self.block_size}, but {cache.manifest['source']} has only {len(cache)} training "
-                    "tokens; choose a smaller block_size or a longer text"
-                )
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        """The manifest of the single source."""
-        return self.caches[0].manifest
+        """Sequences that all processes together have been given."""
+        self._eos, self._block_size = tokenizer.eos_token_id, config.data.block_size
+        self._apart = not config.data.cross_document_attention
+        specs = [spec for spec in config.data.mixture if spec.weight > 0]
+        weights = [spec.weight for spec in specs] or [1.0]
+        self._mixture = Mixture(weights, config.data_seed)
+        self._sources: list[_CachedBlocks] | list[StreamedBlocks]
+        if config.data.streaming:
+            pack, window = Packer(tokenizer), config.data.shuffle_buffer
+            self._sources = [
+                StreamedBlocks(source, pack, self._block_size, window, (config.data_seed, number))
+                for number, source in enumerate(split_sources(config, "train"))
+            ]
+            self.manifest = _streamed_manifest(self._sources, tokenizer)
+        else:
+            self._sources = [
+                _CachedBlocks(cache, self._block_size, (config.data_seed, number))
+                for number, cache in enumerate(train_caches(config, tokenizer))
+            ]
+            self.manifest = _cached_manifest([source.cache.manifest for source in self._sources])
+        self._identity = {
+            "data manifest": self.manifest["sha256"],
+            "data_seed": config.data_seed,
+            "data.block_size": self._block_size,
+            "data.mixture weights": weights,
+            "data.streaming": config.data.streaming,
+        }
+        if config.data.streaming:
+            self._identity["data.shuffle_buffer"] = config.data.shuffle_buffer
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         while True:
             first = self.consumed + self.rank * self.micro_batch_size
+            batch = self._batch(np.arange(first, first + self.micro_batch_size))
             self.consumed += self.micro_batch_size * self.world_size
-            yield self._batch([self._block(0, n) for n in range(first, first + self.micro_batch_size)])
+            yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next micro-batch begins; the same in every process."""
-        return {"consumed": self.consumed, "sha256": self.manifest["sha256"]}
+        """The place of the next micro-batch, JSON only. Any process's state serves all, of any number."""
+        state = {"consumed": self.consumed, "identity": self._identity}
+        if self.manifest["streaming"]:
+            state["streams"] = [source.state_dict() for source in self._sources]
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["sha256"] != self.manifest["sha256"]:
-            raise UserError("data: the training tokens differ from those the state was saved with (sha256)")
+        """Go on at `state`; `UserError` that names what differs where it is the state of other data."""
+        for name in self._identity.keys() | state["identity"].keys():
+            ours, theirs = self._identity.get(name), state["identity"].get(name)
+            if ours != theirs:
+                raise UserError(
+                    f"{name}: {ours!r}, but the run to resume was trained with {theirs!r}; restore it, or "
+                    "start a new run under another name"
+                )
         self.consumed = state["consumed"]
+        for source, stream in zip(self._sources, state.get("streams", ()), strict=False):
+            source.load_state_dict(stream)
 
-    def _block(self, source: int, index: int) -> np.ndarray:
-        """The `index`-th sequence that this source gives, counted over its epochs."""
-        epoch, place = divmod(index, self.blocks[source])
-        start = permuted(place, self.blocks[source], (self.seed, source, epoch)) * self.block_size
-        return self.caches[source].tokens(start, start + self.block_size)
-
-    def _batch(self, blocks: list[np.ndarray]) -> dict[str, Tensor]:
-        ids = np.stack(blocks)  # [B, T]
+    def _batch(self, numbers: np.ndarray) -> dict[str, Tensor]:
+        ids = np.empty((len(numbers), self._block_size), dtype=np.int64)  # [B, T]
+        sources, indices = self._mixture(numbers)
+        for number, source in enumerate(self._sources):
+            here = sources == number
+            if here.any():
+                ids[here] = source.blocks(indices[here])
         batch = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(ids.copy())}
-        if self.keep_documents_apart:
-            places = np.arange(self.block_size)
-            starts = np.where(ids == self.eos_token_id, places, 0)
-            batch["position_ids"] = torch.from_numpy(places - np.maximum.accumulate(starts, axis=1))
+        if self._apart:
+            places = np.arange(self._block_size)
+            starts = np.maximum.accumulate(np.where(ids == self._eos, places, 0), axis=1)  # [B, T]
+            batch["position_ids"] = torch.from_numpy(places - starts)
         return batch
 
 
-def permuted(index: int, size: int, key: tuple[int, ...]) -> int:
-    """Where `index` lands under a pseudo-random permutation of range(size) chosen by `key`.
+class _CachedBlocks:
+    """Blocks of a token cache by their number; every epoch is a permutation of them."""
 
-    A Feistel network on the smallest even number of bits that holds `size`, walked until it lands inside
-    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"): no memory, any index at once.
-    """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    seed = 0
-    for part in key:
-        seed = _mixed(seed ^ part)
-    while True:
-        left, right = index >> half, index & mask
-        for turn in range(6):
-            left, right = right, left ^ (_mixed(seed + (turn << 56) + right) & mask)
-        index = left << half | right
-        if index < size:
-            return index
+    def __init__(self, cache: TokenCache, block_size: int, key: tuple[int, ...]):
+        self.cache, self._block_size, self._key = cache, block_size, key
+        self._number = len(cache) // block_size
+        if not self._number:
+            raise UserError(
+                f"data.block_size: {block_size}, but the training text of {cache.manifest['source']!r} has "
+                f"only {len(cache)} tokens; choose a smaller block_size or a longer text"
+            )
+
+    def blocks(self, indices: np.ndarray) -> np.ndarray:
+        """[N, T] int64: the blocks number `indices` [N], counted over all epochs."""
+        epochs, places = np.divmod(indices, self._number)
+        result = np.empty((len(indices), self._block_size), dtype=np.int64)
+        for epoch in np.unique(epochs):
+            (here,) = np.nonzero(epochs == epoch)
+            order = permuted(places[here], self._number, (*self._key, int(epoch)))
+            for row, block in zip(here, order.tolist(), strict=True):
+                result[row] = self.cache.tokens(block * self._block_size, (block + 1) * self._block_size)
+        return result
 
 
-def _mixed(x: int) -> int:
-    """splitmix64's finaliser (Steele, Lea and Flood 2014)."""
-    x = (x + 0x9E3779B97F4A7C15) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
+def _micro_batch_size(config: RunConfig, world_size: int) -> int:
+    train = config.train
+    if train.batch_size % world_size:
+        raise UserError(
+            f"train.batch_size: {train.batch_size} sequences do not divide among {world_size} processes; "
+            f"choose a multiple of {world_size}"
+        )
+    return train.micro_batch_size or train.batch_size // world_size
+
+
+def _cached_manifest(manifests: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of a single cache its own manifest; of a mixture sums, and a hash over the caches' hashes."""
+    if len(manifests) == 1:
+        return manifests[0] | {"streaming": False}
+    sums = {
+        name: sum(manifest[name] for manifest in manifests)
+        for name in ("tokens", "text_tokens", "bytes", "words", "documents")
+    }
+    return sums | {
+        "streaming": False,
+        "split": "train",
+        "source": ", ".join(manifest["source"] for manifest in manifests),
+        "licence": ", ".join(dict.fromkeys(manifest["licence"] for manifest in manifests)),
+        "sha256": _sha256([manifest["sha256"] for manifest in manifests]),
+        "sources": manifests,
+    }
+
+
+def _streamed_manifest(streams: list[StreamedBlocks], tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Counts are unknown before a stream ends; sha256 covers the sources' fingerprints and the tokenizer."""
+    sources = [stream.source for stream in streams]
+    return {
+        "streaming": True,
+        "split": "train",
+        "source": ", ".join(source.name for source in sources),
+        "licence": ", ".join(dict.fromkeys(source.reader.licence for source in sources)),
+        "sha256": _sha256([tokenizer_hash(tokenizer), *(source.fingerprint for source in sources)]),
+    }
+
+
+def _sha256(parts: list[str]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()

@@ -7,11 +7,14 @@ sha256 is printed: losses compare only where it is the same.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import sysconfig
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 LICENCE = "PSF-2.0"
 MINIMUM_BYTES = 2_000_000
@@ -76,4 +79,6 @@ def standard_library(folder: str | None = None) -> StandardLibrary:
         digest.update(relative.as_posix().encode() + b"\0" + hashlib.sha256(content).digest())
         texts.append(text)
         total += len(content)
-    return StandardLibrary(tuple(texts), total, digest.hexdigest())
+    library = StandardLibrary(tuple(texts), total, digest.hexdigest())
+    logger.info("%s", library)
+    return library

@@ -12,12 +12,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kanlm.config import RunConfig, UserError
-from kanlm.data.corpus import split_texts, training_sources
+from kanlm.data.corpus import TextStream, split_sources
 from kanlm.runs import new_folder
 
 END_OF_TEXT = "<|endoftext|>"
-"""The one special token: it stands before every document (bos), ends generation (eos) and fills batches (pad)."""
-SAMPLE_CHARACTERS = 20_000_000
+"""The one special token: it opens every document (bos), ends generation (eos) and fills batches (pad)."""
+SAMPLE_CHARACTERS = 50_000_000
 """A tokenizer is trained on at most this much of the training text."""
 _RECIPE = 1  # part of the cache key: raise it when the training below changes
 
@@ -25,7 +25,7 @@ _RECIPE = 1  # part of the cache key: raise it when the training below changes
 def tokenizer_for(config: RunConfig) -> PreTrainedTokenizerFast:
     """The tokenizer of `config`: the one at `tokenizer.path`, else one trained once on the training text.
 
-    A trained tokenizer is kept in `data.cache_dir` under a key of the training text and `tokenizer.vocab_size`.
+    A trained tokenizer is kept in `data.cache_dir` under a key of the training text and the vocabulary size.
     Its vocabulary can come out smaller than asked for on a small text.
     """
     if config.tokenizer.path is not None:
@@ -65,7 +65,7 @@ def trained_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokeni
 
 
 def loaded_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The fast tokenizer in folder or hub id `path`; `UserError` where there is none or it has no eos token."""
+    """The fast tokenizer in folder or hub id `path`; `UserError` where there is none or it has no eos."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), use_fast=True)
     except (OSError, ValueError) as error:
@@ -84,8 +84,8 @@ def loaded_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
 
 def packing_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """The `tokenizers` object that encodes raw text: no truncation or padding, and a special token's string in
-    the text becomes ordinary tokens, so that no text can pose as a document's end."""
+    """The `tokenizers` object that encodes raw text: without truncation and padding, and with a special
+    token's string in the text as ordinary tokens, so that no text can pose as a document's end."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
@@ -94,25 +94,25 @@ def packing_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
-    """sha256 of what decides the ids of a text: the tokenizer without truncation and padding, and the eos id."""
+    """sha256 of what decides the ids: the tokenizer without truncation and padding, and the eos id."""
     content = json.loads(packing_tokenizer(tokenizer).to_str())
     content["eos_token_id"] = tokenizer.eos_token_id
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _key(config: RunConfig) -> str:
-    parts = [[source.fingerprint, source.weight] for source in training_sources(config)]
+    parts = [[source.fingerprint, source.weight] for source in split_sources(config, "train")]
     parts += [config.tokenizer.vocab_size, SAMPLE_CHARACTERS, _RECIPE]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _sample(config: RunConfig) -> Iterator[str]:
     """The first training documents of every source, in the mixture's proportions."""
-    sources = training_sources(config)
+    sources = split_sources(config, "train")
     total = sum(source.weight for source in sources)
     for source in sources:
         left = SAMPLE_CHARACTERS * source.weight / total
-        for text in split_texts(source):
+        for text in TextStream(source):
             if left <= 0:
                 break
             yield text[: int(left) + 1]

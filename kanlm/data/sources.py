@@ -1,0 +1,310 @@
+"""Readers: one way to iterate the documents of any source, in order, from the start or from a saved place.
+
+    `data.source`                          read by
+    `stdlib`, `stories`                    kanlm.data.stdlib, kanlm.data.stories
+    .txt .jsonl .json .parquet [.gz ...]   datasets.load_dataset("text" | "json" | "parquet")
+    folder                                 load_from_disk where save_to_disk wrote it, else load_dataset
+    anything else                          datasets.load_dataset(hub id)
+
+Local files are streamed, so no second copy of them lands in the library's cache. Text files are read with
+universal newlines (CRLF and CR become LF).
+"""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import hashlib
+import itertools
+import json
+import logging
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import pyarrow as pa
+
+from kanlm.config import SourceConfig, UserError
+from kanlm.data import stdlib, stories
+
+logger = logging.getLogger(__name__)
+
+State = dict[str, Any] | None
+"""A place in a source, JSON only; None is the start."""
+
+CHUNK_ROWS = 1000
+_ENDINGS = {
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+}
+_COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst", ".lz4")
+_READ_ERRORS = (ValueError, OSError, EOFError, lzma.LZMAError, zlib.error, datasets.exceptions.DatasetsError)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One split of one source."""
+
+    name: str
+    licence: str
+    fingerprint: str
+    """Changes when the text may have changed."""
+    chunks: Callable[[State], Iterator[tuple[State, list[str]]]]
+    """Lists of documents from a place on, each with the place of its first document. Texts may be empty."""
+
+
+def reader(spec: SourceConfig, *, invalid_utf8: str = "error", streaming: bool = False) -> Reader:
+    """The reader of `spec`; `UserError` where the source, its configuration or its split does not exist.
+
+    `streaming` matters for hub ids: without it they are downloaded first.
+    """
+    if spec.source in ("stdlib", "stories"):
+        return _embedded(spec)
+    path = Path(spec.source).expanduser()
+    if path.exists():
+        return _local(spec, path, invalid_utf8)
+    if spec.source.startswith((".", "/", "~")) or _builder(path) is not None or spec.source.count("/") > 1:
+        siblings = sorted(p.name for p in path.parent.iterdir())[:10] if path.parent.is_dir() else []
+        hint = f"; {path.parent}/ has: {', '.join(siblings)}" if siblings else ""
+        raise UserError(f"data.source: no such file or folder: {spec.source!r}{hint}")
+    return _hub(spec, invalid_utf8, streaming)
+
+
+def _embedded(spec: SourceConfig) -> Reader:
+    if spec.split != "train":
+        raise UserError(
+            f"data.split: {spec.source!r} has only the split 'train', got {spec.split!r}; "
+            "leave it out: data.validation_fraction of the documents are held out"
+        )
+    if spec.source == "stdlib":
+        library = stdlib.standard_library()
+        if library.bytes >= stdlib.MINIMUM_BYTES:
+            return Reader("stdlib", stdlib.LICENCE, library.sha256, _counted(lambda: iter(library.texts)))
+        logger.warning(
+            "stdlib: only %s bytes of library sources found; using the story generator instead "
+            '(data.source = "stories")',
+            f"{library.bytes:,}",
+        )
+    texts = _counted(lambda: (story.text for story in stories.stories()))
+    return Reader("stories", stories.LICENCE, stories.VERSION, texts)
+
+
+def _local(spec: SourceConfig, path: Path, invalid_utf8: str) -> Reader:
+    files = (
+        [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.is_file() and p.name[0] != "."]
+    )
+    if not sum(file.stat().st_size for file in files):
+        raise UserError(f"data.source: {spec.source!r} is empty; give a file or folder that holds text")
+    stats = [(p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    fingerprint = _sha256([str(path.resolve()), stats, spec.config_name, spec.split, spec.document_separator])
+    builder = _builder(path) if path.is_file() else _commonest_builder(files)
+    if path.is_file() and builder is None:
+        raise UserError(
+            f"data.source: {spec.source!r} has an unknown ending; known: {' '.join(_ENDINGS)}, "
+            f"plain or with {' '.join(_COMPRESSIONS)}"
+        )
+    if path.is_file() and spec.config_name is not None:
+        raise UserError(
+            f"data.config_name: {spec.source!r} is a file and has no configurations; leave it out"
+        )
+    strictness = {
+        "encoding": "utf_8",
+        "encoding_errors": "replace" if invalid_utf8 == "replace" else "strict",
+    }
+    by_line = builder == "text" and spec.document_separator is not None
+    arguments: dict[str, Any] = {}
+    if builder == "text":
+        arguments = strictness | {"sample_by": "line" if by_line else "document", "keep_linebreaks": by_line}
+    elif builder == "json":
+        arguments = strictness
+
+    def load() -> datasets.IterableDataset:
+        if path.is_file():
+            where = {"path": builder, "data_files": glob.escape(str(path.resolve()))}
+        elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return _saved(path, spec)
+        else:
+            where = {"path": str(path.resolve()), "name": spec.config_name}
+        return datasets.load_dataset(split=spec.split, streaming=True, **where, **arguments)
+
+    dataset = _loaded(load, spec)
+    documents = _dataset_chunks(dataset, spec, files, invalid_utf8)
+    if by_line:
+        documents = _counted(
+            lambda: _separated(_dataset_chunks(dataset, spec, files, invalid_utf8)(None), spec)
+        )
+    return Reader(spec.source, dataset.info.license or "not stated", fingerprint, documents)
+
+
+def _saved(folder: Path, spec: SourceConfig) -> datasets.IterableDataset:
+    """What `save_to_disk` wrote: a single data set counts as the split 'train'."""
+    saved = datasets.load_from_disk(str(folder))
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    if spec.split not in splits:
+        raise ValueError(f"no such split; it has: {', '.join(splits)}")
+    return splits[spec.split].to_iterable_dataset()
+
+
+def _hub(spec: SourceConfig, invalid_utf8: str, streaming: bool) -> Reader:
+    def load() -> tuple[datasets.IterableDataset, str]:
+        version = datasets.load_dataset_builder(spec.source, spec.config_name).hash
+        found = datasets.load_dataset(spec.source, spec.config_name, split=spec.split, streaming=streaming)
+        return (found if streaming else found.to_iterable_dataset()), version
+
+    dataset, version = _loaded(load, spec)
+    return Reader(
+        name=spec.source if spec.config_name is None else f"{spec.source} ({spec.config_name})",
+        licence=dataset.info.license or "see the data set's card",
+        fingerprint=_sha256([spec.source, spec.config_name, spec.split, version]),
+        chunks=_dataset_chunks(dataset, spec, [], invalid_utf8),
+    )
+
+
+def _loaded(load: Callable[[], Any], spec: SourceConfig) -> Any:
+    try:
+        return load()
+    except ConnectionError as error:
+        raise UserError(
+            f"data.source: {spec.source!r} is no local path, and the hub cannot be reached "
+            f"({_first_line(error)}); check the spelling or the network, or download it first"
+        ) from None
+    except _READ_ERRORS as error:
+        raise UserError(
+            f"data.source: {spec.source!r} (split {spec.split!r}, config_name {spec.config_name!r}): "
+            f"{_first_line(error)}"
+        ) from None
+
+
+def _dataset_chunks(
+    dataset: datasets.IterableDataset, spec: SourceConfig, files: list[Path], invalid_utf8: str
+) -> Callable[[State], Iterator[tuple[State, list[str]]]]:
+    """Chunks of the text column; the place is the library's own state."""
+
+    def chunks(state: State) -> Iterator[tuple[State, list[str]]]:
+        rows = dataset.with_format("arrow")
+        if state is not None:
+            rows.load_state_dict(state)
+        tables = iter(rows.iter(batch_size=CHUNK_ROWS))
+        while True:
+            try:
+                table = next(tables, None)
+                if table is None:
+                    return
+                texts = _texts(table, spec, invalid_utf8)
+            except UnicodeDecodeError as error:
+                raise UserError(_invalid_utf8_message(spec, files, error)) from None
+            except UserError:
+                raise
+            except _READ_ERRORS as error:
+                raise UserError(
+                    f"data.source: {spec.source!r} cannot be read: {_first_line(error)}"
+                ) from None
+            yield state, texts
+            state = rows.state_dict()
+
+    return chunks
+
+
+def _texts(table: pa.Table, spec: SourceConfig, invalid_utf8: str) -> list[str]:
+    if spec.text_column not in table.column_names:
+        raise UserError(
+            f"data.text_column: {spec.source!r} has no column {spec.text_column!r}; "
+            f"it has: {', '.join(table.column_names)}"
+        )
+    column = table.column(spec.text_column)
+    if pa.types.is_null(column.type):
+        return [""] * len(column)
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise UserError(
+            f"data.text_column: {spec.text_column!r} of {spec.source!r} holds {column.type}, not text; "
+            f"columns: {', '.join(f'{field.name} ({field.type})' for field in table.schema)}"
+        )
+    if invalid_utf8 == "replace":
+        values = column.cast(pa.large_binary()).to_pylist()
+        return ["" if value is None else value.decode("utf-8", errors="replace") for value in values]
+    return ["" if value is None else value for value in column.to_pylist()]
+
+
+def _separated(chunks: Iterator[tuple[State, list[str]]], spec: SourceConfig) -> Iterator[str]:
+    """Documents between lines that equal the separator; every other character is kept."""
+    lines: list[str] = []
+    for line in itertools.chain.from_iterable(lines for _, lines in chunks):
+        if line.rstrip("\n") == spec.document_separator:
+            yield "".join(lines)
+            lines = []
+        else:
+            lines.append(line)
+    yield "".join(lines)
+
+
+def _counted(texts: Callable[[], Iterator[str]]) -> Callable[[State], Iterator[tuple[State, list[str]]]]:
+    """Chunks of a source that is cheap to read again: the place is the number of documents before it."""
+
+    def chunks(state: State) -> Iterator[tuple[State, list[str]]]:
+        done = state["documents"] if state else 0
+        rest = itertools.islice(texts(), done, None)
+        while chunk := list(itertools.islice(rest, CHUNK_ROWS)):
+            yield {"documents": done}, chunk
+            done += len(chunk)
+
+    return chunks
+
+
+def _invalid_utf8_message(spec: SourceConfig, files: list[Path], error: UnicodeDecodeError) -> str:
+    where = f"{spec.source!r}"
+    for file in files:
+        offset = _invalid_utf8_offset(file)
+        if offset is not None:
+            unpacked = " of the unpacked text" if file.suffix in _COMPRESSIONS else ""
+            where = f"{str(file)!r}, byte {offset}{unpacked}"
+            break
+    return (
+        f"data.source: {where}: not UTF-8 ({error.reason}); convert it, or set data.invalid_utf8=replace to "
+        "read such bytes as U+FFFD"
+    )
+
+
+def _invalid_utf8_offset(file: Path) -> int | None:
+    """Position of the first byte that is not UTF-8; None where all are."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    position = 0
+    with fsspec.open(str(file), "rb", compression="infer") as stream:
+        while True:
+            block = stream.read(1 << 20)
+            pending = len(decoder.getstate()[0])
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                return position - pending + error.start
+            if not block:
+                return None
+            position += len(block)
+
+
+def _builder(path: Path) -> str | None:
+    """The `datasets` builder for a file of this name, compressed or not."""
+    return _ENDINGS.get((Path(path.stem) if path.suffix in _COMPRESSIONS else path).suffix)
+
+
+def _commonest_builder(files: list[Path]) -> str | None:
+    found = [kind for file in files if not file.name.startswith("README") and (kind := _builder(file))]
+    return max(sorted(set(found)), key=found.count, default=None)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _sha256(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()

@@ -1,0 +1,124 @@
+"""Training blocks of a source that is tokenised while it is read, shuffled within windows.
+
+Blocks are cut from the packed documents in order; every window of `data.shuffle_buffer` blocks is permuted.
+The place in the stream is that of the window's first token (a document and a token within it), so resuming
+packs one window again and gives the same blocks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kanlm.config import UserError
+from kanlm.data.corpus import Source, TextStream
+from kanlm.data.order import permuted
+from kanlm.data.packing import Packer
+
+_BATCH_DOCUMENTS = 64
+
+
+@dataclass(frozen=True)
+class _Window:
+    first: int
+    """Number of blocks before this window, over all epochs."""
+    blocks: np.ndarray
+    """[N, T] ids in the order of the text."""
+    state: dict[str, Any]
+
+
+class StreamedBlocks:
+    """Blocks by their number, in rising order; a thread packs the next window while this one is used."""
+
+    def __init__(self, source: Source, pack: Packer, block_size: int, window: int, key: tuple[int, ...]):
+        self.source, self.key = source, key
+        self._pack, self._block_size, self._size = pack, block_size, window
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="packing")
+        self._start({"first": 0, "epoch": 0, "text": None, "offset": 0})
+
+    def blocks(self, indices: np.ndarray) -> np.ndarray:
+        """[N, T] int64: the blocks number `indices` [N], none before the current window."""
+        result = np.empty((len(indices), self._block_size), dtype=np.int64)
+        todo = np.arange(len(indices))
+        while len(todo):
+            window = self._window
+            here = todo[indices[todo] < window.first + len(window.blocks)]
+            if len(here):
+                places = indices[here] - window.first
+                order = permuted(places, len(window.blocks), (*self.key, window.first))
+                result[here] = window.blocks[order]
+                todo = todo[len(here) :]
+            else:
+                self._window = self._next.result()
+                self._next = self._thread.submit(next, self._windows)
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._window.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._next.result()
+        self._start(state)
+
+    def _start(self, state: dict[str, Any]) -> None:
+        self._windows = self._read(state)
+        self._window = next(self._windows)
+        self._next = self._thread.submit(next, self._windows)
+
+    def _read(self, state: dict[str, Any]) -> Iterator[_Window]:
+        """Windows from `state` on, epoch after epoch; an epoch's last incomplete block is dropped."""
+        wanted = self._size * self._block_size
+        first = state["first"]
+        for epoch in itertools.count(state["epoch"]):
+            documents = self._documents(state["text"])
+            offset = state["offset"]
+            waiting: list[tuple[dict[str, Any], np.ndarray]] = []
+            available, ended = -offset, False
+            while not ended:
+                while available < wanted:
+                    found = next(documents, None)
+                    if found is None:
+                        ended = True
+                        break
+                    waiting.append(found)
+                    available += len(found[1])
+                number = min(available // self._block_size, self._size)
+                if not number:
+                    break
+                used = number * self._block_size
+                ids = np.concatenate([ids for _, ids in waiting])
+                place = {"first": first, "epoch": epoch, "text": waiting[0][0], "offset": offset}
+                yield _Window(first, ids[offset : offset + used].reshape(number, self._block_size), place)
+                first += number
+                available -= used
+                offset += used
+                while waiting and offset >= len(waiting[0][1]):
+                    offset -= len(waiting.pop(0)[1])
+            if not first:
+                raise UserError(
+                    f"data.block_size: {self._block_size}, but the training text of {self.source.name!r} has "
+                    "fewer tokens; choose a smaller block_size or a longer text"
+                )
+            state = {"text": None, "offset": 0}
+
+    def _documents(self, state: dict[str, Any] | None) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+        """(place of the document, its ids) from the place `state` on."""
+        texts = TextStream(self.source, state)
+        while True:
+            places, batch = [], []
+            for _ in range(_BATCH_DOCUMENTS):
+                place = texts.state_dict()
+                text = next(texts, None)
+                if text is None:
+                    break
+                places.append(place)
+                batch.append(text)
+            if not batch:
+                return
+            packed = self._pack(batch)
+            yield from zip(places, np.split(packed.ids, np.cumsum(packed.lengths)[:-1]), strict=True)
