@@ -30,7 +30,14 @@ from kanlm.train.faults import Diverged, StopSignal, ZeroGradientWatch, first_no
 from kanlm.train.optimizer import optimizers
 from kanlm.train.parallel import clipped_norm, global_sum, new_accelerator, no_sync, prepared, set_threads
 from kanlm.train.progress import Progress, RecordKeeper, peak_flops_per_second, peak_memory_bytes
-from kanlm.train.resume import TrainerState, check_same_run, held_by_this_process, resume, tokenizer_sha256
+from kanlm.train.resume import (
+    TrainerState,
+    check_same_run,
+    finished_record,
+    held_by_this_process,
+    resume,
+    tokenizer_sha256,
+)
 from kanlm.train.schedule import learning_rate_factor
 from kanlm.train.tracking import start_trackers
 
@@ -47,6 +54,8 @@ def train(config: RunConfig) -> RunRecord:
     """
     run = RunDir(config.run_dir)
     check_same_run(config, run)
+    if (done := finished_record(run)) is not None:
+        return done
     with new_accelerator(config) as accelerator, StopSignal() as stop_signal:
         session = prepare(config, run, accelerator, stop_signal)
         with held_by_this_process(run, accelerator):
@@ -344,11 +353,16 @@ def one_step(session: Session, batches: Any) -> Step:
             raise diverged(session, micro_batches, loss, grad_norm)
     for optimizer in session.optimizers:
         optimizer.zero_grad()
+    if accelerator.num_processes == 1:
+        stopping = session.stop_signal.received is not None
     return Step(loss, grad_norm, config.train.learning_rate * factor, stopping)
 
 
 def agreed(session: Session, micro_batches: list[dict[str, torch.Tensor]]) -> tuple[int, bool]:
-    """Valid tokens of the step over all processes, and whether any of them was asked to stop."""
+    """Valid tokens of the step over all processes, and whether any of them was asked to stop.
+
+    All processes learn of a signal before the same step, and all stop after it.
+    """
     # The model shifts the labels, so the first of each row is never a target.
     valid = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches)
     stop = session.stop_signal.received is not None

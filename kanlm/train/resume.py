@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from kanlm.config import RunConfig, UserError
-from kanlm.runs import RunDir, read_json
+from kanlm.runs import RunDir, RunRecord, read_json
 from kanlm.train import checkpoint
 
 FREE_TO_CHANGE = {
@@ -72,6 +72,15 @@ def check_same_run(config: RunConfig, run: RunDir) -> None:
                 f"{run.root}: holds a run with another configuration: {key} was {before.get(key)!r}, is now "
                 f"{now.get(key)!r}; choose another name, change it back, or delete the folder"
             )
+
+
+def finished_record(run: RunDir) -> RunRecord | None:
+    """The record of a run that has nothing left to do."""
+    if not run.record.exists():
+        return None
+    record = RunRecord.model_validate(read_json(run.record))
+    done = record.state == "finished" and run.checkpoint(record.step).is_dir()
+    return record if done else None
 
 
 def leaves(table: Any, prefix: str = "") -> dict[str, Any]:

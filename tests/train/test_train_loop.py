@@ -1,0 +1,267 @@
+"""The loop in one process: what it leaves behind, determinism, resumption, signals, faults, bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+
+import pytest
+import torch
+
+from kanlm.config import UserError
+from kanlm.model import KanLMForCausalLM
+from kanlm.runs import RunDir, RunRecord
+from kanlm.train import loop
+from kanlm.train.checkpoint import load_model, load_tokenizer
+from kanlm.train.faults import Diverged
+
+
+def test_run_leaves_config_record_metrics_tokenizer_and_checkpoint(run_config, metrics):
+    config = run_config("train.eval_every=6")
+    record = loop.train(config)
+    run = RunDir(config.run_dir)
+    assert RunRecord.model_validate_json(run.record.read_text()) == record
+    assert (record.state, record.step, record.tokens) == ("finished", 12, 12 * 4 * 32)
+    assert json.loads(run.config.read_text()) == config.model_dump(mode="json")
+    lines = metrics(config)
+    assert [line["step"] for line in lines] == [*range(1, 13), 12]
+    assert [line["step"] for line in lines if "validation_bits_per_byte" in line] == [6, 12]
+    assert lines[-1]["validation_loss"] == record.final_validation["loss"]
+    assert lines[11]["loss"] < lines[0]["loss"] - 0.1
+    assert all(line["seconds"] > 0 and line["tokens_per_second"] > 0 for line in lines[:12])
+    model_config, weights = load_model(run.root)
+    model = KanLMForCausalLM(model_config)
+    model.load_state_dict(weights, strict=True)
+    assert sum(p.numel() for p in model.parameters()) == record.parameters
+    assert len(load_tokenizer(run.root)) == 300
+    assert record.provenance["wrapper"] == "none" and record.provenance["processes"] == 1
+
+
+def test_same_seed_gives_bit_identical_losses_and_another_seed_does_not(run_config, losses):
+    first, again, other = run_config(), run_config("name=again"), run_config("name=other", "seed=9")
+    for config in (first, again, other):
+        loop.train(config)
+    assert losses(first) == losses(again)
+    assert losses(first) != losses(other)
+
+
+def test_finished_run_is_not_trained_again(run_config, losses):
+    config = run_config()
+    record = loop.train(config)
+    before = RunDir(config.run_dir).metrics.read_bytes()
+    assert loop.train(config) == record
+    assert RunDir(config.run_dir).metrics.read_bytes() == before
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("stop_at", [1, 5, 11])
+def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(
+    run_config, losses, monkeypatch, interrupt_after, optimizer, stop_at
+):
+    settings = (f"train.optimizer={optimizer}", "model.attention_dropout=0.1", "train.micro_batch_size=2")
+    whole, parts = run_config(*settings), run_config("name=parts", *settings)
+    loop.train(whole)
+    with monkeypatch.context():
+        interrupt_after(stop_at)
+        record = loop.train(parts)
+        assert (record.state, record.step) == ("interrupted", stop_at)
+    monkeypatch.undo()
+    assert loop.train(parts).state == "finished"
+    assert losses(parts) == losses(whole)
+    for name, weight in load_model(whole.run_dir)[1].items():
+        assert torch.equal(weight, load_model(parts.run_dir)[1][name]), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_finishes_the_step_and_says_how_to_go_on(run_config, interrupt_after, capsys, number):
+    config = run_config()
+    handler = signal.getsignal(number)
+    interrupt_after(3, number)
+    assert loop.train(config).state == "interrupted"
+    assert "run the same command again to go on" in capsys.readouterr().out
+    assert [path.name for path in RunDir(config.run_dir).checkpoints.iterdir()] == ["step-00000003"]
+    assert signal.getsignal(number) is handler
+
+
+def test_micro_batches_leave_the_losses_as_they_are(run_config, losses):
+    whole, cut = run_config(), run_config("name=cut", "train.micro_batch_size=1")
+    loop.train(whole)
+    loop.train(cut)
+    assert losses(cut) == pytest.approx(losses(whole), rel=2e-5)
+
+
+def test_gradient_checkpointing_leaves_the_losses_as_they_are(run_config, losses):
+    plain, checkpointed = run_config(), run_config("name=checkpointed", "train.gradient_checkpointing=true")
+    loop.train(plain)
+    loop.train(checkpointed)
+    assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-6)
+
+
+def test_z_loss_pulls_the_partition_function_towards_one(run_config):
+    plain, held = (
+        run_config("train.max_tokens=6400"),
+        run_config("name=z", "train.z_loss=1.0", "train.max_tokens=6400"),
+    )
+    ids = torch.arange(4, 36)[None]
+    log_partition = []
+    for config in (plain, held):
+        loop.train(config)
+        model_config, weights = load_model(config.run_dir)
+        model = KanLMForCausalLM(model_config)
+        model.load_state_dict(weights)
+        with torch.no_grad():
+            log_partition.append(model(input_ids=ids).logits.logsumexp(-1).square().mean().item())
+    assert log_partition[1] < 0.2 * log_partition[0]
+
+
+def test_z_loss_counts_valid_targets_only():
+    logits = torch.randn(1, 3, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[1, -100, 2]])  # the target of position 0 is not valid, that of position 1 is
+    expected = logits[0, 1].logsumexp(-1) ** 2
+    assert torch.allclose(loop.squared_log_partition(logits, labels), expected)
+
+
+def poison(monkeypatch, steps: set[int], value: float):
+    """Make the loss of the given steps (1-based) NaN or Inf through a weight's gradient."""
+    real = loop.accumulate_gradients
+
+    def poisoned(session, *arguments):
+        loss = real(session, *arguments)
+        if session.state.step + 1 in steps:
+            session.model.model.layers[1].mlp.down_proj.weight.grad.view(-1)[3] = value
+        return loss
+
+    monkeypatch.setattr(loop, "accumulate_gradients", poisoned)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nonfinite_step_is_skipped_and_counted(run_config, monkeypatch, metrics, capsys, value):
+    config = run_config("train.save_every=1", "train.keep_last=20", "train.async_checkpoint=false")
+    poison(monkeypatch, {4, 5}, value)
+    record = loop.train(config)
+    assert record.state == "finished"
+    assert metrics(config)[11]["skipped_steps"] == 2
+    assert "the step was left out" in capsys.readouterr().out
+    third, fifth, sixth = (load_model(config.run_dir, step)[1] for step in (3, 5, 6))
+    assert all(torch.equal(third[name], fifth[name]) for name in third)
+    assert not all(torch.equal(third[name], sixth[name]) for name in third)
+
+
+def test_three_nonfinite_steps_in_a_row_stop_the_run_and_name_the_layer(run_config, monkeypatch):
+    config = run_config("train.save_every=2")
+    poison(monkeypatch, {6, 7, 8}, math.nan)
+    with pytest.raises(Diverged, match=r"layers\.1\.mlp\.down_proj\.weight"):
+        loop.train(config)
+    report = json.loads((config.run_dir / "nonfinite.json").read_text())
+    assert report["step"] == 8
+    assert report["sequences"] == {"step 6": [20, 24], "step 7": [24, 28], "step 8": [28, 32]}
+    assert json.loads(RunDir(config.run_dir).record.read_text())["state"] == "failed"
+
+
+def test_nan_weight_is_traced_to_the_layer_it_sits_in(run_config, monkeypatch):
+    config = run_config()
+    real = loop.accumulate_gradients
+
+    def broken(session, *arguments):
+        with torch.no_grad():
+            session.model.model.layers[1].mlp.down_proj.weight[0, 0] = math.nan
+        return real(session, *arguments)
+
+    monkeypatch.setattr(loop, "accumulate_gradients", broken)
+    with pytest.raises(Diverged, match=r"output of model\.layers\.1\.mlp\.down_proj \(Linear\)"):
+        loop.train(config)
+
+
+def test_parameter_that_never_gets_a_gradient_stops_the_run(run_config, monkeypatch):
+    config = run_config()
+    real = loop.accumulate_gradients
+
+    def dead(session, *arguments):
+        loss = real(session, *arguments)
+        session.model.model.layers[0].mlp.down_proj.weight.grad.zero_()
+        return loss
+
+    monkeypatch.setattr(loop, "accumulate_gradients", dead)
+    with pytest.raises(UserError, match=r"first 5 steps .*layers\.0\.mlp\.down_proj\.weight"):
+        loop.train(config)
+    shutil.rmtree(config.run_dir)
+    assert loop.train(run_config("train.zero_gradient_steps=0")).state == "finished"
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("model.intermediate_size=32", "model.intermediate_size"),
+        ("train.learning_rate=0.02", "train.learning_rate"),
+        ("tokenizer.vocab_size=310", "tokenizer.vocab_size"),
+        ("data.max_documents=299", "data.max_documents"),
+        ("seed=3", "seed"),
+    ],
+)
+def test_folder_of_another_run_is_refused_and_the_field_named(run_config, override, key):
+    config = run_config("train.max_tokens=128")
+    loop.train(config)
+    with pytest.raises(UserError, match=f"another configuration: {key} was"):
+        loop.train(run_config("train.max_tokens=128", override))
+
+
+def test_harmless_settings_may_change_when_a_run_goes_on(run_config, interrupt_after, monkeypatch, losses):
+    interrupt_after(4)
+    loop.train(run_config())
+    monkeypatch.undo()
+    record = loop.train(run_config("train.log_every=3", "train.save_every=5", "train.micro_batch_size=2"))
+    assert record.state == "finished"
+
+
+@pytest.mark.parametrize("field", ["tokenizer_sha256", "data_sha256"])
+def test_checkpoint_of_other_tokens_is_refused(run_config, interrupt_after, monkeypatch, field):
+    config = run_config()
+    interrupt_after(4)
+    loop.train(config)
+    monkeypatch.undo()
+    real = loop.TrainerState
+    monkeypatch.setattr(loop, "TrainerState", lambda **values: real(**values | {field: "0" * 64}))
+    with pytest.raises(UserError, match=field):
+        loop.train(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.max_tokens=100"], "train.max_tokens: 100 is less than one step"),
+        (["train.mixed_precision=fp16"], "train.mixed_precision: 'fp16' needs a GPU"),
+        (["model.num_attention_heads=3"], "num_attention_heads"),
+        (["model.hiden_size=32"], "hiden_size"),
+        (["data.source=missing.txt"], "missing.txt"),
+    ],
+)
+def test_mistake_is_one_line_and_leaves_no_run_folder(run_config, overrides, message):
+    config = run_config(*overrides)
+    with pytest.raises(UserError, match=message) as raised:
+        loop.train(config)
+    assert "\n" not in str(raised.value)
+    assert not config.run_dir.exists()
+
+
+def test_batch_must_divide_among_processes(run_config):
+    with pytest.raises(UserError, match="train.batch_size: 4 sequences do not divide among 3 processes"):
+        loop.step_shape(run_config(), processes=3)
+    with pytest.raises(UserError, match="train.micro_batch_size: 4 sequences in each of 2 processes"):
+        loop.step_shape(run_config("train.micro_batch_size=4"), processes=2)
+    assert loop.step_shape(run_config("train.micro_batch_size=1"), processes=2) == (1, 2, 12)
+
+
+def test_second_process_on_the_same_run_is_refused(run_config, monkeypatch):
+    config = run_config()
+    real = loop.run_steps
+
+    def nested(session):
+        monkeypatch.setattr(loop, "run_steps", real)
+        with pytest.raises(UserError, match="another process is training this run"):
+            loop.train(config)
+        real(session)
+
+    monkeypatch.setattr(loop, "run_steps", nested)
+    assert loop.train(config).state == "finished"
