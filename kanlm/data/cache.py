@@ -6,8 +6,8 @@
       documents.bin       uint64 position of every document's first id, which is EOS (kanlm.data.packing)
 
 KEY covers the tokenizer and all that decides the text, so a cache is never reused for other data. A build
-goes on in SPLIT-KEY.partial/, which is renamed when it is whole; stopped at any moment it resumes after the last
-whole shard. A file lock lets one process build while others wait.
+goes on in SPLIT-KEY.partial/, which is renamed when it is whole; stopped at any moment it resumes after the
+last whole shard. A file lock lets one process build while others wait.
 """
 
 from __future__ import annotations
@@ -115,6 +115,10 @@ def cached(
                 "source": ", ".join(source.name for source in sources),
                 "licence": ", ".join(dict.fromkeys(source.reader.licence for source in sources)),
             }
+            if all(source.known_bits for source in sources):
+                manifest["known_bits"] = sum(
+                    source.known_bits(text) for source in sources for text in TextStream(source)
+                )
             partial = folder.with_name(f"{folder.name}.partial")
             try:
                 build = _Build(partial, Packer(tokenizer), shard_tokens)

@@ -37,6 +37,8 @@ class Source:
     """Documents read, before `part`."""
     max_parts: int | None
     """Documents given, after `part`."""
+    known_bits: Callable[[str], float] | None
+    """-log2 of the true probability of a text, where it is known."""
     fingerprint: str
     """Changes when the split's text may have changed; part of every cache key."""
 
@@ -96,7 +98,7 @@ def text_documents(
 ) -> Iterator[str]:
     """All documents of a source's split, at most the first `max_documents`; nothing is held out."""
     found = reader(spec, invalid_utf8=invalid_utf8, streaming=streaming)
-    return TextStream(Source(found, 1.0, _whole, max_documents, None, found.fingerprint))
+    return TextStream(Source(found, 1.0, _whole, max_documents, None, None, found.fingerprint))
 
 
 def split_sources(config: RunConfig, split: Split) -> tuple[Source, ...]:
@@ -132,7 +134,7 @@ def _source(data: DataConfig, spec: SourceConfig, split: Split) -> Source:
     max_documents = None if held_out_apart and split == "validation" else data.max_documents
     part, max_parts, rule = _whole, None, "whole"
     if not held_out_apart:
-        everything = TextStream(Source(found, 1.0, _whole, max_documents, None, ""))
+        everything = TextStream(Source(found, 1.0, _whole, max_documents, None, None, ""))
         few = sum(1 for _ in itertools.islice(everything, FEW_DOCUMENTS)) < FEW_DOCUMENTS
         rule = "tails" if few else "hashed"
         part = (_tail_rule if few else _hash_rule)(split, data.validation_fraction)
@@ -142,7 +144,8 @@ def _source(data: DataConfig, spec: SourceConfig, split: Split) -> Source:
     if rule != "whole":
         identity.append(data.validation_fraction)
     fingerprint = hashlib.sha256(json.dumps(identity).encode("utf-8")).hexdigest()
-    return Source(found, spec.weight, part, max_documents, max_parts, fingerprint)
+    known_bits = found.known_bits if rule != "tails" else None
+    return Source(found, spec.weight, part, max_documents, max_parts, known_bits, fingerprint)
 
 
 def _with_split(spec: SourceConfig, split: str) -> SourceConfig:

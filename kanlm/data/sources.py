@@ -61,6 +61,8 @@ class Reader:
     """Changes when the text may have changed."""
     chunks: Callable[[State], Iterator[tuple[State, list[str]]]]
     """Lists of documents from a place on, each with the place of its first document. Texts may be empty."""
+    known_bits: Callable[[str], float] | None = None
+    """-log2 of the true probability of a document, where the source knows it."""
 
 
 def reader(spec: SourceConfig, *, invalid_utf8: str = "error", streaming: bool = False) -> Reader:
@@ -95,8 +97,8 @@ def _embedded(spec: SourceConfig) -> Reader:
             '(data.source = "stories")',
             f"{library.bytes:,}",
         )
-    texts = _counted(lambda: (story.text for story in stories.stories()))
-    return Reader("stories", stories.LICENCE, stories.VERSION, texts)
+    texts = _counted(lambda: (story.text for story in stories.default_stories()))
+    return Reader("stories", stories.LICENCE, stories.VERSION, texts, stories.known_bits)
 
 
 def _local(spec: SourceConfig, path: Path, invalid_utf8: str) -> Reader:
