@@ -10,9 +10,9 @@ Half precision is evaluated in fp32: a cubic B-spline in bf16 is off by 1e-2 and
 Outside the grid every function goes on linearly, with the value and slope it has at the edge (Fourier: it is
 periodic). The right edge belongs to the grid.
 
-References: de Boor 1978 (B-splines), Schoenberg 1946 (uniform ones), Li 2024, arXiv:2405.06721 (Gaussians for KANs),
-Delis 2024, FasterKAN (reflectional switch), Sidharth & Gokul 2024, arXiv:2405.07200 (Chebyshev), Xu et al. 2024,
-arXiv:2406.01034 (Fourier), Bozorgasl & Chen 2024, arXiv:2405.12832 (wavelets).
+References: de Boor 1978 (B-splines), Schoenberg 1946 (uniform ones), Li 2024, arXiv:2405.06721 (Gaussians
+for KANs), Delis 2024, FasterKAN (reflectional switch), Sidharth & Gokul 2024, arXiv:2405.07200 (Chebyshev),
+Xu et al. 2024, arXiv:2406.01034 (Fourier), Bozorgasl & Chen 2024, arXiv:2405.12832 (wavelets).
 """
 
 import math
@@ -33,9 +33,9 @@ def at_least_fp32(x: Tensor) -> Tensor:
 def uniform_pieces(order: int) -> tuple[tuple[float, ...], ...]:
     """Polynomial pieces of a uniform B-spline: entry [r][p] is the coefficient of u^p, u in [0, 1].
 
-    On an interval, with u the position in it, the functions that are not zero are B_{j+r} = sum_p [r][p] u^p for
-    r = 0..k (Schoenberg 1946). Built by the recursion B_{r,k}(u) = (u + k - r) / k * B_{r-1,k-1}(u) + (1 + r - u) / k
-    * B_{r,k-1}(u), shifted to one interval.
+    On an interval, with u the position in it, the functions that are not zero are B_{j+r} = sum_p [r][p]
+    u^p for r = 0..k (Schoenberg 1946). Built by the recursion B_{r,k}(u) = (u + k - r) / k * B_{r-1,k-1}(u)
+    + (1 + r - u) / k * B_{r,k-1}(u), shifted to one interval.
     """
     pieces = [[1.0]]
     for k in range(1, order + 1):
@@ -77,7 +77,7 @@ def spread(index: Tensor, pieces: list[Tensor], count: int) -> Tensor:
 
 
 def local_splines(x: Tensor, index: Tensor, knots: Tensor, order: int) -> list[Tensor]:
-    """The `order` + 1 B-splines that are not zero on knot interval `index` [..., I], as polynomials at x [..., I].
+    """The k + 1 B-splines that are not zero on knot interval `index` [..., I], as polynomials at x [..., I].
 
     knots [n, I]. The triangular scheme of Cox and de Boor (de Boor 1978, chapter X, eq. 6) from order 0 up.
     """
@@ -99,7 +99,7 @@ def local_splines(x: Tensor, index: Tensor, knots: Tensor, order: int) -> list[T
 
 
 def spline_values(x: Tensor, knots: Tensor, order: int) -> tuple[Tensor, Tensor]:
-    """Values and derivatives [..., K, I] of the B-splines of `order` on any ascending knots [K + order + 1, I].
+    """Values and derivatives [..., K, I] of B-splines of order k on any ascending knots [K + k + 1, I].
 
     x [..., I]. The grid is knots[order] .. knots[K], both ends included; beyond it values go on linearly.
     """
@@ -142,6 +142,11 @@ class Basis:
         """Length of a grid interval."""
         return (self.grid_max - self.grid_min) / self.grid_size
 
+    def grid_points(self) -> Tensor:
+        """The G + 1 ends of the intervals, fp64 [G + 1, 1] on the CPU."""
+        ends = self.grid_min, self.grid_max, self.grid_size + 1
+        return torch.linspace(*ends, dtype=torch.float64, device="cpu").unsqueeze(-1)
+
     def values(self, x: Tensor) -> Tensor:
         """B_m(x): x [..., I] to [..., K, I], fp32 or fp64."""
         x = at_least_fp32(x)
@@ -151,7 +156,7 @@ class Basis:
         return self._values(inside) + beyond.clamp(max=0) * left + beyond.clamp(min=0) * right
 
     def derivatives(self, x: Tensor) -> Tensor:
-        """dB_m/dx: x [..., I] to [..., K, I], fp32 or fp64; at a kink or edge, the slope of one of its sides."""
+        """dB_m/dx: x [..., I] to [..., K, I], fp32 or fp64; at a kink, the slope of one of its sides."""
         x = at_least_fp32(x)
         return self._derivatives(x.clamp(self.grid_min, self.grid_max))
 
@@ -235,6 +240,25 @@ class BSpline(Basis):
         return dense if n == 0 else dense.mul_(self.step**-n)
 
 
+class KnotSpline:
+    """B-splines of order k on knots [G + 1, I] of each input; k more knots lie on either side, evenly."""
+
+    def __init__(self, knots: Tensor, order: int):
+        self.order, self.num_functions = order, len(knots) - 1 + order
+        step = (knots[-1] - knots[0]) / (len(knots) - 1)
+        count = torch.arange(1, order + 1, device=knots.device, dtype=knots.dtype)
+        steps = count.unsqueeze(-1) * step
+        self.knots = torch.cat((knots[0] - steps.flip(0), knots, knots[-1] + steps))  # [G + 1 + 2 k, I]
+
+    def values(self, x: Tensor) -> Tensor:
+        """B_m(x): x [..., I] to [..., K, I], fp32 or fp64."""
+        return spline_values(at_least_fp32(x), self.knots, self.order)[0]
+
+    def derivatives(self, x: Tensor) -> Tensor:
+        """dB_m/dx: x [..., I] to [..., K, I], fp32 or fp64."""
+        return spline_values(at_least_fp32(x), self.knots, self.order)[1]
+
+
 @dataclass(frozen=True)
 class Gaussian(Basis):
     """exp(-z^2), z the distance to a grid point in grid steps: K = G + 1."""
@@ -263,7 +287,7 @@ class ReflectionalSwitch(Basis):
 
 @dataclass(frozen=True)
 class MexicanHat(Basis):
-    """2 / (sqrt(3) pi^(1/4)) (1 - z^2) exp(-z^2 / 2), z the distance to a grid point in grid steps: K = G + 1."""
+    """2 / (sqrt(3) pi^(1/4)) (1 - z^2) exp(-z^2 / 2), z the distance to a grid point in steps: K = G + 1."""
 
     scale = 2 / (math.sqrt(3) * math.pi**0.25)
 
@@ -303,7 +327,7 @@ class Chebyshev(Basis):
 
 @dataclass(frozen=True)
 class Fourier(Basis):
-    """1, cos(pi t), sin(pi t), cos(2 pi t), ... of the grid mapped to t in [-1, 1]: K = G + 1, periodic outside."""
+    """1, cos(pi t), sin(pi t), cos(2 pi t), ... of the grid mapped to t in [-1, 1]: K = G + 1, periodic."""
 
     def _angles(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Angles of the functions 1..G [..., G, I] and their frequencies [G, 1]; odd ones are cosines."""
@@ -343,8 +367,8 @@ def make_basis(
 ) -> Basis:
     """The basis `name` on a uniform grid of `grid_size` intervals on [grid_min, grid_max].
 
-    K is grid_size + order for `bspline`, grid_size + 1 for all others; `linear` is the B-spline of order 1, and
-    only `bspline` reads `order`.
+    K is grid_size + order for `bspline`, grid_size + 1 for all others; `linear` is the B-spline of order 1,
+    and only `bspline` reads `order`.
 
     Raises:
         ValueError: an unknown name, grid_size < 1, order outside 0..5, an empty or infinite grid.

@@ -1,14 +1,16 @@
 # Copyright 2026 The kanlm authors. Licensed under the Apache License, Version 2.0.
-"""Every feed-forward block: [B, T, D] to [B, T, D], from an input that an RMSNorm has scaled to mean square one.
+"""Every feed-forward block: [B, T, D] to [B, T, D], from an input that an RMSNorm has scaled.
 
 Shapes: B batch, T time, D hidden_size, h intermediate_size, K basis functions. No block has a bias.
 
 Projections into the block start at standard deviation `initializer_range`, those out of it at
-`initializer_range / sqrt(2 num_hidden_layers)`, so that the residual stream's variance does not grow with depth (Radford
-et al. 2019). A KAN layer out of a block starts at the output scale of the GELU MLP with equally many parameters.
+`initializer_range / sqrt(2 num_hidden_layers)`, so that the residual stream's variance does not grow with
+depth (Radford et al. 2019). A KAN layer out of a block starts at the output scale of the GELU MLP with
+equally many parameters.
 
-References: Shazeer 2020, arXiv:2002.05202 (gated blocks), So et al. 2021, arXiv:2109.08668 (squared ReLU), Zhuo et al.
-2024, arXiv:2411.03884 (PolyNorm), Huang & Schlag 2024, arXiv:2411.13010 (xIELU), and those of kan.py.
+References: Shazeer 2020, arXiv:2002.05202 (gated blocks), So et al. 2021, arXiv:2109.08668 (squared ReLU),
+Zhuo et al. 2024, arXiv:2411.03884 (PolyNorm), Huang & Schlag 2024, arXiv:2411.13010 (xIELU), and those of
+kan.py.
 """
 
 import math
@@ -151,6 +153,7 @@ def _kan_linear(config, inputs: int, outputs: int, gain: float) -> KANLinear:
         grid_min=config.kan_grid_min,
         grid_max=config.kan_grid_max,
         base="silu" if has_base else None,
+        conditioning=config.kan_conditioning,
         # Coefficients from zero: the block starts as its base branch and learns the corrections.
         spline_share=0.0 if has_base else 1.0,
         gain=gain,
@@ -160,8 +163,8 @@ def _kan_linear(config, inputs: int, outputs: int, gain: float) -> KANLinear:
 class KANGLU(FeedForward):
     """down(phi(gate u) * up u), phi learned per group of channels: 3 D h parameters and the coefficients.
 
-    phi starts as SiLU: `interpolated`, a spline fitted to it, or `residual`, SiLU plus a spline that is zero, when the
-    block starts as exactly SwiGLU.
+    phi starts as SiLU: `interpolated`, a spline fitted to it, or `residual`, SiLU plus a spline that is
+    zero, when the block starts as exactly SwiGLU.
     """
 
     def __init__(self, config):
@@ -210,8 +213,8 @@ def gelu_mlp_scale(
 class EdgeKAN(FeedForward):
     """down(norm(up u)): `up_proj` a KAN layer (`kan`) or a matrix (`kan_mixed`), `down_proj` a KAN layer.
 
-    The norm in the middle is an RMSNorm without parameters: it puts the hidden values on the grid, as the block's own
-    input is. Parameters: 2 D h (K + 1), or D h (K + 2) for `kan_mixed`.
+    The norm in the middle is an RMSNorm without parameters: it puts the hidden values on the grid, as the
+    block's own input is. Parameters: 2 D h (K + 1), or D h (K + 2) for `kan_mixed`.
     """
 
     def __init__(self, config, mixed: bool):

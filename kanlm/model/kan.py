@@ -1,24 +1,34 @@
 # Copyright 2026 The kanlm authors. Licensed under the Apache License, Version 2.0.
-"""KAN layers: a learned function per edge (`KANLinear`), per channel or group of channels (`LearnedFunction`).
+"""KAN layers: a learned function per edge (`KANLinear`) or per group of channels (`LearnedFunction`).
 
 Shapes: ... leading, N rows (all leading dimensions together), I inputs, O outputs, C channels, K basis
 functions, G grid intervals, k order.
 
-Reference: Liu et al. 2024, arXiv:2404.19756, eq. 2.10 (an edge: a fixed base function plus a spline); Yang & Wang 2024,
-arXiv:2409.10594 (functions shared by groups of channels).
+References: Liu et al. 2024, arXiv:2404.19756, eq. 2.10 (an edge: a fixed base function plus a spline); Yang &
+Wang 2024, arXiv:2409.10594 (functions shared by groups of channels).
 """
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .basis import BSpline, at_least_fp32, make_basis, slope_of, uniform_pieces
+from .basis import Basis, BSpline, KnotSpline, at_least_fp32, make_basis, slope_of, uniform_pieces
+from .refit import (
+    EVEN_SHARE,
+    adapted_knots,
+    finite_samples,
+    refit_map,
+    share_of_samples,
+    summed_over_ranks,
+    whitening_map,
+)
 
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
-"""Size of the basis values alive at once where they are recomputed: a CPU's cache, a share of a GPU's memory."""
+"""Size of the basis values alive at once where they are recomputed, by kind of device."""
 
 
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -28,7 +38,7 @@ def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 class _RecomputedSpline(torch.autograd.Function):
-    """features(x) [N, K*I] times weight [O, K*I], in chunks of rows; saves x alone and computes the features twice."""
+    """features(x) [N, K*I] times weight [O, K*I], in chunks of rows; saves x and computes features again."""
 
     @staticmethod
     def forward(ctx, x, weight, layer, dtype):
@@ -66,19 +76,34 @@ class _RecomputedSpline(torch.autograd.Function):
 class KANLinear(nn.Module):
     """y_o = sum_i phi_oi(x_i), phi_oi(x) = w_oi b(x) + sum_m c_oim B_m(x): x [..., I] to y [..., O].
 
-    The coefficients c are the weight of the child `spline`, an nn.Linear(K*I -> O) whose input is ordered basis
-    function first: `spline.weight.view(O, K, I)`. The weights w are those of the child `base`, an nn.Linear(I -> O),
-    absent with base=None. Parameters: O I (K + 1), or O I K without a base.
+    The coefficients c are the weight of the child `spline`, an nn.Linear(K*I -> O) whose input has the
+    inputs of
+    one basis function side by side: `spline.weight.view(O, K, I)`. The weights w are those of the child
+    `base`, an nn.Linear(I -> O), absent with base=None. Parameters: O I (K + 1), or O I K without a base.
+
+    Whitened layers have the same functions in other coordinates: features psi = W B(x), W the buffer
+    `whitening` [K, K], of mean zero, variance one and uncorrelated under the assumed input, 0.9 N(0, 1) +
+    0.1 spread over the grid, or under samples (`whiten`). psi_0 is the part of the constant function that
+    the basis has; as every input has it, it is scaled by I^(-1/2), so that all together they count as one.
+
+    Adaptive layers have knots of their own for each input, in the buffer `knots` [G + 1, I]. Both buffers
+    stay fp32 where the layer is cast to half precision.
 
     Args:
         basis, grid_size, order, grid_min, grid_max: see `basis.make_basis`.
         base: "silu" or None, the fixed function b.
-        spline_share: share of the output's variance that the splines have at the start; 0 starts them at zero.
+        conditioning: "none" or "whitened".
+        grid: "uniform", or "adaptive" (B-splines only), which `update_grid` may move.
+        knots: G + 1 ascending grid points shared by all inputs; makes the grid adaptive.
+        spline_share: share of the output's variance that the splines have at the start; 0 starts them at
+            zero.
         gain: standard deviation of the output at the start, for independent inputs of distribution N(0, 1).
-        recompute: compute the basis again in backward, in chunks, and save only x (second derivatives need False).
+        recompute: compute the basis again in backward, in chunks, and save only x; False for second
+            derivatives.
 
     Raises:
-        ValueError: see `make_basis`; an unknown base; inputs whose last dimension is not I.
+        ValueError: see `make_basis`; unknown names; knots that do not ascend; a last dimension of x that is
+            not I.
     """
 
     def __init__(
@@ -92,6 +117,9 @@ class KANLinear(nn.Module):
         grid_min: float = -3.0,
         grid_max: float = 3.0,
         base: str | None = "silu",
+        conditioning: str = "none",
+        grid: str = "uniform",
+        knots: Sequence[float] | None = None,
         spline_share: float = 0.5,
         gain: float = 1.0,
         recompute: bool = True,
@@ -101,43 +129,104 @@ class KANLinear(nn.Module):
         super().__init__()
         if base not in ("silu", None):
             raise ValueError(f"base: unknown function {base!r}; choose 'silu' or None")
+        if conditioning not in ("none", "whitened"):
+            raise ValueError(f"conditioning: unknown form {conditioning!r}; choose 'none' or 'whitened'")
+        if grid not in ("uniform", "adaptive"):
+            raise ValueError(f"grid: unknown kind {grid!r}; choose 'uniform' or 'adaptive'")
+        if knots is not None:
+            knots = [float(knot) for knot in knots]
+            if len(knots) < 2 or not all(low < high for low, high in zip(knots, knots[1:], strict=False)):
+                raise ValueError(
+                    f"knots: must be at least 2 and ascend without repetition, got {knots}; sort them"
+                )
+            grid, grid_size, grid_min, grid_max = "adaptive", len(knots) - 1, knots[0], knots[-1]
         self.in_features, self.out_features = in_features, out_features
         self.basis_name = basis
         self.basis = make_basis(basis, grid_size, order, grid_min, grid_max)
+        if grid == "adaptive" and not isinstance(self.basis, BSpline):
+            raise ValueError(
+                f"grid: only B-splines have adaptive grids, got basis {basis!r}; use grid='uniform'"
+            )
+        self.initial_knots = knots
         self.spline_share, self.gain, self.recompute = spline_share, gain, recompute
         self.kernel = None
         factory = {"bias": False, "device": device, "dtype": dtype}
         self.spline = nn.Linear(self.num_functions * in_features, out_features, **factory)
         self.base = nn.Linear(in_features, out_features, **factory) if base else None
+        self.register_buffer("knots", None)
+        self.register_buffer("whitening", None)
+        wide = {"device": device, "dtype": at_least_fp32(self.spline.weight[:0]).dtype}
+        if grid == "adaptive":
+            self.knots = torch.empty(grid_size + 1, in_features, **wide)
+        if conditioning == "whitened":
+            self.whitening = torch.empty(self.num_functions, self.num_functions, **wide)
         self.reset_parameters()
 
     @property
     def num_functions(self) -> int:
+        """K, basis functions of an input."""
         return self.basis.num_functions
 
+    @property
+    def conditioning(self) -> str:
+        return "none" if self.whitening is None else "whitened"
+
+    @property
+    def grid(self) -> str:
+        return "uniform" if self.knots is None else "adaptive"
+
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.basis_name}, {self.basis}"
+        return (
+            f"{self.in_features}, {self.out_features}, {self.basis_name}, {self.basis}, grid={self.grid}, "
+            f"conditioning={self.conditioning}"
+        )
+
+    def _apply(self, fn, recurse=True):
+        wide = {"knots": self.knots, "whitening": self.whitening}
+        super()._apply(fn, recurse)
+        for name, before in wide.items():
+            after = self._buffers[name]
+            if after is not None and at_least_fp32(after[:0]).dtype != after.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Initial values; weights that transformers has loaded are left alone."""
+        """Initial grid, whitening and weights; tensors that transformers has loaded are left alone."""
+        basis = self.basis
+        if self.knots is not None:
+            knots = basis.grid_points()
+            if self.initial_knots is not None:
+                knots = knots.new_tensor(self.initial_knots).unsqueeze(-1)
+            init.copy_(self.knots, knots.expand(-1, self.in_features))
+            basis = KnotSpline(knots, basis.order)
         points, weights = normal_points()
+        values = basis.values(points.unsqueeze(-1)).squeeze(-1)  # [points, K]
+        if self.whitening is not None:
+            white = self._whitening_under([_assumed_points(basis_grid(basis))], basis)
+            init.copy_(self.whitening, white)
+            values = values @ white.t()
         share = self.spline_share if self.base is not None else 1.0
-        energy = float((self.features(points.unsqueeze(-1)).squeeze(-1).square().sum(-1) * weights).sum())
+        energy = float((values.square().sum(-1) * weights).sum())
         init.normal_(self.spline.weight, std=self.gain * math.sqrt(share / (self.in_features * energy)))
         if self.base is not None:
             energy = float((F.silu(points).square() * weights).sum())
-            init.normal_(
-                self.base.weight, std=self.gain * math.sqrt((1 - share) / (self.in_features * energy))
-            )
+            std = self.gain * math.sqrt((1 - share) / (self.in_features * energy))
+            init.normal_(self.base.weight, std=std)
+
+    def present_basis(self) -> Basis | KnotSpline:
+        """What evaluates the B_m: `basis`, or splines on the present knots."""
+        return self.basis if self.knots is None else KnotSpline(self.knots, self.basis.order)
 
     def features(self, x: Tensor) -> Tensor:
         """x [..., I] to the inputs of the coefficients [..., K, I], fp32 or fp64."""
-        return self.basis.values(x)
+        values = self.present_basis().values(x)
+        return values if self.whitening is None else self.whitening.to(values.dtype) @ values
 
     def feature_derivatives(self, x: Tensor) -> Tensor:
         """d features / dx: [..., I] to [..., K, I]."""
-        return self.basis.derivatives(x)
+        slopes = self.present_basis().derivatives(x)
+        return slopes if self.whitening is None else self.whitening.to(slopes.dtype) @ slopes
 
     def _chunks(self, x: Tensor) -> list[slice]:
         """Slices of the rows of x [N, I] whose features fill CHUNK_BYTES."""
@@ -161,12 +250,204 @@ class KANLinear(nn.Module):
 
     def _splines(self, x: Tensor) -> Tensor:
         dtype = product_dtype(x, self.spline.weight)
-        # Adapters (LoRA, quantisation) replace the child's class; a compiler recomputes the features by itself.
+        # Adapters (LoRA, quantisation) replace the child's class; a compiler recomputes features by itself.
         plain = not self.recompute or type(self.spline) is not nn.Linear or torch.compiler.is_compiling()
         if plain:
             return self.spline(self.features(x).flatten(-2).to(dtype))
         y = _RecomputedSpline.apply(x.reshape(-1, self.in_features), self.spline.weight, self, dtype)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def plain_weight(self) -> Tensor:
+        """The coefficients of the basis functions themselves, [O, K*I], differentiable."""
+        weight = self.spline.weight
+        if self.whitening is None:
+            return weight
+        white = self.whitening.to(weight.dtype)
+        return torch.einsum("oji,jm->omi", weight.unflatten(-1, (-1, self.in_features)), white).flatten(1)
+
+    @torch.no_grad()
+    def fold(self):
+        """Turn a whitened layer into the plain layer with the same functions."""
+        weight = self.plain_weight().clone()
+        self.whitening = None
+        self.spline.weight.copy_(weight)
+
+    @torch.no_grad()
+    def whiten(self, samples: Tensor | None = None):
+        """Whiten the features under samples [..., I] of all ranks, or the assumed input; keeps the functions.
+
+        The distribution is 0.9 of the samples, pooled over inputs, and 0.1 spread evenly over the grid
+        intervals.
+
+        Raises:
+            ValueError: samples that are not finite, or none.
+        """
+        plain = self._plain_coefficients()
+        self.whitening = self._whitening(samples)
+        self._set_coefficients(plain)
+
+    @torch.no_grad()
+    def update_grid(self, samples: Tensor, grid_eps: float = 0.02) -> float:
+        """Move an adaptive grid to the samples [..., I] of all ranks and refit the coefficients by least
+        squares.
+
+        Knots run from the smallest to the largest sample of each input: quantiles, mixed with `grid_eps` of a
+        uniform grid. Returns the drift, rms(new output - old output) / rms(old output) on the samples.
+        Grids and coefficients are equal on every rank. A whitened layer is whitened under the samples.
+
+        Raises:
+            ValueError: a layer with a uniform grid, grid_eps outside (0, 1], samples that are not finite,
+                or none.
+        """
+        if self.knots is None:
+            raise ValueError("grid: a 'uniform' grid does not move; build the layer with grid='adaptive'")
+        if not 0 < grid_eps <= 1:
+            raise ValueError(
+                f"grid_eps: must lie in (0, 1], got {grid_eps}; 0.02 is nearly quantiles, 1 is uniform"
+            )
+        samples = finite_samples(samples, self.in_features)
+        least_span = 1e-3 * (self.basis.grid_max - self.basis.grid_min)
+        knots = adapted_knots(samples, self.basis.grid_size, grid_eps, least_span)
+        return self._refit(self.basis, knots.to(self.knots.dtype), samples)
+
+    @torch.no_grad()
+    def refine(self, grid_size: int, samples: Tensor | None = None, allow_coarsen: bool = False) -> float:
+        """Change the grid to `grid_size` intervals and refit the coefficients by least squares.
+
+        A multiple of the present size on a uniform grid keeps the functions exactly; adaptive intervals are
+        divided in proportion. The fit is to samples [..., I] of all ranks, where given, and to points of
+        every interval. Returns the drift, rms(new output - old output) / rms(old output), on the samples or
+        else on those points. `spline.weight` becomes a new parameter: build optimisers anew.
+
+        Raises:
+            ValueError: fewer intervals without `allow_coarsen`, grid_size < 1, samples that are not finite,
+                or none.
+        """
+        check_finer(grid_size, self.basis.grid_size, allow_coarsen)
+        old = self.basis
+        basis = make_basis(self.basis_name, grid_size, old.order, old.grid_min, old.grid_max)
+        knots = None
+        if self.knots is not None:
+            position = torch.linspace(
+                0, old.grid_size, grid_size + 1, dtype=torch.float64, device=self.knots.device
+            )
+            below = position.floor().clamp(max=old.grid_size - 1).long()
+            wide = self.knots.double()
+            knots = wide[below].lerp(wide[below + 1], (position - below).unsqueeze(-1)).to(self.knots.dtype)
+        if samples is not None:
+            samples = finite_samples(samples, self.in_features)
+        return self._refit(basis, knots, samples)
+
+    def _refit(self, basis: Basis, knots: Tensor | None, samples: Tensor | None) -> float:
+        """Change to `basis` and `knots`, refit the coefficients on samples [N, I] and return the drift."""
+        weight = self.spline.weight
+        old, plain = self._wide_basis(), self._plain_coefficients()
+        new = basis if knots is None else KnotSpline(knots.double(), basis.order)
+        grid = basis_grid(new).to(weight.device)
+        probe = _even_points(grid).expand(-1, self.in_features) if samples is None else samples
+        before = self(probe.to(weight.dtype)).double()
+        mapping = refit_map(
+            (new.values(points), old.values(points), weights)
+            for points, weights in self._fit_points(samples, grid)
+        ).expand(self.in_features, -1, -1)
+
+        self.basis, self.knots, self.initial_knots = basis, knots, None
+        if self.whitening is not None:
+            self.whitening = self._whitening(samples)
+        self._set_coefficients(torch.einsum("iab,obi->oai", mapping, plain))
+        change = self(probe.to(weight.dtype)).double() - before
+        squares = summed_over_ranks(torch.stack((change.square().sum(), before.square().sum())))
+        return float((squares[0] / squares[1].clamp_min(1e-300)).sqrt())
+
+    def _wide_basis(self) -> Basis | KnotSpline:
+        """`present_basis` in fp64."""
+        return self.basis if self.knots is None else KnotSpline(self.knots.double(), self.basis.order)
+
+    def _fit_points(self, samples: Tensor | None, grid: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of points [n, I] and weights [n] that sum to one over all ranks.
+
+        0.9 of the weight on the samples [N, I] and 0.1 even on the intervals of grid [G + 1, I], so that
+        every function has data; without samples all of it.
+        """
+        even = _even_points(grid)
+        even_share = 1.0 if samples is None else EVEN_SHARE
+        yield even, (share_of_samples(even) * even_share).expand(len(even))
+        if samples is not None:
+            weight = share_of_samples(samples) * (1 - EVEN_SHARE)
+            for rows in self._chunks(samples):
+                yield samples[rows], weight.expand(len(samples[rows]))
+
+    def _whitening(self, samples: Tensor | None) -> Tensor:
+        """`whitening` for the present grid under samples of all ranks or the assumed input."""
+        basis, weight = self._wide_basis(), self.spline.weight
+        grid = basis_grid(basis).to(weight.device)
+        if samples is None:
+            white = self._whitening_under([_assumed_points(grid)], basis)
+        else:
+            samples = finite_samples(samples, self.in_features)
+            white = self._whitening_under(self._fit_points(samples, grid), basis, over_ranks=True)
+        return white.to(at_least_fp32(weight[:0]).dtype)
+
+    def _whitening_under(self, batches, basis: Basis | KnotSpline, over_ranks: bool = False) -> Tensor:
+        second = mean = 0
+        for points, weights in batches:
+            values = basis.values(points)  # [n, K, I]
+            weighted = values * (weights / values.shape[-1]).view(-1, 1, 1)
+            second = second + torch.einsum("nai,nbi->ab", weighted, values)
+            mean = mean + weighted.sum((0, 2))
+        if over_ranks:
+            second, mean = summed_over_ranks(second), summed_over_ranks(mean)
+        return whitening_map(second, mean, self.in_features**-0.5)
+
+    def _plain_coefficients(self) -> Tensor:
+        """Coefficients of the basis functions, fp64 [O, K, I]."""
+        weight = self.spline.weight.double().unflatten(-1, (-1, self.in_features))
+        return (
+            weight if self.whitening is None else torch.einsum("oji,jm->omi", weight, self.whitening.double())
+        )
+
+    def _set_coefficients(self, plain: Tensor):
+        """Set the functions to those of coefficients [O, K, I] of the basis functions."""
+        if self.whitening is not None:
+            plain = torch.einsum("omi,mj->oji", plain, torch.linalg.inv(self.whitening.double()))
+        old = self.spline.weight
+        weight = plain.flatten(1).to(old.dtype)
+        if weight.shape == old.shape:
+            old.copy_(weight)
+        else:
+            self.spline = nn.Linear(weight.shape[1], self.out_features, bias=False, device="meta")
+            self.spline.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
+
+
+def check_finer(grid_size: int, present: int, allow_coarsen: bool):
+    if grid_size < present and not allow_coarsen:
+        raise ValueError(
+            f"grid_size: {grid_size} is coarser than the present {present}, which loses detail; pass "
+            "allow_coarsen=True if that is meant"
+        )
+
+
+def basis_grid(basis: Basis | KnotSpline) -> Tensor:
+    """The ends of the grid intervals, fp64 [G + 1, I], or [G + 1, 1] where all inputs share them."""
+    if isinstance(basis, Basis):
+        return basis.grid_points()
+    return basis.knots[basis.order : len(basis.knots) - basis.order]
+
+
+def _even_points(grid: Tensor) -> Tensor:
+    """16 points in every interval of grid [G + 1, I]: fp64 [16 G, I]."""
+    shares = (torch.arange(16, dtype=torch.float64, device=grid.device) + 0.5) / 16
+    return grid[:-1].unsqueeze(1).lerp(grid[1:].unsqueeze(1), shares.view(1, -1, 1)).flatten(0, 1)
+
+
+def _assumed_points(grid: Tensor) -> tuple[Tensor, Tensor]:
+    """Points [n, I] and weights [n] of 0.9 N(0, 1) + 0.1 even on the intervals of grid [G + 1, I]."""
+    normal, weights = (tensor.to(grid.device) for tensor in normal_points())
+    even = _even_points(grid)
+    points = torch.cat((normal.unsqueeze(-1).expand(-1, grid.shape[-1]), even))
+    return points, torch.cat(
+        (weights * (1 - EVEN_SHARE), weights.new_full((len(even),), EVEN_SHARE / len(even)))
+    )
 
 
 def normal_points(limit: float = 6.0, count: int = 1201) -> tuple[Tensor, Tensor]:
@@ -223,16 +504,17 @@ class _Gated(torch.autograd.Function):
 class LearnedFunction(nn.Module):
     """phi_g(x) on every channel of group g: x [..., C] to [..., C]; `gated(a, u)` is phi(a) * u.
 
-    Channels are split in `groups` runs of neighbours. phi_g(x) = b(x) + sum_m c_gm B_m(x), the coefficients c in the
-    parameter `coefficients` [groups, K]. `basis="rational"` is phi_g(x) = P(x) / Q(x), K = 10 coefficients p_0..p_5,
-    q_0..q_3: P(x) = sum_n p_n x^n and Q(x) = 1 + (q_0 x + q_1 x^2)^2 + (q_2 x + q_3 x^2)^2. Q is positive everywhere;
-    its gradient vanishes only at q = 0, where this layer never starts.
+    Channels are split in `groups` runs of neighbours. phi_g(x) = b(x) + sum_m c_gm B_m(x), the coefficients
+    c in the parameter `coefficients` [groups, K]. `basis="rational"` is phi_g(x) = P(x) / Q(x), K = 10
+    coefficients p_0..p_5, q_0..q_3: P(x) = sum_n p_n x^n and Q(x) = 1 + (q_0 x + q_1 x^2)^2 + (q_2 x + q_3
+    x^2)^2. Q is positive everywhere; its gradient vanishes only at q = 0, where this layer never starts.
 
     A B-spline is evaluated from a table of each interval's polynomial (`table`), not from basis functions.
 
     Args:
         groups: default: one function per channel.
-        basis, grid_size, order, grid_min, grid_max: see `basis.make_basis`; the grid is also where `initial` is fitted.
+        basis, grid_size, order, grid_min, grid_max: see `basis.make_basis`; the grid is also where
+            `initial` is fitted.
         base: "silu" or None, a fixed function b added to the learned one.
         initial: "silu", "gelu", "identity" or "zero": what sum_m c_gm B_m is at the start.
 
@@ -337,8 +619,8 @@ class LearnedFunction(nn.Module):
     def table(self) -> Tensor:
         """Polynomials of B-spline functions, [groups, G + 2, k + 1], fp32 or fp64, differentiable.
 
-        Entry [g, j, p] is the coefficient of u^p on interval j - 1, u = (x - left edge) / step; rows 0 and G + 1 are
-        the linear continuations outside the grid, with u measured from the grid's edge.
+        Entry [g, j, p] is the coefficient of u^p on interval j - 1, u = (x - left edge) / step; rows 0 and
+        G + 1 are the linear continuations outside the grid, with u measured from the grid's edge.
         """
         order = self.basis.order
         c = at_least_fp32(self.coefficients)
@@ -352,6 +634,34 @@ class LearnedFunction(nn.Module):
         width = max(order + 1, 2)
         outer = [F.pad(end, (0, width - 2)).unsqueeze(1) for end in (left, right)]
         return torch.cat((outer[0], F.pad(inner, (0, width - order - 1)), outer[1]), dim=1)
+
+    @torch.no_grad()
+    def refine(self, grid_size: int, allow_coarsen: bool = False) -> float:
+        """Change the grid to `grid_size` intervals and refit the coefficients by least squares over the grid.
+
+        Multiples of the present size keep B-spline functions exactly. Returns the drift, rms(new - old) /
+        rms(old) of the learned functions on the grid. `coefficients` becomes a new parameter: build
+        optimisers anew.
+
+        Raises:
+            ValueError: fewer intervals without `allow_coarsen`, grid_size < 1, a rational function.
+        """
+        if self.is_rational:
+            raise ValueError("basis: a 'rational' function has no grid to refine; choose a spline basis")
+        check_finer(grid_size, self.basis.grid_size, allow_coarsen)
+        old = self.basis
+        basis = make_basis(self.basis_name, grid_size, old.order, old.grid_min, old.grid_max)
+        points = _even_points(basis.grid_points()).to(self.coefficients.device)
+        new_values, old_values = basis.values(points), old.values(points)  # [points, K, 1]
+        even = points.new_full((len(points),), 1 / len(points))
+        mapping = refit_map([(new_values, old_values, even)]).squeeze(0)  # [K_new, K_old]
+        plain = self.coefficients.double()
+        before = plain @ old_values.squeeze(-1).t()
+        change = plain @ mapping.t() @ new_values.squeeze(-1).t() - before
+        coefficients = (plain @ mapping.t()).to(self.coefficients.dtype)
+        self.basis = basis
+        self.coefficients = nn.Parameter(coefficients, requires_grad=self.coefficients.requires_grad)
+        return float(change.norm() / before.norm().clamp_min(1e-300))
 
     def _rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Index int64 [..., C] into the rows of `table` (flattened over groups) and the position u."""
@@ -447,7 +757,8 @@ class LearnedFunction(nn.Module):
 def kan_coefficient_names(model: nn.Module) -> set[str]:
     """Names of the parameters of `model` that are coefficients of learned functions.
 
-    They get no weight decay and their own learning rate: decay pulls a function to zero, not to a simpler one.
+    They get no weight decay and their own learning rate: decay pulls a function to zero, not to a simpler
+    one.
     """
     names = set()
     for prefix, module in model.named_modules():

@@ -112,9 +112,10 @@ def adapted_knots(samples: Tensor, grid_size: int, grid_eps: float, least_span: 
 def refit_map(batches) -> Tensor:
     """The map T [I, K_new, K_old] for which T c is the least-squares refit of coefficients c.
 
-    `batches` yields (new [N, K_new, I], old [N, K_old, I], weights [N]): values of both bases at the same points.
-    T minimises sum_n w_n (new_n . c' - old_n . c)^2 over the batches of all ranks, with a relative ridge of
-    1e-14 on c', far below what a double resolves in the function, so that any data have one solution.
+    `batches` yields (new [N, K_new, I], old [N, K_old, I], weights [N]): values of both bases at the same
+    points. T minimises sum_n w_n (new_n . c' - old_n . c)^2 over the batches of all ranks, with a relative
+    ridge of 1e-14 on c', far below what a double resolves in the function, so that any data have one
+    solution.
     """
     gram = cross = 0
     for new, old, weights in batches:
@@ -127,24 +128,35 @@ def refit_map(batches) -> Tensor:
     return torch.cholesky_solve(cross / scale, torch.linalg.cholesky(gram / scale + ridge))
 
 
-def whitening_map(values: Tensor, weights: Tensor, constant_scale: float) -> Tensor:
-    """W [K, K] for which psi = W B is white under the weighted points: values [N, K], weights [N] of sum one.
+def share_of_samples(samples: Tensor) -> Tensor:
+    """One over the number of samples [N, I] on all ranks together.
+
+    Raises:
+        ValueError: no samples on any rank.
+    """
+    count = summed_over_ranks(samples.new_tensor(float(len(samples)), dtype=torch.float64))
+    if not count > 0:
+        raise ValueError("samples: got none; a refit needs at least one sample")
+    return 1 / count
+
+
+def whitening_map(second: Tensor, mean: Tensor, constant_scale: float) -> Tensor:
+    """W [K, K] for which psi = W B is white, from second = E[B B^T] [K, K] and mean = E[B] [K].
 
     psi_0 is the part of the constant function that the basis can represent, times `constant_scale`; all
-    others have mean zero, variance one, and are uncorrelated. For a basis that sums to one psi_0 is constant.
-    Built as (reflection that brings the constant first) M^(-1/2), M = E[B B^T], so that W is invertible and the
-    other features stay as local as can be.
+    others have mean zero, variance one, and are uncorrelated. For a basis that sums to one psi_0 is
+    constant. W is (a reflection that brings the constant first) second^(-1/2): invertible, and otherwise as
+    local as can be.
     """
-    second = torch.einsum("n,na,nb->ab", weights, values, values)
     eigenvalues, vectors = torch.linalg.eigh(second)
     root = vectors @ torch.diag(eigenvalues.clamp_min(1e-12 * eigenvalues[-1]).rsqrt()) @ vectors.t()
-    constant = root @ (weights @ values)
+    constant = root @ mean
     constant = constant / constant.norm()
     axis = torch.zeros_like(constant)
-    axis[0] = 1.0 if constant[0] <= 0 else -1.0  # the sign that keeps the reflection away from cancellation
+    # The sign keeps the reflection away from cancellation.
+    axis[0] = 1.0 if constant[0] <= 0 else -1.0
     mirror = constant - axis
-    reflection = torch.eye(len(axis), dtype=root.dtype, device=root.device)
-    reflection = reflection - 2 * torch.outer(mirror, mirror) / mirror.dot(mirror)
-    white = reflection @ root * axis[0]
+    identity = torch.eye(len(axis), dtype=root.dtype, device=root.device)
+    white = (identity - 2 * torch.outer(mirror, mirror) / mirror.dot(mirror)) @ root * axis[0]
     white[0] *= constant_scale
     return white
