@@ -30,7 +30,7 @@ ACTIVATIONS = {"silu": 2, "gelu": 3, "relu2": 4}
 
 def supports_edge(layer: KANLinear) -> bool:
     """Whether `edge` implements this layer."""
-    return isinstance(layer.basis, BSpline) and 1 <= layer.basis.order <= MAX_ORDER
+    return type(layer.basis) is BSpline and 1 <= layer.basis.order <= MAX_ORDER
 
 
 def supports_learned(layer: LearnedFunction) -> bool:

@@ -1,0 +1,159 @@
+"""`kanlm bench train`: whole training steps (forward, loss, backward, AdamW) at equal non-embedding parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kanlm import kernels
+from kanlm.bench.measure import PARITY, Arm, cuda_peak_memory, parity_error, peak_memory, report, require_device
+from kanlm.config import UserError
+from kanlm.model.configuration_kanlm import KanLMConfig
+from kanlm.model.modeling_kanlm import KanLMForCausalLM
+from kanlm.sizing import matched_width, parameter_counts, training_flops_per_token
+
+SIZES = {
+    # name: hidden_size, SwiGLU's intermediate_size, layers, heads, sequences x positions of a step
+    "1m": (128, 344, 5, 4, 8, 256),
+    "10m": (320, 856, 8, 5, 4, 256),
+    "100m": (768, 2048, 14, 12, 8, 1024),
+}
+"""Named after SwiGLU's non-embedding parameters, which all arms have within 0.5%."""
+GLU = {"kan_grid_size": 16, "kan_order": 3, "kan_grid_min": -4.0, "kan_grid_max": 4.0, "kan_num_groups": 8}
+EDGE = {"kan_grid_size": 5, "kan_order": 3, "kan_grid_min": -3.0, "kan_grid_max": 3.0}
+ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    # name: baseline, ffn_type, KAN fields
+    "swiglu": ("swiglu", "swiglu", {}),
+    "gelu": ("gelu", "gelu", {}),
+    "kan_glu": ("swiglu", "kan_glu", GLU),
+    "kan_glu_linear": ("swiglu", "kan_glu", GLU | {"kan_basis": "linear", "kan_grid_size": 15}),
+    "kan_grouped": ("gelu", "kan_grouped", GLU),
+    "kan_grouped_rational": ("gelu", "kan_grouped", GLU | {"kan_basis": "rational"}),
+    "kan": ("gelu", "kan", EDGE),
+    "kan_linear": ("gelu", "kan", EDGE | {"kan_basis": "linear"}),
+    "kan_mixed": ("gelu", "kan_mixed", EDGE),
+    "kan_mixed_linear": ("gelu", "kan_mixed", EDGE | {"kan_basis": "linear"}),
+}
+VOCAB_SIZE = 1024
+
+
+def architecture(arm: str, size: str) -> KanLMConfig:
+    """The arm's model, with as many non-embedding parameters as SwiGLU of this size."""
+    if arm not in ARMS:
+        raise UserError(f"--arms: unknown arm {arm!r}; choose from {', '.join(ARMS)}")
+    if size not in SIZES:
+        raise UserError(f"--size: unknown size {size!r}; choose one of {', '.join(SIZES)}")
+    hidden, width, layers, heads, _, positions = SIZES[size]
+    _, ffn_type, fields = ARMS[arm]
+    config = KanLMConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=positions,
+        ffn_type="swiglu",
+        **fields,
+    )
+    return matched_width(config, ffn_type, parameter_counts(config).non_embedding)[0]
+
+
+def built(arm: str, size: str, backend: str, device: str, seed: int = 0) -> tuple[KanLMForCausalLM, str]:
+    """The arm's model with random weights, and which kernels it uses."""
+    torch.manual_seed(seed)
+    config = architecture(arm, size)
+    config._attn_implementation = "sdpa"
+    model = KanLMForCausalLM(config).to(device)
+    chosen = set(kernels.select(model, backend).values())
+    return model, "+".join(sorted(chosen)) or "-"
+
+
+def training_arm(name: str, size: str, backend: str, device: str = "cpu", compiled: bool = False) -> Arm:
+    """One optimizer step on random tokens; bf16 autocast on a GPU."""
+    model, chosen = built(name, size, backend, device)
+    model.train()
+    *_, sequences, positions = SIZES[size]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+    ids = torch.randint(0, VOCAB_SIZE, (sequences, positions), generator=torch.Generator().manual_seed(1))
+    ids = ids.to(device)
+    called = torch.compile(model) if compiled else model
+
+    def step() -> None:
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            loss = called(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    counts = parameter_counts(model.config)
+    tokens = sequences * positions
+    return Arm(
+        name,
+        step,
+        tokens,
+        counts.non_embedding,
+        flops=training_flops_per_token(model.config, positions) * tokens,
+        # AdamW reads and writes weight and both moments, reads the gradient, which is written once before.
+        least_bytes=32.0 * counts.total,
+        baseline=ARMS[name][0],
+        kernels=chosen,
+        details={"intermediate_size": model.config.intermediate_size},
+    )
+
+
+def arm_parity(name: str, size: str, backend: str, device: str = "cpu") -> float:
+    """Worst relative error of the arm's first FFN block, outputs and gradients, on 96 tokens."""
+    model, _ = built(name, size, backend, device)
+    block = model.model.layers[0].mlp
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, device=device))
+    x = torch.randn(2, 48, model.config.hidden_size, generator=torch.Generator().manual_seed(2)).to(device)
+    return parity_error(block, x)
+
+
+def passing(names: list[str], size: str, backend: str, device: str) -> tuple[list[str], dict[str, str]]:
+    """The arms whose parity is green, and a line for each of the others."""
+    green, red = [], {}
+    for name in names:
+        error = arm_parity(name, size, backend, device)
+        if error < PARITY[torch.float32]:
+            green.append(name)
+        else:
+            red[name] = f"parity is red: relative error {error:.2g} >= {PARITY[torch.float32]}"
+    return green, red
+
+
+def run(
+    size: str = "1m",
+    arms: tuple[str, ...] = (),
+    backend: str = "auto",
+    device: str = "cpu",
+    compiled: bool = False,
+    seconds: float = 60.0,
+    memory: bool = True,
+    out: str | None = None,
+    echo: Callable[[str], Any] = print,
+) -> list[dict]:
+    """Compare training steps of `arms` (default: all); prints a table, writes JSON, returns the records.
+
+    Raises:
+        UserError: an unknown size, arm or backend, or a device that is not there.
+    """
+    require_device(device)
+    try:
+        names, red = passing(list(arms or ARMS), size, backend, device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    built_arms = [training_arm(name, size, backend, device, compiled) for name in names]
+    peaks = {}
+    if memory:
+        for arm in built_arms:
+            on_gpu = device == "cuda"
+            peaks[arm.name] = (
+                cuda_peak_memory(arm) if on_gpu else peak_memory(training_arm, arm.name, size, backend)
+            )
+    settings = {"size": size, "backend": backend, "device": device, "compiled": compiled, "vocab_size": VOCAB_SIZE}
+    return report(f"train-{size}", settings, built_arms, peaks, red, seconds=seconds, device=device, out=out, echo=echo)
