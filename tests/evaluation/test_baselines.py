@@ -11,7 +11,7 @@ from kanlm.evaluation.baselines import KneserNey, kneser_ney_bits_per_byte, xz_b
 def test_bigram_model_of_a_hand_worked_text():
     # Training: abacab with a, b, c = 0, 1, 2. Bigrams: <s>a 1, ab 2, ba 1, ac 1, ca 1.
     # Discount of bigrams: n1 = 4, n2 = 1: 4 / (4 + 2) = 2/3.
-    # Unigrams count distinct left neighbours: a after <s>, b, c: 3; b: 1; c: 1. n1 = 2, n2 = 0: discount 0.75.
+    # Unigrams count distinct left neighbours: a 3 (<s>, b, c), b 1, c 1. n1 = 2, n2 = 0: discount 0.75.
     # p1(a) = (3 - 0.75) / 5 + 0.75 * 3 / 5 / 3, p1(b) = p1(c) = (1 - 0.75) / 5 + 0.15.
     p1 = {"a": 2.25 / 5 + 0.15, "b": 0.25 / 5 + 0.15, "c": 0.25 / 5 + 0.15}
     # After a: b twice, c once; two distinct successors, so the mass given back is 2 * 2/3 / 3.
