@@ -269,40 +269,55 @@ def memory_bytes(
         "ddp": 4 * counts.total,
         "fsdp2": 2 * half * layer + 4 * layer + half * config.vocab_size * config.hidden_size,
     }[sharding]
+    # Autocast keeps a copy of every matrix until backward; recomputed KAN layers and FSDP2 do not.
+    recomputed = counts.ffn if config.ffn_type in ("kan", "kan_mixed") else 0
+    casts = half * (counts.total - recomputed) if mixed_precision and sharding != "fsdp2" else 0
     tokens = micro_batch_size * block_size
     return Memory(
         parameters=math.ceil(parameters / share),
         gradients=math.ceil(parameters / share),
         optimizer=math.ceil(moments / share),
-        activations=tokens * _activation_bytes(config, half, gradient_checkpointing)
-        + (half * layer if mixed_precision and sharding != "fsdp2" else 0),
+        activations=tokens * _activation_bytes(config, half, gradient_checkpointing) + casts,
         buffers=buffers,
     )
 
 
-def _activation_bytes(config: KanLMConfig, half: int, gradient_checkpointing: bool) -> int:
-    """Bytes that one token leaves for backward: the residual stream in fp32, other activations `half` wide.
+def _saved_bytes(config: KanLMConfig, half: int) -> tuple[int, int]:
+    """Bytes that one token leaves for backward in a decoder layer, and in the final norm.
 
-    A layer: two norms' inputs (fp32) and outputs; q, k, v before and after rotation; the attention's output;
-    the FFN's tensors. KAN layers keep their inputs and compute the basis again. The head: logits in `half`,
-    in fp32 and as gradient.
+    An RMSNorm keeps its fp32 input and normalised values, and each matrix its input: under autocast every
+    matrix has a cast of its own, without it those that read one tensor share it. Attention keeps q, k, v and
+    its output. KAN layers keep their inputs and compute the basis again. The controls compute in fp32.
     """
     width, hidden = config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads * config.head_dim
     key_values = config.num_key_value_heads * config.head_dim
+    gated = config.ffn_type in ("swiglu", "geglu", "kan_glu")
+    readers = 3 + (2 if gated else 1)  # matrices that read a norm's output
+    norms = 2 * 8 * width + half * width * (readers if half < 4 else 2)
     ffn = {
+        "polynorm": (24 + half) * hidden,
+        "xielu": (20 + half) * hidden,
         "swiglu": 4 * half * hidden,
         "geglu": 4 * half * hidden,
         "kan_glu": 3 * half * hidden,
-        "kan": (4 + 2 * half) * hidden + 2 * half * width,
+        "kan_grouped": 2 * half * hidden + 4 * width,
         "kan_mixed": (4 + 2 * half) * hidden,
-        "kan_grouped": 2 * half * hidden + half * width,
+        "kan": (4 + 2 * half) * hidden + 4 * width,
     }.get(config.ffn_type, 2 * half * hidden)
-    layer = 2 * (4 + half) * width + half * (3 * heads + 3 * key_values) + ffn
+    return norms + half * (2 * heads + 2 * key_values) + ffn, (8 + half) * width
+
+
+def _activation_bytes(config: KanLMConfig, half: int, gradient_checkpointing: bool) -> int:
+    """Bytes of activations a token at the end of the forward pass: what backward needs, and the logits thrice
+    (as computed, in fp32, as log-probabilities). With checkpointing one layer is alive beside all layers'
+    inputs.
+    """
+    layer, end = _saved_bytes(config, half)
     logits = (half + 4 + 4) * config.vocab_size
     if gradient_checkpointing:
-        return config.num_hidden_layers * 4 * width + layer + logits
-    return config.num_hidden_layers * layer + logits
+        return config.num_hidden_layers * 4 * config.hidden_size + layer + end + logits
+    return config.num_hidden_layers * layer + end + logits
 
 
 def matched_width(

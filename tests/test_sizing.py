@@ -165,6 +165,32 @@ def test_sharding_divides_memory_and_ddp_does_not():
         sizing.memory_bytes(config, **sizes, devices=8)
 
 
+@pytest.mark.parametrize("mixed_precision", [False, True])
+@pytest.mark.parametrize("ffn_type", FFN_TYPES)
+def test_estimated_activations_are_what_autograd_keeps(ffn_type, mixed_precision):
+    config = KanLMConfig(
+        **{**SMALL, "hidden_size": 128, "intermediate_size": 256}, ffn_type=ffn_type, kan_grid_size=5
+    )
+    model = KanLMForCausalLM(config)
+    ids = torch.randint(300, (5, 64), generator=torch.Generator().manual_seed(0))
+    kept = {}
+
+    def pack(tensor):
+        if tensor.numel() >= ids.numel() and tensor.numel() % ids.numel() == 0:  # activations, not weights
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision):
+            loss = model(ids, labels=ids, use_cache=False).loss
+    measured = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
+    layer, end = sizing._saved_bytes(config, 2 if mixed_precision else 4)
+    expected = ids.numel() * (2 * layer + end + 4 * config.vocab_size)
+    assert measured == pytest.approx(expected, rel=0.05)
+    assert loss.isfinite()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("ffn_type", ["gelu", "swiglu", "kan_glu", "kan"])
 def test_estimated_memory_is_near_the_measured_peak(ffn_type):
@@ -185,7 +211,7 @@ def test_estimated_memory_is_near_the_measured_peak(ffn_type):
         optimizer.step()
         optimizer.zero_grad()
     estimate = sizing.memory_bytes(config, micro_batch_size=16, block_size=512).total
-    assert estimate == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.2)
+    assert estimate == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.25)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
