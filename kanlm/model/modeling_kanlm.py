@@ -213,8 +213,8 @@ class KanLMPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: parameters that the checkpoint lacks (they would be random), that the model has not,
-                or of another shape. A new task head on the base model may be random, and with
-                `ignore_mismatched_sizes=True` shapes may differ.
+                or of another shape. A new task head on the base model may be random; so may what differs in
+                shape under `ignore_mismatched_sizes=True`, and what `output_loading_info=True` reports.
         """
         with_info = kwargs.pop("output_loading_info", False)
         ignore_sizes = kwargs.pop("ignore_mismatched_sizes", False)
@@ -226,7 +226,8 @@ class KanLMPreTrainedModel(PreTrainedModel):
             **kwargs,
         )
         if pretrained_model_name_or_path is not None:
-            cls._check_keys(pretrained_model_name_or_path, info, ignore_sizes)
+            reported = {"missing_keys": (), "unexpected_keys": ()} if with_info else {}
+            cls._check_keys(pretrained_model_name_or_path, info | reported, ignore_sizes)
         return (model, info) if with_info else model
 
     @classmethod

@@ -179,6 +179,10 @@ def test_a_missing_parameter_is_an_error_that_names_it(build, arm, tmp_path, key
             load.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="checkpoint lacks"):
         KanLMModel.from_pretrained(tmp_path)
+    _, info = KanLMForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True
+    )  # the report, when asked for
+    assert info["missing_keys"] == {key}
 
 
 def test_a_missing_untied_head_is_an_error(build, tmp_path):
