@@ -57,7 +57,7 @@ class ZeroGradientWatch:
 
     def __init__(self, model: nn.Module, steps: int, silent: Iterable[str] | None = None):
         self.steps = steps
-        names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        names = {_plain(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.silent = set(names if silent is None else silent)
 
     def observe(self, model: nn.Module, steps_done: int) -> None:

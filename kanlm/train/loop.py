@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -132,7 +133,9 @@ def prepare(config: RunConfig, run: RunDir, accelerator: Accelerator, stop_signa
     torch.manual_seed(config.seed)
     model = KanLMForCausalLM(model_config)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        with warnings.catch_warnings():  # the new name came after the oldest transformers that is supported
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.compile:
         for layer in model.model.layers:
             layer.compile()
@@ -323,7 +326,6 @@ def one_step(session: Session, batches: Any) -> Step:
     """Forward and backward over the micro-batches, then the optimiser, unless a number is not finite."""
     config, state, accelerator = session.config, session.state, session.accelerator
     micro_batches = [next(batches) for _ in range(session.accumulation_steps)]
-    state.loader = session.loader.state_dict()
     valid_tokens, stopping = agreed(session, micro_batches)
 
     factor = learning_rate_factor(state.step, session.total_steps, config.train)
@@ -422,6 +424,7 @@ def validation_metrics(session: Session, max_tokens: int | None) -> dict[str, fl
 
 def save(session: Session) -> None:
     state, accelerator = session.state, session.accelerator
+    state.loader = session.loader.state_dict()
     state.silent = sorted(session.watch.silent)
     state.scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
     taken = checkpoint.snapshot(

@@ -6,6 +6,7 @@ there torch's `fully_shard` is applied here, so that the same launch command sha
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
+from accelerate.utils.environment import parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -101,7 +103,14 @@ def global_sum(values: torch.Tensor) -> torch.Tensor:
 def new_accelerator(config: RunConfig) -> Iterator[Accelerator]:
     """accelerate's view of this launch, for one run; UserError where the device lacks the precision."""
     wanted = config.train.mixed_precision
-    state = PartialState()
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    # Without `cpu` accelerate starts so many runs of one process each on a machine without GPUs, in silence.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or _cpu_processes(processes))
+    if state.num_processes != processes:
+        raise UserError(
+            f"accelerate: {processes} processes were launched, but {state.num_processes} train together; "
+            "use one of configs/accelerate/"
+        )
     on_gpu = state.device.type == "cuda"
     if wanted == "auto":
         wanted = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
@@ -128,9 +137,13 @@ def new_accelerator(config: RunConfig) -> Iterator[Accelerator]:
         AcceleratorState._reset_state()  # the next run of this process may choose another precision
 
 
+def _cpu_processes(processes: int) -> bool:
+    return processes > 1 and not torch.cuda.is_available()
+
+
 def set_threads(accelerator: Accelerator, num_threads: int | None) -> None:
-    """torch threads of this process: as configured, else OMP_NUM_THREADS of a lone process, else cores /
-    processes.
+    """torch threads of this process: as configured, else OMP_NUM_THREADS of a lone process, else its share of
+    the cores.
 
     (`accelerate launch` and torchrun set OMP_NUM_THREADS=1 themselves when they start several processes.)
     """
@@ -143,11 +156,12 @@ def set_threads(accelerator: Accelerator, num_threads: int | None) -> None:
 def clipped_norm(
     accelerator: Accelerator, model: nn.Module, optimizers: list[AcceleratedOptimizer], max_norm: float
 ) -> float:
-    """L2 norm of all gradients before clipping to `max_norm` (0 = no clipping)."""
+    """L2 norm of all gradients; if it is finite, they are then clipped to `max_norm` (0 = no clipping)."""
     if accelerator.scaler is not None:
         accelerator.unscale_gradients()
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-    if max_norm > 0:
+    value = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if max_norm > 0 and math.isfinite(value):
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import shutil
@@ -253,15 +254,11 @@ def test_batch_must_divide_among_processes(run_config):
     assert loop.step_shape(run_config("train.micro_batch_size=1"), processes=2) == (1, 2, 12)
 
 
-def test_second_process_on_the_same_run_is_refused(run_config, monkeypatch):
+def test_second_process_on_the_same_run_is_refused(run_config):
     config = run_config()
-    real = loop.run_steps
-
-    def nested(session):
-        monkeypatch.setattr(loop, "run_steps", real)
+    config.run_dir.mkdir(parents=True)
+    with open(config.run_dir / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is training this run"):
             loop.train(config)
-        real(session)
-
-    monkeypatch.setattr(loop, "run_steps", nested)
     assert loop.train(config).state == "finished"

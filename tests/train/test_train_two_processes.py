@@ -1,0 +1,139 @@
+"""Two CPU processes over gloo, launched as the README says, DDP and FSDP2, against one process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from kanlm.config import RunConfig, parsed
+from kanlm.train import loop
+from kanlm.train.checkpoint import load_model
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("two_processes.py")
+CONFIGS = ROOT / "configs" / "accelerate"
+
+
+def launch(config: str, *arguments: str, port: int) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)),
+        *("--main_process_port", str(port), *arguments),
+    ]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def worker():
+    """The worker's functions, to train a masked job in this process."""
+    spec = importlib.util.spec_from_file_location("two_processes", WORKER)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def jobs_of(table, kind: str) -> list[dict]:
+    return [
+        {"table": table(f"name={kind}")},
+        {"table": table(f"name={kind}-accumulated", "train.micro_batch_size=1")},
+        {"table": table(f"name={kind}-masked", "train.max_tokens=128"), "masked": True},
+        {"table": table(f"name={kind}-interrupted", "train.optimizer=muon"), "interrupt_after": 5},
+        {"table": table(f"name={kind}-interrupted", "train.optimizer=muon")},
+        {"table": table(f"name={kind}-begun"), "interrupt_after": 5},
+        {"table": table("name=begun-by-one")},
+    ]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one(kind, run_table, run_config, tmp_path, losses, worker, monkeypatch):
+    alone = run_config("name=alone")
+    loop.train(alone)
+    muon = run_config("name=alone-muon", "train.optimizer=muon")
+    loop.train(muon)
+    masked = {"table": run_table("name=alone-masked", "train.max_tokens=128"), "masked": True}
+    worker.train(masked)
+    with monkeypatch.context() as patch:
+        begun = run_config("name=begun-by-one")
+        real = loop.accumulate_gradients
+
+        def stop_after_7(session, *arguments):
+            session.stop_signal.received = 15 if session.state.step == 6 else None
+            return real(session, *arguments)
+
+        patch.setattr(loop, "accumulate_gradients", stop_after_7)
+        assert loop.train(begun).state == "interrupted"
+
+    jobs, out = tmp_path / "jobs.json", tmp_path / "observed.json"
+    jobs.write_text(json.dumps(jobs_of(run_table, kind)))
+    port = 29610 if kind == "ddp" else 29620
+    ran = launch(f"2-cpus-{kind}.yaml", str(WORKER), str(jobs), str(out), port=port)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    observed = json.loads(out.read_text())
+
+    assert {(job["world_size"], job["processes"], job["wrapper"]) for job in observed} == {(2, 2, kind)}
+    finished = [("finished", 12)] * 2 + [("finished", 1), ("interrupted", 5), ("finished", 12)]
+    finished += [("interrupted", 5), ("finished", 12)]
+    assert [(job["state"], job["step"]) for job in observed] == finished
+
+    for name in (kind, f"{kind}-accumulated", "begun-by-one"):
+        assert losses(run_config(f"name={name}")) == pytest.approx(losses(alone), rel=2e-5), name
+    assert losses(run_config(f"name={kind}-interrupted")) == pytest.approx(losses(muon), rel=2e-3)
+    record = json.loads((alone.run_dir / "run.json").read_text())
+    assert observed[0]["validation"] == pytest.approx(record["final_validation"], rel=1e-5)
+
+    # the checkpoint of two processes goes on in one
+    begun_by_two = run_config(f"name={kind}-begun")
+    assert loop.train(begun_by_two).state == "finished"
+    assert losses(begun_by_two) == pytest.approx(losses(alone), rel=2e-5)
+
+    # and has the names, shapes and, to rounding, the values of a single process
+    expected, found = load_model(alone.run_dir), load_model(run_config(f"name={kind}").run_dir)
+    assert found[0].to_dict() == expected[0].to_dict()
+    assert found[1].keys() == expected[1].keys()
+    for name, weight in expected[1].items():
+        torch.testing.assert_close(found[1][name], weight, rtol=1e-3, atol=1e-4, msg=name)
+
+    # gradients of sequences with unequal numbers of targets
+    single = load_file(parsed(RunConfig, masked["table"], "job").run_dir / "gradients.safetensors")
+    double = load_file(run_config(f"name={kind}-masked").run_dir / "gradients.safetensors")
+    assert single.keys() == double.keys()
+    for name, gradient in single.items():
+        assert gradient.abs().max() > 0, name
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(double[name], gradient, rtol=0, atol=2e-6 * max(1.0, scale), msg=name)
+
+
+def test_dying_rank_ends_the_others_with_its_error(run_table, tmp_path):
+    jobs = tmp_path / "jobs.json"
+    jobs.write_text(json.dumps([{"table": run_table("name=dies"), "die_at": 3}]))
+    started = time.monotonic()
+    ran = launch("2-cpus-ddp.yaml", str(WORKER), str(jobs), str(tmp_path / "out.json"), port=29630)
+    assert ran.returncode != 0
+    assert "rank 1 dies here" in ran.stderr
+    assert time.monotonic() - started < 100  # of which up to 40 seconds are two imports of torch
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_launch_configs_are_read_by_accelerate(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes == {"one-gpu": 1, "2x8-gpus": 16}.get(path.stem, int(path.stem[0]))
+    assert ("fsdp" in path.stem) == (yaml.safe_load(path.read_text()).get("fsdp_config") is not None)
+
+
+def test_slurm_script_is_valid_shell_and_wants_a_config():
+    script = ROOT / "scripts" / "slurm-2x8.sh"
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    ran = subprocess.run(["bash", script], capture_output=True, text=True)
+    assert ran.returncode == 2 and "usage: sbatch" in ran.stderr

@@ -1,0 +1,80 @@
+"""Run under `accelerate launch`: trains the runs of a JSON file one after the other in every process.
+
+Arguments: the JSON file with a list of jobs {"table": run table, "interrupt_after": step or null, "masked":
+bool} and the file that the main process writes its list of observations to. For a masked job the labels of
+each sequence end at a place that depends on the sequence alone, and the gradients of its first step are
+saved in its folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from kanlm.config import RunConfig, parsed
+from kanlm.data import TokenLoader
+from kanlm.train import loop
+
+
+def mask_labels(batches):
+    for batch in batches:
+        ends = 4 + batch["input_ids"].sum(dim=1) % 27  # [B], 4 to 30 of 32 tokens are kept
+        batch["labels"][torch.arange(batch["labels"].shape[1]) >= ends[:, None]] = -100
+        yield batch
+
+
+def train(job: dict) -> dict:
+    config = parsed(RunConfig, job["table"], "job")
+    originals = loop.one_step, loop.clipped_norm, TokenLoader.__iter__
+    one_step, clipped_norm, batches = originals
+
+    def interrupting(session, *arguments):
+        if session.state.step + 1 == job.get("interrupt_after") and session.accelerator.process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # one process alone is asked to stop
+        if session.state.step + 1 == job.get("die_at") and session.accelerator.process_index == 1:
+            raise RuntimeError("rank 1 dies here")
+        return one_step(session, *arguments)
+
+    def saving(accelerator, model, *arguments):
+        path = config.run_dir / "gradients.safetensors"
+        gradients = {}
+        for name, parameter in model.named_parameters():
+            gradient = parameter.grad
+            full = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            gradients[name.removeprefix("module.")] = full.clone()
+        if accelerator.is_main_process and not path.exists():
+            save_file(gradients, path)
+        return clipped_norm(accelerator, model, *arguments)
+
+    loop.one_step = interrupting
+    if job.get("masked"):
+        loop.clipped_norm = saving
+        TokenLoader.__iter__ = lambda self: mask_labels(batches(self))
+    try:
+        record = loop.train(config)
+    finally:
+        loop.one_step, loop.clipped_norm, TokenLoader.__iter__ = originals
+    return {
+        "state": record.state,
+        "step": record.step,
+        "wrapper": record.provenance["wrapper"],
+        "processes": record.provenance["processes"],
+        "world_size": torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1,
+        "validation": record.final_validation,
+    }
+
+
+if __name__ == "__main__":
+    jobs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    observed = [train(job) for job in jobs]
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        out.write_text(json.dumps(observed))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
