@@ -135,7 +135,8 @@ def state_of(run: TrialDir) -> tuple[State, str]:
         return "finished", ""
     if record is not None and record["state"] == "failed":
         reason = str(record["failure"])
-        return ("diverged" if reason.startswith("Diverged") else "crashed"), reason
+        diverged = reason.startswith("Diverged: ")
+        return ("diverged", reason.removeprefix("Diverged: ")) if diverged else ("crashed", reason)
     if run.failure.is_file():
         failure = read_json(run.failure)
         return "crashed", f"exit status {failure['returncode']}: {failure['message']}"

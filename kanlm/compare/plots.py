@@ -75,7 +75,7 @@ def loss_curves(results: Sequence[Result], colour: dict[str, str], against: str,
                 markeredgecolor="white",
                 markeredgewidth=0.5,
             )
-            ends.append((min(loss[np.isfinite(loss)]), np.nanpercentile(loss, 92)))
+            ends.append((min(loss[np.isfinite(loss)]), np.nanpercentile(loss, 85)))
         if ends:
             low, high = min(end[0] for end in ends), max(end[1] for end in ends)
             axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low) or None)
@@ -129,7 +129,7 @@ def throughput(rows: Sequence[dict[str, Any]], colour: dict[str, str], name: str
             if low is not None:
                 axes.plot([low, high], [place, place], color="#111827", linewidth=1.2)
             axes.annotate(
-                f" {short(row['tokens_per_second'])}",
+                f"  {short(row['tokens_per_second'])}",
                 (max(row["tokens_per_second"], high or 0), place),
                 va="center",
                 fontsize=9,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from kanlm.compare import plots
 from kanlm.compare.artifacts import Artifacts, Result, load
@@ -356,6 +357,7 @@ def render(template: str, values: dict[str, Any]) -> str:
         "percent": lambda value, digits=2: f"{100 * value:+.{digits}f}%",
         "mebibytes": lambda value: "–" if value is None else f"{value / 2**20:,.0f} MiB",
         "inline": Markup,
+        "code": lambda text: Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text)))),
         "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
         "fence": fence,
     }

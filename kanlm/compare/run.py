@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from kanlm.compare.artifacts import CompareDir, TrialDir, state_of
 from kanlm.compare.plan import final_trials, planned_arms, sweep_trials, toml_text, trial_config
@@ -46,6 +47,7 @@ def compare(toml_path: str | Path, overrides: tuple[str, ...] | list[str] = ()) 
     again.
     """
     started = time.perf_counter()
+    disable_progress_bar()
     config = load_compare_config(toml_path, overrides)
     directory = CompareDir(config.directory)
     base = run_config(config, config.sizes[0], {}, str(toml_path))
@@ -186,18 +188,13 @@ def train_trial(
 
 def launch_command(launch: tuple[str, ...], path: Path) -> list[str]:
     """`accelerate launch` of a training process; without the user's arguments, one process on one device."""
-    single = (
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    )
-    arguments = launch or (single if torch.cuda.is_available() else ("--cpu", *single))
-    return [sys.executable, "-m", "accelerate.commands.launch", *arguments, "-m", "kanlm", "train", str(path)]
+    if not launch:
+        threads = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
+        launch = ("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no")
+        launch += ("--dynamo_backend", "no", "--num_cpu_threads_per_process", threads)
+        if not torch.cuda.is_available():
+            launch = ("--cpu", *launch)
+    return [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "kanlm", "train", str(path)]
 
 
 def run_process(command: list[str], log: Path, prefix: str) -> tuple[int, list[str]]:

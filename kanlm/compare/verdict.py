@@ -159,7 +159,7 @@ def sentence(judgement: Judgement, margin: float) -> str:
     if judgement.outcome == "learned nothing":
         verb = "have" if " and " in judgement.reason else "has"
         return (
-            f"No verdict: {judgement.reason} {verb} learned nothing that counting word sequences or a file "
+            f"No verdict: {judgement.reason} {verb} learned nothing that counting letter sequences or a file "
             f"compressor does not know ({figures}); train longer before comparing."
         )
     runs = f"{n} runs each" if n > 1 else "one run each"

@@ -47,8 +47,8 @@ def learned_functions(
     """functions.json: `curves` of the `per_module` most important functions of every KAN layer, and `layers`.
 
     A curve has label, module, rank (0 = most important), x and y [P], density [P] of the inputs, and start
-    [P] where the function before training is known. A layer has module, functions, share_for_90_percent (of its
-    functions, the fewest that carry 90% of the importance), nonlinear_share and outside_grid (share of
+    [P] where the function before training is known. A layer has module, functions, share_for_90_percent (of
+    its functions, the fewest that carry 90% of the importance), nonlinear_share and outside_grid (share of
     inputs; None where the basis has no grid). Both are empty for a model without KAN layers.
     """
     layers = kan_layers(model)

@@ -35,6 +35,7 @@ def figure_svg(name: str, height: float) -> Iterator[tuple[Figure, list[str]]]:
         "xtick.color": "#4b5563",
         "ytick.color": "#4b5563",
         "axes.grid": True,
+        "axes.axisbelow": True,
         "grid.color": "#e5e7eb",
         "grid.linewidth": 0.6,
         "legend.frameon": False,

@@ -1,0 +1,272 @@
+"""The report from artifacts alone: verdicts, claims, tables, HTML, Markdown, JSON."""
+
+import html.parser
+import json
+import math
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+import synthetic
+
+from kanlm.compare.artifacts import load, load_curve
+from kanlm.compare.report import report, summary
+from kanlm.config import UserError
+
+SEEDS = (0, 1, 2, 3, 4)
+
+
+def losses(rng_seed: int = 3, spread: float = 0.003, seeds=SEEDS, **means: float) -> dict:
+    """Losses whose seeds move all arms alike, as paired data orders do."""
+    rng = np.random.default_rng(rng_seed)
+    shared = rng.normal(0, 0.03, len(seeds))
+    return {
+        (arm, seed): mean + shared[number] + rng.normal(0, spread)
+        for arm, mean in means.items()
+        for number, seed in enumerate(seeds)
+    }
+
+
+def content(tmp_path, values, **settings) -> dict:
+    settings.setdefault("seeds", sorted({seed for _, seed in values}))
+    synthetic.write(tmp_path, values, **settings)
+    assert report(tmp_path) == tmp_path / "report.html"
+    return json.loads((tmp_path / "report.json").read_text())
+
+
+def outcomes(report_json: dict) -> dict[str, str]:
+    return {row["arm"]: row["outcome"] for row in report_json["verdict"]["judgements"]}
+
+
+def test_a_clear_winner_and_a_clear_loser(tmp_path):
+    found = content(tmp_path, losses(kan=4.1, kan_glu=3.8, swiglu=3.9))
+    assert outcomes(found) == {"kan_glu": "better", "kan": "worse"}
+    sentence = found["verdict"]["sentence"]
+    assert sentence.startswith(
+        "With equally many parameters, the KAN kan_glu predicted unseen text better than the MLP swiglu"
+    )
+    judged = {row["arm"]: row for row in found["verdict"]["judgements"]}
+    assert judged["kan_glu"]["interval_nats"][1] < 0 < judged["kan"]["interval_nats"][0]
+    assert judged["kan"]["confidence"] == pytest.approx(0.975)
+
+
+def test_differences_within_the_margin_are_a_tie(tmp_path):
+    found = content(tmp_path, losses(kan=4.1, kan_glu=3.9, swiglu=3.9))
+    assert outcomes(found)["kan_glu"] == "tie"
+    assert "equally well" in found["verdict"]["sentence"]
+
+
+def test_noise_as_large_as_the_difference_is_undecided(tmp_path):
+    found = content(tmp_path, losses(spread=0.08, kan=3.93, kan_glu=3.9, swiglu=3.92))
+    assert set(outcomes(found).values()) == {"undecided"}
+    assert "no larger than chance" in found["verdict"]["sentence"]
+
+
+def test_one_seed_decides_nothing(tmp_path):
+    found = content(tmp_path, losses(seeds=(0,), kan=4.4, kan_glu=3.5, swiglu=3.9))
+    assert set(outcomes(found).values()) == {"undecided"}
+    assert "single run" in found["verdict"]["sentence"] and "ahead" in found["verdict"]["sentence"]
+    assert any(note.startswith("1 seed only") for note in found["notes"])
+
+
+def test_the_best_mlp_is_the_baseline(tmp_path):
+    arms = [{"name": arm, "ffn_type": arm} for arm in ("kan", "swiglu", "gelu")]
+    found = content(tmp_path, losses(kan=3.9, swiglu=4.0, gelu=3.8), arms=arms)
+    assert [row["baseline"] for row in found["verdict"]["judgements"]] == ["gelu"]
+    assert outcomes(found) == {"kan": "worse"}
+
+
+def test_a_model_that_every_baseline_beats_has_learned_nothing(tmp_path):
+    values = losses(kan=7.4, kan_glu=3.8, swiglu=3.9)
+    found = content(tmp_path, values, baselines=(2.31, 1.93))
+    assert outcomes(found) == {"kan_glu": "better", "kan": "learned nothing"}
+    rows = {row["arm"]: row for row in found["tables"][0]["rows"]}
+    assert rows["kan"]["learned_nothing"] and not rows["swiglu"]["learned_nothing"]
+    assert "learned nothing" in (tmp_path / "report.html").read_text()
+    assert "kan has learned nothing" in (tmp_path / "report.md").read_text()
+
+
+def test_beating_one_baseline_is_said_to_be_beating_one(tmp_path):
+    found = content(tmp_path, losses(kan=4.1, kan_glu=3.8, swiglu=3.9), baselines=(2.31, 1.2))
+    assert "Not better than xz -9 on this text: kan, kan_glu, swiglu." in found["notes"]
+    assert outcomes(found)["kan_glu"] == "better"
+
+
+def test_diverged_and_crashed_runs_are_results(tmp_path):
+    values = losses(kan=3.95, kan_glu=3.8, swiglu=3.9) | {("kan", 1): "diverged", ("kan", 2): "crashed"}
+    found = content(tmp_path, values)
+    states = {run["name"]: run["state"] for run in found["runs"] if run["arm"] == "kan"}
+    assert sorted(states.values()) == ["crashed", "diverged", "finished", "finished", "finished"]
+    judged = next(row for row in found["verdict"]["judgements"] if row["arm"] == "kan")
+    assert judged["seeds"] == 3
+    page = (tmp_path / "report.html").read_text()
+    assert 'seed 1: <span class="bad">diverged' in page and "exit status -9: killed" in page
+    assert any("diverged: " in note and "not finite" in note for note in found["notes"])
+
+
+def test_an_arm_that_never_finished_gives_no_verdict(tmp_path):
+    values = {("kan", 0): "diverged", ("kan_glu", 0): "diverged", ("swiglu", 0): 3.9}
+    found = content(tmp_path, values)
+    assert found["verdict"]["sentence"] == "No verdict: kan finished no seed with swiglu."
+    values = {("kan", 0): 3.9, ("kan_glu", 0): 3.9, ("swiglu", 0): "crashed"}
+    found = content(tmp_path / "second", values)
+    assert found["verdict"]["sentence"] == "No verdict: no MLP arm finished."
+
+
+def test_every_run_carries_its_evaluation_and_the_sums_agree(tmp_path):
+    found = content(tmp_path, losses(kan=4.1, kan_glu=3.8, swiglu=3.9))
+    assert len(found["runs"]) == 15
+    for run in found["runs"]:
+        judged = run["eval"]
+        assert judged["perplexity"] == pytest.approx(math.exp(judged["loss"]), rel=1e-6)
+        assert judged["loss"] == pytest.approx(judged["nll_nats"] / judged["tokens"])
+        assert judged["model"].endswith("/hf")
+    row = found["tables"][0]["rows"][0]
+    seeds = [run["eval"] for run in found["runs"] if run["arm"] == row["arm"]]
+    assert row["bits_per_byte"] == pytest.approx(np.mean([s["bits_per_byte"] for s in seeds]))
+    assert row["perplexity"] == pytest.approx(math.exp(np.mean([s["loss"] for s in seeds])))
+    assert [seed["bits_per_byte"] for seed in row["seeds"]] == [s["bits_per_byte"] for s in seeds]
+
+
+def test_step_time_claim_is_the_median_of_paired_ratios(tmp_path):
+    step_ms = {"kan": 2600.0, "kan_glu": 180.0, "swiglu": 236.0}
+    found = content(tmp_path, losses(kan=4.1, kan_glu=3.8, swiglu=3.9), step_ms=step_ms)
+    rows = {row["arm"]: row for row in found["claims"] if row["claim"] == "step_time"}
+    assert rows["kan"]["ratio"] == pytest.approx(11, rel=0.05) and rows["kan"]["verdict"] == "holds"
+    assert rows["kan_glu"]["ratio"] < 0.8 and rows["kan_glu"]["verdict"] == "does not hold"
+    speed = json.loads((tmp_path / "speed.json").read_text())["arms"]
+    times = {row["arm"]: np.array(row["step_seconds"]) for row in speed}
+    assert rows["kan"]["ratio"] == pytest.approx(np.median(times["kan"] / times["swiglu"]))
+
+
+def test_time_to_equal_loss_uses_the_loss_that_both_reached(tmp_path):
+    even = {"kan": 200.0, "kan_glu": 200.0, "swiglu": 200.0}
+    found = content(tmp_path, losses(kan=4.5, kan_glu=3.4, swiglu=3.9), step_ms=even)
+    ratio = {row["arm"]: row["ratio"] for row in found["claims"] if row["claim"] == "time_to_loss"}
+    assert ratio["kan_glu"] < 0.9 and ratio["kan"] > 1.1
+
+
+def test_parameters_for_equal_loss_needs_several_sizes(tmp_path):
+    values = losses(kan=4.1, kan_glu=3.8, swiglu=3.9)
+    rows = [row for row in content(tmp_path, values)["claims"] if row["claim"] == "parameters"]
+    assert [row["ratio"] for row in rows] == [None, None]
+    assert all(row["verdict"] == "not measured" and "kanlm compare" in row["measured"] for row in rows)
+
+    sizes = {"small": 0.8, "middle": 0.4, "large": 0.2}
+    found = content(tmp_path / "sizes", losses(spread=1e-4, kan=4.0, kan_glu=3.9, swiglu=3.9), sizes=sizes)
+    ratio = {row["arm"]: row["ratio"] for row in found["claims"] if row["claim"] == "parameters"}
+    # Losses fall as 0.8, 0.4, 0.2 over factors of 4: an exponent of 1/2. The KAN's lie 0.1 nats above.
+    assert ratio["kan_glu"] == pytest.approx(1, abs=0.02) and ratio["kan"] > 1.2
+    assert (tmp_path / "sizes" / "plots" / "scaling.svg").is_file()
+
+
+def test_matchings_are_separate_tables(tmp_path):
+    found = content(tmp_path, losses(kan=4.1, kan_glu=3.8, swiglu=3.9), matching=["parameters", "flops"])
+    assert [table["matching"] for table in found["tables"]] == ["parameters", "flops"]
+    page = (tmp_path / "report.html").read_text()
+    assert "Equal parameters" in page and "Equal computation per token" in page
+
+
+class Page(html.parser.HTMLParser):
+    VOID = {"meta", "br", "img", "link", "hr"}
+
+    def __init__(self):
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.links += [value for key, value in attributes if key in ("src", "href", "xlink:href")]
+
+    def handle_startendtag(self, tag, attributes):
+        self.links += [value for key, value in attributes if key in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_html_is_self_contained_well_formed_and_escaped(tmp_path):
+    content(tmp_path, losses(kan=4.1, kan_glu=3.8, swiglu=3.9))
+    text = (tmp_path / "report.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert not page.open
+    assert not [link for link in page.links if not link.startswith("#")]
+    assert not re.search(r"@import|url\((?!#)", text)
+    assert "&lt;b&gt;self&lt;/b&gt;" in text and "<b>self</b>" not in text
+    assert text.count("<svg") == 6
+    identifiers = re.findall(r'<clipPath id="([^"]+)"', text)
+    assert len(identifiers) == len(set(identifiers)) > 5
+
+
+def test_markdown_names_pictures_that_exist_and_keeps_its_tables(tmp_path):
+    content(tmp_path, losses(kan=4.1, kan_glu=3.8, swiglu=3.9))
+    text = (tmp_path / "report.md").read_text()
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert len(pictures) == 6
+    for picture in pictures:
+        ElementTree.fromstring((tmp_path / picture).read_text())
+    for table in re.findall(r"(?:^\|.*\|\n)+", text, flags=re.M):
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(widths) == 1, table
+
+
+def test_the_report_is_a_function_of_the_artifacts(tmp_path):
+    values = losses(kan=4.1, kan_glu=3.8, swiglu=3.9)
+    content(tmp_path, values)
+    names = ("report.html", "report.md", "report.json")
+    before = [(tmp_path / name).read_bytes() for name in names]
+    report(tmp_path)
+    assert [(tmp_path / name).read_bytes() for name in names] == before
+
+
+def test_the_report_loads_no_model(tmp_path):
+    synthetic.write(tmp_path, losses(seeds=(0,), kan=4.1, kan_glu=3.8, swiglu=3.9), seeds=[0])
+    code = (
+        "import sys; from kanlm.compare.report import report; report(sys.argv[1]); "
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=120)
+
+
+def test_summary_is_a_table_and_the_verdict(tmp_path):
+    values = losses(kan=4.1, kan_glu=3.8, swiglu=3.9) | {("kan", seed): "diverged" for seed in SEEDS}
+    found = content(tmp_path, values)
+    lines = summary(tmp_path).splitlines()
+    assert lines[-1] == found["verdict"]["sentence"]
+    assert re.search(r"^  kan +1,\d{3},\d{3} .* failed", "\n".join(lines), flags=re.M)
+    assert [line.split()[0] for line in lines[2:5]] == ["kan", "kan_glu", "swiglu"]
+
+
+def test_a_folder_without_a_comparison_is_a_users_mistake(tmp_path):
+    with pytest.raises(UserError, match="holds no comparison"):
+        report(tmp_path)
+
+
+def test_a_torn_last_line_of_metrics_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "tokens": 10, "seconds": 0.5, "loss": 3.0}\n{"step": 2, "tok')
+    assert load_curve(path).loss == [3.0]
+
+
+def test_wall_clock_table_reuses_the_references_runs(tmp_path):
+    settings = {"matching": ["parameters", "wallclock"], "seeds": [0, 1]}
+    values = losses(seeds=(0, 1), kan=4.1, kan_glu=3.8, swiglu=3.9)
+    synthetic.write(tmp_path, values, **settings)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    plan["trials"] = [t for t in plan["trials"] if not (t["matching"] == "wallclock" and t["arm"] == "kan")]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    found = load(tmp_path).at("wallclock", "base", "kan")
+    assert [result.trial.name for result in found] == [
+        "parameters-base-kan-seed0",
+        "parameters-base-kan-seed1",
+    ]

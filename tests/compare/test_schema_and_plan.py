@@ -1,0 +1,193 @@
+"""Comparison files: what they may say, the widths that are solved, the trials that follow."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from kanlm.compare.plan import final_trials, planned_arms, sweep_trials, toml_text, trial_config
+from kanlm.compare.schema import CompareConfig, load_compare_config
+from kanlm.config import RunConfig, UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+VOCAB = 512
+
+TOML = """
+name = "study"
+reference = "kan"
+seeds = [3, 4]
+
+[base.model]
+hidden_size = 32
+num_hidden_layers = 2
+num_attention_heads = 2
+intermediate_size = 12
+
+[base.train]
+max_tokens = 10_000
+
+[base.data]
+block_size = 64
+
+[[arms]]
+name = "kan"
+ffn_type = "kan"
+[arms.model]
+kan_grid_size = 3
+[arms.train]
+kan_lr_multiplier = 0.1
+
+[[arms]]
+name = "glu"
+ffn_type = "kan_glu"
+[arms.model]
+kan_num_groups = 2
+
+[[arms]]
+name = "mlp"
+ffn_type = "swiglu"
+"""
+
+
+def loaded(tmp_path, text=TOML, overrides=()) -> CompareConfig:
+    path = tmp_path / "study.toml"
+    path.write_text(text)
+    return load_compare_config(path, overrides)
+
+
+@pytest.mark.parametrize("name", ["demo", "smoke"])
+def test_shipped_comparisons_parse_and_every_arm_fits(name):
+    config = load_compare_config(CONFIGS / f"{name}.toml")
+    arms = planned_arms(config, config.base["tokenizer"]["vocab_size"])
+    assert [arm.arm for arm in arms] == ["kan", "kan_glu", "swiglu"]
+    assert all(abs(arm.mismatch) <= 0.005 for arm in arms)
+
+
+def test_widths_are_solved_to_the_reference(tmp_path):
+    arms = planned_arms(loaded(tmp_path), VOCAB)
+    target = arms[0].non_embedding_parameters
+    assert arms[0].intermediate_size == 12 and arms[0].mismatch == 0
+    for arm in arms[1:]:
+        assert arm.mismatch == pytest.approx(arm.non_embedding_parameters / target - 1)
+        assert abs(arm.mismatch) <= 0.005
+        assert arm.parameters == arm.non_embedding_parameters + arm.embedding_parameters
+
+
+def test_flops_matching_is_a_table_of_its_own(tmp_path):
+    config = loaded(tmp_path, overrides=['matching=["parameters", "flops"]'])
+    arms = planned_arms(config, VOCAB)
+    assert [arm.matching for arm in arms] == ["parameters"] * 3 + ["flops"] * 3
+    flops = [arm.flops_per_token for arm in arms[3:]]
+    assert max(flops) / min(flops) < 1.02
+    assert [arm.intermediate_size for arm in arms[:3]] != [arm.intermediate_size for arm in arms[3:]]
+
+
+def test_a_reference_that_is_too_fine_for_another_arm_is_an_error(tmp_path):
+    text = TOML.replace('reference = "kan"', 'reference = "mlp"').replace(
+        "intermediate_size = 12", "intermediate_size = 5"
+    )
+    with pytest.raises(UserError, match="no width"):
+        planned_arms(loaded(tmp_path, text), VOCAB)
+
+
+def test_seeds_are_paired_and_arms_take_turns(tmp_path):
+    config = loaded(tmp_path, overrides=["seeds=[3, 4, 5]"])
+    arms = {arm.arm: arm for arm in planned_arms(config, VOCAB)}
+    rates = {("base", name): 1e-3 for name in arms}
+    trials = final_trials(config, rates)
+    assert [trial.arm for trial in trials] == ["kan", "glu", "mlp", "glu", "mlp", "kan", "mlp", "kan", "glu"]
+    configs = [trial_config(config, arms[trial.arm], trial) for trial in trials[:3]]
+    assert {(c.seed, c.data_seed) for c in configs} == {(3, 3)}
+    same = [c.model_dump(exclude={"name", "model"}) for c in configs]
+    assert same[1] == same[2]
+    assert {key for key in same[0]["train"] if same[0]["train"][key] != same[1]["train"][key]} == {
+        "kan_lr_multiplier"
+    }
+
+
+def test_wall_clock_budgets_follow_measured_speed(tmp_path):
+    config = loaded(tmp_path, overrides=['matching=["parameters", "wallclock"]', "seeds=[0]"])
+    rates = {("base", arm.name): 1e-3 for arm in config.arms}
+    speed = {("base", "kan"): 500.0, ("base", "glu"): 1000.0, ("base", "mlp"): 1250.0}
+    trials = {
+        trial.arm: trial for trial in final_trials(config, rates, speed) if trial.matching == "wallclock"
+    }
+    assert {name: trial.max_tokens for name, trial in trials.items()} == {"glu": 20_000, "mlp": 25_000}
+
+
+def test_every_arm_gets_the_same_number_of_learning_rates(tmp_path):
+    config = loaded(tmp_path, overrides=["sweep.learning_rates=[3e-3, 1e-3]", "sweep.max_tokens=5000"])
+    trials = sweep_trials(config)
+    assert [(t.arm, t.learning_rate) for t in trials] == [
+        (arm, rate) for rate in (1e-3, 3e-3) for arm in ("kan", "glu", "mlp")
+    ]
+    assert {t.max_tokens for t in trials} == {5000} and not {t.seed for t in trials} & set(config.seeds)
+    uneven = TOML.replace('ffn_type = "swiglu"', 'ffn_type = "swiglu"\nlearning_rates = [1e-3]')
+    with pytest.raises(UserError, match="same number of learning-rate trials, got kan 2, glu 2, mlp 1"):
+        loaded(tmp_path, uneven, ["sweep.learning_rates=[3e-3, 1e-3]"])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (
+            'reference = "kan"',
+            'reference = "kna"',
+            "reference 'kna' is not an arm; the arms are kan, glu, mlp",
+        ),
+        ("seeds = [3, 4]", "seeds = [3, 3]", "3 given twice"),
+        ('name = "mlp"', 'name = "glu"', "glu given twice"),
+        (
+            "kan_num_groups = 2",
+            "hidden_size = 64",
+            r"model.hidden_size of arm 'glu' is not the feed-forward block's",
+        ),
+        ("kan_num_groups = 2", "intermediate_size = 64", "only the reference's"),
+        (
+            "kan_lr_multiplier = 0.1",
+            "max_tokens = 3",
+            "train.max_tokens of arm 'kan' must be the same for all arms",
+        ),
+        ("seeds = [3, 4]", 'seeds = [3, 4]\nmatching = ["wallclock"]', 'add "parameters"'),
+        ("seeds = [3, 4]", "sedes = [3, 4]", "sedes: unknown key; did you mean 'seeds'"),
+        ("max_tokens = 10_000", "max_tokens = 1e4", "train.max_tokens"),
+        ("max_tokens = 10_000", "", "train.max_tokens: required"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_key(tmp_path, before, after, message):
+    assert before in TOML
+    with pytest.raises(UserError, match=message) as caught:
+        loaded(tmp_path, TOML.replace(before, after, 1))
+    assert "\n" not in str(caught.value) and "study.toml" in str(caught.value)
+
+
+def test_a_base_file_is_read_beside_the_comparison_and_can_be_overridden(tmp_path):
+    base, arms = TOML.split("[[arms]]", 1)
+    run = base.replace("[base.", "[").replace('reference = "kan"\nseeds = [3, 4]\n', "")
+    (tmp_path / "run.toml").write_text(run)
+    text = 'name = "study"\nreference = "kan"\nbase = "run.toml"\n\n[[arms]]' + arms
+    config = loaded(tmp_path, text, ["base.train.max_tokens=77"])
+    assert config.base["train"]["max_tokens"] == 77
+    assert planned_arms(config, VOCAB)[0].intermediate_size == 12
+
+
+def test_run_files_read_back_as_the_same_configuration(tmp_path):
+    config = loaded(tmp_path)
+    arm = planned_arms(config, VOCAB)[0]
+    trial = final_trials(config, {("base", a.name): 1.5e-3 for a in config.arms})[0]
+    run = trial_config(config, arm, trial)
+    text = toml_text(run.model_dump(mode="json"))
+    assert RunConfig.model_validate(tomllib.loads(text)) == run
+
+
+def test_toml_text_keeps_awkward_values():
+    table = {
+        "text": 'a "quoted" line\nwith \\ and \x7f and ü',
+        "none": None,
+        "flags": [True, False],
+        "numbers": [1, 2.5, 1e-08, -3e20],
+        "tables": [{"source": "a", "weight": 1.0}],
+        "inner": {"empty": {}, "deep": {"x": 1}},
+    }
+    expected = {key: value for key, value in table.items() if value is not None}
+    assert tomllib.loads(toml_text(table)) == expected
