@@ -68,7 +68,7 @@ class DataConfig(SourceConfig):
     cache_dir: str = "runs/cache"
     """Where tokenizers and packed tokens are kept."""
     num_workers: int = Field(0, ge=0)
-    """Processes that tokenise; 0 = one for each CPU core."""
+    """Processes that tokenise; 0 = none besides this one, whose tokenizer threads use every CPU core."""
 
 
 class TokenizerConfig(Section):

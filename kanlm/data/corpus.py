@@ -12,6 +12,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from kanlm.config import DataConfig, RunConfig, SourceConfig, UserError
@@ -155,11 +156,16 @@ def _with_split(spec: SourceConfig, split: str) -> SourceConfig:
 
 def _check_apart(data: DataConfig, spec: SourceConfig) -> None:
     held_out = (data.validation_source or spec.source, data.validation_split or "train")
-    if held_out == (spec.source, spec.split):
+    if (_place(held_out[0]), held_out[1]) == (_place(spec.source), spec.split):
         raise UserError(
             f"data.validation_split: split {held_out[1]!r} of {held_out[0]!r} is what is trained on; name "
             "another split or source, or leave both out to hold out data.validation_fraction of the documents"
         )
+
+
+def _place(source: str) -> str:
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
 
 
 def _whole(text: str) -> str:

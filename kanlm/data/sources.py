@@ -21,6 +21,7 @@ import logging
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,22 +131,20 @@ def _local(spec: SourceConfig, path: Path, invalid_utf8: str) -> Reader:
     elif builder == "json":
         arguments = strictness
 
-    def load() -> datasets.IterableDataset:
-        if path.is_file():
-            where = {"path": builder, "data_files": glob.escape(str(path.resolve()))}
-        elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return _saved(path, spec)
+    texts_of = files if arguments else []  # where bytes that are not UTF-8 can be searched for
+    with _one_line_errors(spec, texts_of):
+        if path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            dataset = _saved(path, spec)
         else:
-            where = {"path": str(path.resolve()), "name": spec.config_name}
-        return datasets.load_dataset(split=spec.split, streaming=True, **where, **arguments)
-
-    dataset = _loaded(load, spec)
-    documents = _dataset_chunks(dataset, spec, files, invalid_utf8)
-    if by_line:
-        documents = _counted(
-            lambda: _separated(_dataset_chunks(dataset, spec, files, invalid_utf8)(None), spec)
-        )
-    return Reader(spec.source, dataset.info.license or "not stated", fingerprint, documents)
+            where = (
+                {"path": builder, "data_files": glob.escape(str(path.resolve()))}
+                if path.is_file()
+                else {"path": str(path.resolve()), "name": spec.config_name}
+            )
+            dataset = datasets.load_dataset(split=spec.split, streaming=True, **where, **arguments)
+    rows = _dataset_chunks(dataset, spec, texts_of, invalid_utf8)
+    chunks = _counted(lambda: _separated(rows(None), spec)) if by_line else rows
+    return Reader(spec.source, dataset.info.license or "not stated", fingerprint, chunks)
 
 
 def _saved(folder: Path, spec: SourceConfig) -> datasets.IterableDataset:
@@ -158,12 +157,11 @@ def _saved(folder: Path, spec: SourceConfig) -> datasets.IterableDataset:
 
 
 def _hub(spec: SourceConfig, invalid_utf8: str, streaming: bool) -> Reader:
-    def load() -> tuple[datasets.IterableDataset, str]:
+    with _one_line_errors(spec, []):
         version = datasets.load_dataset_builder(spec.source, spec.config_name).hash
-        found = datasets.load_dataset(spec.source, spec.config_name, split=spec.split, streaming=streaming)
-        return (found if streaming else found.to_iterable_dataset()), version
-
-    dataset, version = _loaded(load, spec)
+        dataset = datasets.load_dataset(spec.source, spec.config_name, split=spec.split, streaming=streaming)
+    if not streaming:
+        dataset = dataset.to_iterable_dataset()
     return Reader(
         name=spec.source if spec.config_name is None else f"{spec.source} ({spec.config_name})",
         licence=dataset.info.license or "see the data set's card",
@@ -172,19 +170,25 @@ def _hub(spec: SourceConfig, invalid_utf8: str, streaming: bool) -> Reader:
     )
 
 
-def _loaded(load: Callable[[], Any], spec: SourceConfig) -> Any:
+@contextmanager
+def _one_line_errors(spec: SourceConfig, files: list[Path]) -> Iterator[None]:
+    """What can go wrong while `files` or a hub id are opened and read, as a UserError."""
+    where = f"data.source: {spec.source!r} (split {spec.split!r}, config_name {spec.config_name!r})"
     try:
-        return load()
+        yield
+    except UserError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UserError(_invalid_utf8_message(spec, files, error)) from None
     except ConnectionError as error:
         raise UserError(
             f"data.source: {spec.source!r} is no local path, and the hub cannot be reached "
             f"({_first_line(error)}); check the spelling or the network, or download it first"
         ) from None
+    except StopIteration:  # the library's JSON reader on a file of no bytes
+        raise UserError(f"{where} is empty; give a file or folder that holds text") from None
     except _READ_ERRORS as error:
-        raise UserError(
-            f"data.source: {spec.source!r} (split {spec.split!r}, config_name {spec.config_name!r}): "
-            f"{_first_line(error)}"
-        ) from None
+        raise UserError(f"{where} cannot be read: {_first_line(error)}") from None
 
 
 def _dataset_chunks(
@@ -198,19 +202,11 @@ def _dataset_chunks(
             rows.load_state_dict(state)
         tables = iter(rows.iter(batch_size=CHUNK_ROWS))
         while True:
-            try:
+            with _one_line_errors(spec, files):
                 table = next(tables, None)
                 if table is None:
                     return
                 texts = _texts(table, spec, invalid_utf8)
-            except UnicodeDecodeError as error:
-                raise UserError(_invalid_utf8_message(spec, files, error)) from None
-            except UserError:
-                raise
-            except _READ_ERRORS as error:
-                raise UserError(
-                    f"data.source: {spec.source!r} cannot be read: {_first_line(error)}"
-                ) from None
             yield state, texts
             state = rows.state_dict()
 

@@ -154,32 +154,32 @@ class _World:
 
 
 def story(choose: Choose) -> str:
-    """One story: an opening, events until a choice ends them, and a closing that follows from the rest."""
+    return " ".join(sentences(choose)) + "\n"
+
+
+def sentences(choose: Choose) -> Iterator[str]:
+    """An opening, events until a choice ends them, and a closing that follows from the rest."""
     world = _World(choose)
     hero, friend = world.hero, world.friend
     she, her = NAMES[hero]
     weather = _zipf(choose, WEATHERS)
-    lines = [
-        f"It was a {weather} day, and {hero} was in the {world.place} with {her} friend {friend}.",
-        f"{she.capitalize()} had {counted(world.count[hero], world.thing, world.adjective)}.",
-    ]
-    names = [name for name in EVENTS if name]
+    yield f"It was a {weather} day, and {hero} was in the {world.place} with {her} friend {friend}."
+    yield f"{she.capitalize()} had {counted(world.count[hero], world.thing, world.adjective)}."
     while True:
-        possible = [name for name in names if EVENTS[name][0](world)]
-        event = choose([*possible, ""], [*(EVENTS[name][1] for name in possible), 2])
-        if not event:
+        possible = [event for event in EVENTS if event.possible(world)]
+        event = choose([*possible, None], [*(event.weight for event in possible), 2])
+        if event is None:
             break
-        lines.append(EVENTS[event][2](world))
+        yield event.sentence(world)
     total = sum(world.count.values())
-    lines.append(
+    yield (
         f"When the day ended, {hero} had {counted(world.count[hero], world.thing)} and {friend} had "
         f"{counted(world.count[friend], world.thing)}, {number(total)} in all."
     )
     if world.place == world.home:
-        lines.append(f"They were still in the {world.home}.")
+        yield f"They were still in the {world.home}."
     else:
-        lines.append(f"They had left the {world.home} and were in the {world.place}.")
-    return " ".join(lines) + "\n"
+        yield f"They had left the {world.home} and were in the {world.place}."
 
 
 def _find(world: _World) -> str:
@@ -269,14 +269,21 @@ def _room(world: _World) -> bool:
     return sum(world.count.values()) < 90
 
 
-EVENTS: dict[str, tuple[Callable[[_World], bool], float, Callable[[_World], str]]] = {
-    "find": (_room, 2, _find),
-    "give": (_held, 2, _give),
-    "lose": (_held, 1, _lose),
-    "walk": (_always, 2, _walk),
-    "feel": (_always, 1, _feel),
-    "ask": (_always, 1, _ask),
-    "compare": (_always, 1, _compare),
-    "look": (_always, 2, _look),
-}
-"""Name: (whether it can happen now, weight, the sentence, which changes the world)."""
+@dataclass(frozen=True)
+class _Event:
+    sentence: Callable[[_World], str]
+    """What happens, in words; changes the world."""
+    weight: float
+    possible: Callable[[_World], bool] = _always
+
+
+EVENTS = (
+    _Event(_find, 2, _room),
+    _Event(_give, 2, _held),
+    _Event(_lose, 1, _held),
+    _Event(_walk, 2),
+    _Event(_feel, 1),
+    _Event(_ask, 1),
+    _Event(_compare, 1),
+    _Event(_look, 2),
+)

@@ -1,0 +1,213 @@
+"""Every kind of source gives the same documents, and every mistake one line."""
+
+import gzip
+import json
+import lzma
+
+import datasets
+import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from kanlm.config import UserError
+from kanlm.data import sources, stdlib, text_documents
+from kanlm.data.sources import reader
+
+SEPARATOR = "<|endoftext|>"
+
+
+def as_txt(path, texts):
+    # A separator line needs the newline before it, which is then part of the document.
+    path.write_text(f"{SEPARATOR}\n".join(f"{text}\n" for text in texts), newline="")
+
+
+def as_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text, "n": n}) + "\n" for n, text in enumerate(texts)))
+
+
+@pytest.fixture
+def every_form(tmp_path, texts):
+    """name -> (source, fields of the spec, expected documents)."""
+    forms = {}
+    as_txt(tmp_path / "a.txt", texts)
+    forms["txt"] = (tmp_path / "a.txt", {"document_separator": SEPARATOR}, [f"{text}\n" for text in texts])
+    forms["whole txt"] = (tmp_path / "a.txt", {}, [(tmp_path / "a.txt").read_text()])
+    (tmp_path / "a.txt.xz").write_bytes(lzma.compress((tmp_path / "a.txt").read_bytes()))
+    forms["txt.xz"] = (tmp_path / "a.txt.xz", {"document_separator": SEPARATOR}, forms["txt"][2])
+    as_jsonl(tmp_path / "a.jsonl", texts)
+    forms["jsonl"] = (tmp_path / "a.jsonl", {}, texts)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    forms["jsonl.gz"] = (tmp_path / "a.jsonl.gz", {}, texts)
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in texts]))
+    forms["json"] = (tmp_path / "a.json", {}, texts)
+    table = datasets.Dataset.from_dict({"body": texts})
+    table.to_parquet(str(tmp_path / "a[1].parquet"))
+    forms["parquet"] = (tmp_path / "a[1].parquet", {"text_column": "body"}, texts)
+    table.save_to_disk(str(tmp_path / "saved"))
+    forms["saved"] = (tmp_path / "saved", {"text_column": "body"}, texts)
+    datasets.DatasetDict(train=table, validation=table.select(range(7))).save_to_disk(
+        str(tmp_path / "splits")
+    )
+    forms["saved split"] = (tmp_path / "splits", {"text_column": "body", "split": "validation"}, texts[:7])
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "README.md").write_text("# About\n\nNot part of the text.\n")
+    as_jsonl(folder / "train.jsonl", texts)
+    as_jsonl(folder / "validation.jsonl", texts[:9])
+    forms["folder"] = (folder, {}, texts)
+    forms["folder split"] = (folder, {"split": "validation"}, texts[:9])
+    books = tmp_path / "books"
+    books.mkdir()
+    for number, text in enumerate(texts[:5]):
+        (books / f"{number}.txt").write_text(text, newline="")
+    forms["folder of texts"] = (books, {}, texts[:5])
+    return forms
+
+
+def test_every_form_gives_the_same_documents(every_form, spec_for):
+    for name, (source, fields, expected) in every_form.items():
+        assert list(text_documents(spec_for(source, **fields))) == expected, name
+
+
+def test_reading_goes_on_from_any_saved_chunk(every_form, spec_for, monkeypatch):
+    monkeypatch.setattr(sources, "CHUNK_ROWS", 7)
+    for name in ("txt", "jsonl", "jsonl.gz", "json", "parquet", "saved"):
+        source, fields, _ = every_form[name]
+        found = reader(spec_for(source, **fields))
+        chunks = list(found.chunks(None))
+        assert len(chunks) >= 300 // 7
+        for number in (0, 1, 5, len(chunks) - 1):
+            state = json.loads(json.dumps(chunks[number][0]))
+            again = [texts for _, texts in found.chunks(state)]
+            assert again == [texts for _, texts in chunks[number:]], (name, number)
+
+
+def test_line_ends_become_newlines_and_nothing_else_changes(tmp_path, spec_for):
+    (tmp_path / "a.txt").write_bytes(b" one\r\ntwo\rthree \x0c \xc2\x85 end")
+    assert list(text_documents(spec_for(tmp_path / "a.txt"))) == [" one\ntwo\nthree \x0c \x85 end"]
+
+
+def test_documents_without_text_are_skipped(tmp_path, spec_for):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": ""}\n{"text": null}\n{"text": "two"}\n')
+    assert list(text_documents(spec_for(tmp_path / "a.jsonl"))) == ["one", "two"]
+    assert list(text_documents(spec_for(tmp_path / "a.jsonl"), max_documents=1)) == ["one"]
+
+
+def test_fingerprint_follows_the_content(jsonl, texts, spec_for):
+    before = reader(spec_for(jsonl)).fingerprint
+    assert reader(spec_for(jsonl)).fingerprint == before
+    as_jsonl(jsonl, [*texts, "one more"])
+    assert reader(spec_for(jsonl)).fingerprint != before
+
+
+@pytest.mark.parametrize("where", [0, 5, (1 << 20) - 1, 1 << 20, (1 << 20) + 3])
+@pytest.mark.parametrize("ending", ["txt", "txt.xz"])
+def test_invalid_utf8_is_located_by_file_and_byte(tmp_path, spec_for, where, ending):
+    content = ("é" * (1 << 20)).encode()  # two bytes each: an odd offset breaks a character
+    content = content[:where] + b"\xff" + content[where:]
+    offset = where if where % 2 == 0 else where - 1
+    path = tmp_path / f"bad.{ending}"
+    path.write_bytes(lzma.compress(content, preset=0) if ending.endswith("xz") else content)
+    with pytest.raises(UserError, match=f"bad.{ending}', byte {offset}[ ;:].*invalid_utf8=replace"):
+        list(text_documents(spec_for(path)))
+
+
+def test_invalid_utf8_can_be_replaced(tmp_path, spec_for):
+    (tmp_path / "bad.txt").write_bytes(b"a\xffb")
+    (tmp_path / "bad.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "a\xffb"}\n')
+    broken = pa.Array.from_buffers(pa.string(), 1, pa.array([b"a\xffb"]).buffers())
+    pq.write_table(pa.table({"text": broken}), tmp_path / "bad.parquet")
+    for name, expected in (
+        ("bad.txt", ["a\ufffdb"]),
+        ("bad.jsonl", ["fine", "a\ufffdb"]),
+        ("bad.parquet", ["a\ufffdb"]),
+    ):
+        with pytest.raises(UserError, match="not UTF-8"):
+            list(text_documents(spec_for(tmp_path / name)))
+        assert list(text_documents(spec_for(tmp_path / name), invalid_utf8="replace")) == expected
+
+
+def test_mistakes_are_one_line(every_form, tmp_path, spec_for):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "table.csv").write_text("text\nhello\n")
+    (tmp_path / "broken.jsonl").write_text('{"text": "ab"}\n{"text": "ab"\n')
+    (tmp_path / "fake.parquet").write_text("x" * 100)
+    (tmp_path / "cut.txt.xz").write_bytes(lzma.compress(b"hello " * 200)[:-20])
+    (tmp_path / "numbers.jsonl").write_text('{"text": 3, "body": "b"}\n')
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(b""))
+    mistakes = [
+        (tmp_path / "missing.txt", {}, "no such file or folder.*a.txt"),
+        ("missing.jsonl", {}, "no such file or folder"),
+        (tmp_path / "empty.txt", {}, "is empty"),
+        (tmp_path / "nothing", {}, "is empty"),
+        (tmp_path / "packed.jsonl.gz", {}, "packed.jsonl.gz.*is empty"),
+        (tmp_path / "table.csv", {}, r"unknown ending; known: \.txt"),
+        (tmp_path / "broken.jsonl", {}, "broken.jsonl.*JSON parse error"),
+        (tmp_path / "fake.parquet", {}, "fake.parquet.*Parquet magic bytes"),
+        (tmp_path / "cut.txt.xz", {}, "cut.txt.xz.*ended before"),
+        (tmp_path / "numbers.jsonl", {}, "holds int64, not text; columns: text .int64., body .string."),
+        (tmp_path / "a.jsonl", {"text_column": "body"}, "no column 'body'; it has: text, n"),
+        (tmp_path / "a.jsonl", {"split": "test"}, r"split 'test'.*Available splits: \['train'\]"),
+        (tmp_path / "a.jsonl", {"config_name": "large"}, "no configurations"),
+        (tmp_path / "folder", {"split": "test"}, r"Available splits: \['train', 'validation'\]"),
+        (tmp_path / "splits", {"split": "test"}, "no such split; it has: train, validation"),
+        ("stdlib", {"split": "test"}, "has only the split 'train'"),
+    ]
+    for source, fields, message in mistakes:
+        with pytest.raises(UserError, match=message) as caught:
+            list(text_documents(spec_for(source, **fields)))
+        assert "\n" not in str(caught.value)
+
+
+def test_hub_id_without_network_is_one_line(spec_for, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        UserError, match="'nobody/nothing' is no local path, and the hub cannot be reached"
+    ) as caught:
+        list(text_documents(spec_for("nobody/nothing")))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_id_goes_through_load_dataset(texts, spec_for, monkeypatch, streaming):
+    asked = {}
+
+    class Builder:
+        hash = "version-1"
+
+    def load_dataset(path, name, *, split, streaming):
+        asked.update(path=path, name=name, split=split, streaming=streaming)
+        found = datasets.Dataset.from_dict({"body": texts})
+        return found.to_iterable_dataset() if streaming else found
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda path, name: Builder)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    spec = spec_for("owner/data", config_name="small", split="test", text_column="body")
+    assert list(text_documents(spec, streaming=streaming)) == texts
+    assert asked == {"path": "owner/data", "name": "small", "split": "test", "streaming": streaming}
+    before = reader(spec).fingerprint
+    Builder.hash = "version-2"
+    assert reader(spec).fingerprint != before
+
+
+def test_standard_library_holds_its_text_and_leaves_out_what_varies():
+    library = stdlib.standard_library()
+    assert library.bytes == sum(len(text.encode()) for text in library.texts) > stdlib.MINIMUM_BYTES
+    assert any('"""Heap queue algorithm' in text for text in library.texts)
+    assert not any("class TurtleScreen" in text for text in library.texts)
+
+
+def test_little_library_falls_back_to_the_stories_and_says_so(tmp_path, spec_for, monkeypatch, caplog):
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "left_out.py").write_text("left out")
+    (tmp_path / "latin.py").write_bytes(b"# \xe9")
+    (tmp_path / "kept.py").write_text("x = 1\n")
+    little = stdlib.standard_library(str(tmp_path))
+    assert little.texts == ("x = 1\n",)
+    monkeypatch.setattr(stdlib, "standard_library", lambda: little)
+    found = reader(spec_for("stdlib"))
+    assert found.name == "stories"
+    assert "only 6 bytes of library sources found; using the story generator" in caplog.text
