@@ -5,6 +5,7 @@ from __future__ import annotations
 import lzma
 import math
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,8 @@ class KneserNey:
     left neighbours instead of occurrences; the unigram is interpolated with the uniform distribution, so that
     every symbol has a probability and the probabilities sum to one. Documents are independent.
 
-    A gram of k symbols is one integer: the rank of its last k - 1 symbols, times A, plus its first symbol.
+    A gram of k symbols is one integer in base A, its last symbol first: x_i A^(k-1) + x_(i-1) A^(k-2) + ...
+    Without its last digit it is the gram one shorter, without its first digit the context of x_i.
     """
 
     def __init__(self, documents: Iterable[Sequence[int]], vocab_size: int, order: int = 5):
@@ -27,44 +29,39 @@ class KneserNey:
             raise UserError(f"order: expected at least 1, got {order}")
         self.vocab_size = vocab_size
         self.order = order
-        self._alphabet = vocab_size + 1  # A: the symbols and the boundary between documents
-        symbols = self._stream(documents)
-        targets = np.flatnonzero(symbols < vocab_size)
-        if not len(targets):
-            raise UserError("data: the training text is empty; an n-gram model needs at least one symbol")
+        self._base = vocab_size + 1  # A: the symbols and the boundary between documents
+        if self._base**order >= 2**63:
+            raise UserError(
+                f"order: {order}-grams of {vocab_size} symbols do not fit 63 bits; lower the order"
+            )
+        longest = self._longest_grams(documents)
+        if not len(longest):
+            raise UserError("data: the training text is empty; an n-gram model needs text")
+        longest.sort()
+        grams, occurrences = _runs(longest)
+        counts = occurrences
+        self._orders = [self._tables(grams, counts, order)]
+        for k in range(order - 1, 0, -1):
+            grams, left_neighbours = _runs(grams // self._base)
+            occurrences = np.add.reduceat(occurrences, np.cumsum(left_neighbours) - left_neighbours)
+            starts_document = grams % self._base == vocab_size  # nothing stands to its left
+            counts = np.where(starts_document, occurrences, left_neighbours)
+            self._orders.insert(0, self._tables(grams, counts, k))
 
-        self._grams: list[NDArray] = []  # sorted integers of the grams of each order, 1 .. n
-        ranks = [np.zeros(len(symbols), dtype=np.int64)]  # order 0: the empty gram
-        for k in range(1, order + 1):
-            keys, rank = np.unique(self._keys(symbols, ranks[-1], k), return_inverse=True)
-            self._grams.append(keys)
-            ranks.append(rank)
+    def _tables(self, grams: NDArray, counts: NDArray, k: int) -> dict[str, NDArray]:
+        """What order k adds: discounted counts by gram; totals and the mass given back, by context."""
+        discount = _discount(counts)
+        contexts, context = np.unique(grams % self._base ** (k - 1), return_inverse=True)
+        return {
+            "grams": grams,
+            "discounted": counts - discount,
+            "contexts": contexts,
+            "totals": np.bincount(context, weights=counts),
+            "returned": discount * np.bincount(context),
+        }
 
-        self._discounted: list[NDArray] = []  # max(count - D, 0) of each gram
-        self._totals: list[NDArray] = []  # sum of counts after each context
-        self._backoff: list[NDArray] = []  # D * distinct successors of each context
-        for k in range(1, order + 1):
-            seen, first, occurrences = np.unique(ranks[k][targets], return_index=True, return_counts=True)
-            place = targets[first]
-            counts = occurrences.astype(float)
-            if k < order:
-                longer = np.unique(ranks[k + 1][targets])
-                left_neighbours = np.bincount(
-                    self._grams[k][longer] // self._alphabet, minlength=len(self._grams[k - 1])
-                )
-                starts_document = symbols[place - k + 1] == vocab_size  # nothing stands to its left
-                counts = np.where(starts_document, counts, left_neighbours[seen])
-            discount = _discount(counts)
-            contexts = ranks[k - 1][place - 1]
-            num_contexts = len(self._grams[k - 2]) if k > 1 else 1
-            discounted = np.zeros(len(self._grams[k - 1]))
-            discounted[seen] = counts - discount
-            self._discounted.append(discounted)
-            self._totals.append(np.bincount(contexts, weights=counts, minlength=num_contexts))
-            self._backoff.append(discount * np.bincount(contexts, minlength=num_contexts))
-
-    def _stream(self, documents: Iterable[Sequence[int]]) -> NDArray:
-        """Documents joined, each after n boundary symbols."""
+    def _longest_grams(self, documents: Iterable[Sequence[int]]) -> NDArray:
+        """The n-gram that ends at each symbol of the documents; boundaries stand before a document's start."""
         boundary = np.full(self.order, self.vocab_size, dtype=np.int64)
         pieces = [boundary]
         for document in documents:
@@ -72,35 +69,37 @@ class KneserNey:
             if len(ids) and not (0 <= ids.min() and ids.max() < self.vocab_size):
                 raise UserError(f"data: a symbol lies outside 0 .. {self.vocab_size - 1}")
             pieces += [ids, boundary]
-        return np.concatenate(pieces)
-
-    def _keys(self, symbols: NDArray, shorter: NDArray, k: int) -> NDArray:
-        """Integer of the k-gram that ends at each place; -1 where its last k - 1 symbols are unknown."""
-        first = np.full(len(symbols), self.vocab_size, dtype=np.int64)
-        first[k - 1 :] = symbols[: len(symbols) - k + 1]
-        return np.where(shorter < 0, -1, shorter * self._alphabet + first)
+        symbols = np.concatenate(pieces)
+        places = np.flatnonzero(symbols < self.vocab_size)
+        grams = np.zeros(len(places), dtype=np.int64)
+        for back in range(self.order):
+            grams = grams * self._base + symbols[places - back]
+        return grams
 
     def log_probabilities(self, documents: Iterable[Sequence[int]]) -> NDArray:
         """ln p of every symbol of the documents, in order."""
-        symbols = self._stream(documents)
-        targets = np.flatnonzero(symbols < self.vocab_size)
-        probability = np.full(len(targets), 1.0 / self.vocab_size)
-        context_rank = np.zeros(len(symbols), dtype=np.int64)
-        for k in range(1, self.order + 1):
-            known = self._grams[k - 1]
-            keys = self._keys(symbols, context_rank, k)
-            rank = np.minimum(np.searchsorted(known, keys), len(known) - 1)
-            rank = np.where(known[rank] == keys, rank, -1)
-            context = context_rank[targets - 1]
-            total = np.where(context < 0, 0.0, self._totals[k - 1][context])
-            gram = rank[targets]
-            discounted = np.where(gram < 0, 0.0, self._discounted[k - 1][gram])
-            seen = total > 0
-            probability[seen] = (
-                discounted[seen] + self._backoff[k - 1][context[seen]] * probability[seen]
-            ) / total[seen]
-            context_rank = rank
-        return np.log(probability)
+        longest, where = np.unique(self._longest_grams(documents), return_inverse=True)
+        probability = np.full(len(longest), 1.0 / self.vocab_size)
+        for k, tables in enumerate(self._orders, 1):
+            grams = longest // self._base ** (self.order - k)
+            context, known = _places(grams % self._base ** (k - 1), tables["contexts"])
+            gram, seen = _places(grams, tables["grams"])
+            discounted = np.where(seen, tables["discounted"][gram], 0.0)
+            interpolated = discounted + tables["returned"][context] * probability
+            probability = np.where(known, interpolated / tables["totals"][context], probability)
+        return np.log(probability)[where]
+
+
+def _runs(ascending: NDArray) -> tuple[NDArray, NDArray]:
+    """The distinct values of a sorted array and how often each occurs."""
+    starts = np.flatnonzero(np.concatenate([[True], ascending[1:] != ascending[:-1]]))
+    return ascending[starts], np.diff(starts, append=len(ascending))
+
+
+def _places(values: NDArray, table: NDArray) -> tuple[NDArray, NDArray]:
+    """Index of each value in the sorted table, and whether it is there."""
+    index = np.minimum(np.searchsorted(table, values), len(table) - 1)
+    return index, table[index] == values
 
 
 def _discount(counts: NDArray) -> float:
@@ -111,7 +110,7 @@ def _discount(counts: NDArray) -> float:
 
 
 def kneser_ney_bits_per_byte(training: Iterable[str], held_out: Iterable[str], order: int = 5) -> float:
-    """Bits per byte of an n-gram model over UTF-8 bytes; training takes seconds a megabyte."""
+    """Bits per byte of an n-gram model over UTF-8 bytes; about a second for 5 MB of training text."""
     model = KneserNey((_byte_ids(text) for text in training), vocab_size=256, order=order)
     nll = -model.log_probabilities(_byte_ids(text) for text in held_out)
     if not len(nll):
@@ -125,8 +124,11 @@ def xz_bits_per_byte(training: Iterable[str], held_out: Iterable[str]) -> float:
     second = "".join(held_out).encode("utf-8")
     if not second:
         raise UserError("data: the held-out text is empty")
-    added = len(lzma.compress(first + second, preset=9)) - len(lzma.compress(first, preset=9))
-    return 8 * added / len(second)
+    with ThreadPoolExecutor(2) as threads:  # lzma releases the interpreter lock
+        alone, together = threads.map(
+            lambda text: len(lzma.compress(text, preset=9)), (first, first + second)
+        )
+    return 8 * (together - alone) / len(second)
 
 
 def _byte_ids(text: str) -> NDArray:

@@ -81,5 +81,7 @@ def test_empty_texts_are_errors():
         kneser_ney_bits_per_byte([""], ["abc"])
     with pytest.raises(UserError, match="order"):
         kneser_ney_bits_per_byte(["abc"], ["abc"], order=0)
+    with pytest.raises(UserError, match="63 bits"):
+        KneserNey([[0, 3]], vocab_size=50_000, order=5)
     with pytest.raises(UserError, match="outside"):
         KneserNey([[0, 3]], vocab_size=3)
