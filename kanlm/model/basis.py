@@ -17,7 +17,6 @@ Xu et al. 2024, arXiv:2406.01034 (Fourier), Bozorgasl & Chen 2024, arXiv:2405.12
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -29,28 +28,35 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-@lru_cache
+def _raised(pieces: list[list[float]]) -> list[list[float]]:
+    """The pieces of order k from those of order k - 1: the recursion of `uniform_pieces`."""
+    k = len(pieces)
+    raised = [[0.0] * (k + 1) for _ in range(k + 1)]
+    for r in range(k + 1):
+        if r > 0:
+            for p, value in enumerate(pieces[r - 1]):
+                raised[r][p] += (k - r) / k * value
+                raised[r][p + 1] += value / k
+        if r < k:
+            for p, value in enumerate(pieces[r]):
+                raised[r][p] += (1 + r) / k * value
+                raised[r][p + 1] -= value / k
+    return raised
+
+
+PIECES = [[[1.0]]]
+while len(PIECES) <= MAX_ORDER:
+    PIECES.append(_raised(PIECES[-1]))
+
+
 def uniform_pieces(order: int) -> tuple[tuple[float, ...], ...]:
     """Polynomial pieces of a uniform B-spline: entry [r][p] is the coefficient of u^p, u in [0, 1].
 
-    On an interval, with u the position in it, the functions that are not zero are B_{j+r} = sum_p [r][p]
-    u^p for r = 0..k (Schoenberg 1946). Built by the recursion B_{r,k}(u) = (u + k - r) / k * B_{r-1,k-1}(u)
-    + (1 + r - u) / k * B_{r,k-1}(u), shifted to one interval.
+    On an interval, with u the position in it, the functions that are not zero are B_{j+r} = sum_p [r][p] u^p
+    for r = 0..k (Schoenberg 1946). They follow from order 0 by B_{r,k}(u) = (u + k - r) / k * B_{r-1,k-1}(u)
+    + (1 + r - u) / k * B_{r,k-1}(u), de Boor's recursion seen from one interval.
     """
-    pieces = [[1.0]]
-    for k in range(1, order + 1):
-        raised = [[0.0] * (k + 1) for _ in range(k + 1)]
-        for r in range(k + 1):
-            if r > 0:  # (u + k - r) / k times piece r - 1
-                for p, value in enumerate(pieces[r - 1]):
-                    raised[r][p] += (k - r) / k * value
-                    raised[r][p + 1] += value / k
-            if r < k:  # (1 + r - u) / k times piece r
-                for p, value in enumerate(pieces[r]):
-                    raised[r][p] += (1 + r) / k * value
-                    raised[r][p + 1] -= value / k
-        pieces = raised
-    return tuple(tuple(piece) for piece in pieces)
+    return tuple(tuple(piece) for piece in PIECES[order])
 
 
 def slope_of(piece: tuple[float, ...]) -> tuple[float, ...]:

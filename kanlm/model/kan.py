@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .basis import Basis, BSpline, KnotSpline, at_least_fp32, make_basis, slope_of, uniform_pieces
+from .basis import BASES, Basis, BSpline, KnotSpline, at_least_fp32, make_basis, slope_of, uniform_pieces
 from .refit import (
     EVEN_SHARE,
     adapted_knots,
@@ -34,28 +34,58 @@ CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype of a matrix product of x and weight here: autocast's where it is on."""
     kind = x.device.type
+    if weight.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return weight.dtype
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether a call of `layer` is the product with its weight and no more.
+
+    It is more with an adapter (LoRA), a quantised or sharded weight, a hook, or weights that are offloaded.
+    """
+    if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
+        return False
+    return "forward" not in vars(layer) and not (layer._forward_pre_hooks or layer._forward_hooks)
+
+
 class _RecomputedSpline(torch.autograd.Function):
-    """features(x) [N, K*I] times weight [O, K*I], in chunks of rows; saves x and computes features again."""
+    """start [N, O] or 0, plus features(x) [N, K*I] times weight [O, K*I], in chunks of rows.
+
+    Saves x and computes its features again in backward.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, layer, dtype):
+    def forward(ctx, x, weight, start, layer, dtype):
         ctx.save_for_backward(x, weight)
         ctx.layer, ctx.dtype = layer, dtype
         weight = weight.to(dtype)
         y = x.new_empty(len(x), len(weight), dtype=dtype)
         for rows in layer._chunks(x):
-            torch.mm(layer.features(x[rows]).flatten(-2).to(dtype), weight.t(), out=y[rows])
+            features = layer.features(x[rows]).flatten(-2).to(dtype)
+            if start is None:
+                torch.mm(features, weight.t(), out=y[rows])
+            else:
+                torch.addmm(start[rows], features, weight.t(), out=y[rows])
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         layer, dtype = ctx.layer, ctx.dtype
         needs_x, needs_weight = ctx.needs_input_grad[:2]
+        grad_start = grad if ctx.needs_input_grad[2] else None
+        if torch.is_grad_enabled():  # create_graph=True: second derivatives are those of the plain formula
+            y = F.linear(layer.features(x).flatten(-2).to(dtype), weight.to(dtype))
+            wanted = [tensor for tensor, needed in ((x, needs_x), (weight, needs_weight)) if needed]
+            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+            return (
+                next(found) if needs_x else None,
+                next(found) if needs_weight else None,
+                grad_start,
+                None,
+                None,
+            )
         grad, cast_weight = grad.to(dtype), weight.to(dtype)
         grad_x = torch.empty_like(x) if needs_x else None
         # Sums over chunks are kept in fp32 at least.
@@ -70,7 +100,7 @@ class _RecomputedSpline(torch.autograd.Function):
             if needs_x:
                 grad_features = at_least_fp32(grad[rows] @ cast_weight).unflatten(-1, (-1, layer.in_features))
                 grad_x[rows] = (grad_features * layer.feature_derivatives(x[rows])).sum(-2).to(x.dtype)
-        return grad_x, total.to(weight.dtype) if needs_weight else None, None, None
+        return grad_x, total.to(weight.dtype) if needs_weight else None, grad_start, None, None
 
 
 class KANLinear(nn.Module):
@@ -98,8 +128,7 @@ class KANLinear(nn.Module):
         spline_share: share of the output's variance that the splines have at the start; 0 starts them at
             zero.
         gain: standard deviation of the output at the start, for independent inputs of distribution N(0, 1).
-        recompute: compute the basis again in backward, in chunks, and save only x; False for second
-            derivatives.
+        recompute: compute the basis again in backward, in chunks, and save only x.
 
     Raises:
         ValueError: see `make_basis`; unknown names; knots that do not ascend; a last dimension of x that is
@@ -220,13 +249,20 @@ class KANLinear(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """x [..., I] to the inputs of the coefficients [..., K, I], fp32 or fp64."""
-        values = self.present_basis().values(x)
-        return values if self.whitening is None else self.whitening.to(values.dtype) @ values
+        return self._whitened(self.present_basis().values(x))
 
     def feature_derivatives(self, x: Tensor) -> Tensor:
         """d features / dx: [..., I] to [..., K, I]."""
-        slopes = self.present_basis().derivatives(x)
-        return slopes if self.whitening is None else self.whitening.to(slopes.dtype) @ slopes
+        return self._whitened(self.present_basis().derivatives(x))
+
+    def _whitened(self, values: Tensor) -> Tensor:
+        if self.whitening is None:
+            return values
+        white = self.whitening.to(values.dtype)
+        if not torch.amp.is_autocast_available(values.device.type):
+            return white @ values
+        with torch.autocast(values.device.type, enabled=False):
+            return white @ values
 
     def _chunks(self, x: Tensor) -> list[slice]:
         """Slices of the rows of x [N, I] whose features fill CHUNK_BYTES."""
@@ -245,16 +281,15 @@ class KANLinear(nn.Module):
 
     def reference(self, x: Tensor) -> Tensor:
         """`forward` without a kernel: the definition."""
-        y = self._splines(x)
-        return y if self.base is None else y + self.base(F.silu(x))
-
-    def _splines(self, x: Tensor) -> Tensor:
+        start = None if self.base is None else self.base(F.silu(x))
         dtype = product_dtype(x, self.spline.weight)
-        # Adapters (LoRA, quantisation) replace the child's class; a compiler recomputes features by itself.
-        plain = not self.recompute or type(self.spline) is not nn.Linear or torch.compiler.is_compiling()
-        if plain:
-            return self.spline(self.features(x).flatten(-2).to(dtype))
-        y = _RecomputedSpline.apply(x.reshape(-1, self.in_features), self.spline.weight, self, dtype)
+        # A compiler recomputes features by itself.
+        if not self.recompute or not is_plain_linear(self.spline) or torch.compiler.is_compiling():
+            y = self.spline(self.features(x).flatten(-2).to(dtype))
+            return y if start is None else start + y
+        if start is not None:
+            start = start.reshape(-1, self.out_features)
+        y = _RecomputedSpline.apply(x.reshape(-1, self.in_features), self.spline.weight, start, self, dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
     def plain_weight(self) -> Tensor:
@@ -488,7 +523,6 @@ class _Gated(torch.autograd.Function):
         return phi if u is None else phi * u
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         a, u, coefficients = ctx.saved_tensors
         value, slope = ctx.layer._value_and_slope(a, coefficients)
@@ -550,6 +584,8 @@ class LearnedFunction(nn.Module):
         self.channels, self.groups = channels, groups
         self.basis_name, self.base, self.initial = basis, base, initial
         self.is_rational = basis == "rational"
+        if basis not in BASES and not self.is_rational:
+            raise ValueError(f"basis: unknown name {basis!r}; choose one of {', '.join(BASES)}, rational")
         if self.is_rational and initial == "zero":
             raise ValueError(
                 "initial: a rational function cannot start at 'zero' and train; choose 'identity'"
@@ -595,19 +631,18 @@ class LearnedFunction(nn.Module):
         target = INITIAL_FUNCTIONS[self.initial](points)
         return torch.linalg.lstsq(values, target.unsqueeze(-1)).solution.squeeze(-1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """phi(x): [..., C] to [..., C] in the dtype of x."""
-        return self._apply_to(x, None)
-
     def gated(self, a: Tensor, u: Tensor) -> Tensor:
-        """phi(a) * u: [..., C] and [..., C] to [..., C]."""
-        return self._apply_to(a, u)
+        """phi(a) * u: [..., C] and [..., C] to [..., C]. A call, so that hooks (offloading, FSDP) see it."""
+        return self(a, u)
 
-    def _apply_to(self, a: Tensor, u: Tensor | None) -> Tensor:
+    def forward(self, a: Tensor, u: Tensor | None = None) -> Tensor:
+        """phi(a), or phi(a) * u: [..., C] to [..., C] in the dtype of a."""
         if a.shape[-1] != self.channels:
             raise ValueError(
                 f"x: the last dimension must be channels {self.channels}, got shape {tuple(a.shape)}"
             )
+        if u is not None and u.shape != a.shape:
+            raise ValueError(f"u: must have the shape of a {tuple(a.shape)}, got {tuple(u.shape)}")
         if self.kernel is not None:
             return self.kernel(self, a, u)
         return self.reference(a, u)
@@ -732,12 +767,12 @@ class LearnedFunction(nn.Module):
         if self.is_spline:
             rows, u = self._rows(x)
             rows, u, weights = rows.flatten(), u.flatten(), grad.flatten()
-            sums = grad.new_zeros(coefficients.shape[-1], self.groups * (self.basis.grid_size + 2))
-            for p, total in enumerate(sums):
-                total.index_add_(0, rows, weights)
-                if p + 1 < len(sums):
-                    weights = weights * u
-            return sums.t().view_as(coefficients)
+            empty = grad.new_zeros(coefficients.shape[:-1].numel())
+            sums = [empty.index_add(0, rows, weights)]
+            while len(sums) < coefficients.shape[-1]:
+                weights = weights * u
+                sums.append(empty.index_add(0, rows, weights))
+            return torch.stack(sums, dim=-1).view_as(coefficients)
         x, grad = x.reshape(-1, self.channels), grad.reshape(-1, self.channels)
         if not self.is_rational:
             per_channel = (self.basis.values(x) * grad.unsqueeze(-2)).sum(0)  # [K, C]
