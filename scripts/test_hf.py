@@ -1,9 +1,9 @@
 """transformers' own tests of a model, run on kanlm's classes: `make test-hf`.
 
-Gets the source distribution of the installed transformers release from the package registry into .cache/, puts
-its test files beside our model test (scripts/hf_suite/), runs them for three arms, and prints what passed and why
-the rest was skipped. The source distribution holds the common tests, but not tests/generation, tests/exporters
-and tests/utils: those mixins are empty here, and tests/hf covers generation and export.
+Gets the source distribution of the installed transformers from the package registry into .cache/, puts its
+test files beside our model test (scripts/hf_suite/), runs them for three arms, and prints what passed and
+why the rest was skipped. The source distribution holds the common tests, but not tests/generation,
+tests/exporters and tests/utils: those mixins are empty here, and tests/hf covers generation and export.
 
     python scripts/test_hf.py [--arms kan kan_glu swiglu] [--no-distributed] [PYTEST ARGUMENTS]
 """

@@ -1,4 +1,4 @@
-"""Rank processes on the CPU (gloo) for the suite's distributed tests; the source distribution has no such file."""
+"""Rank processes on the CPU (gloo) for distributed tests; the source distribution leaves this file out."""
 
 import os
 import socket

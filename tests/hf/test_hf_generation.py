@@ -106,13 +106,16 @@ def test_generation_from_embeddings(build, ids):
 
 
 def test_continuous_batching_equals_generate(build, arm, ids):
-    from transformers import GenerationConfig
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     model = build(arm)
     model.set_attn_implementation("sdpa")
     prompts = [ids[0].tolist(), ids[1, :9].tolist(), ids[0, 3:14].tolist()]
     settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    results = model.generate_batch(inputs=prompts, generation_config=settings, progress_bar=False)
+    small = ContinuousBatchingConfig(page_size=16, num_blocks=32, max_batch_tokens=64)
+    results = model.generate_batch(
+        inputs=prompts, generation_config=settings, continuous_batching_config=small, progress_bar=False
+    )
     found = sorted((tuple(result.prompt_ids), tuple(result.generated_tokens)) for result in results.values())
     expected = sorted(
         (

@@ -84,8 +84,9 @@ with torch.no_grad():
     assert torch.equal(reloaded(ids).logits, expected["logits"])
 
 torch.manual_seed(0)
-fresh = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=True), trust_remote_code=True)
-scale = fresh.model.layers[0].self_attn.o_proj.weight.std() / fresh.model.layers[0].self_attn.q_proj.weight.std()
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+attention = AutoModelForCausalLM.from_config(config, trust_remote_code=True).model.layers[0].self_attn
+scale = attention.o_proj.weight.std() / attention.q_proj.weight.std()
 assert 0.4 < scale < 0.6, scale  # 1 / sqrt(2 * 2 layers): a remote model starts as a local one does
 print("done")
 """

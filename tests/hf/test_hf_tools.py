@@ -143,7 +143,7 @@ def plan_of(config: KanLMConfig) -> dict[str, str]:
 
 
 def test_tensor_parallel_plan_names_real_layers(build, arm):
-    """What transformers, vLLM and SGLang shard by: each entry a Linear, columns into heads and channels, rows out."""
+    """What transformers, vLLM and SGLang shard by: columns into heads and channels, rows out of them."""
     model = build(arm)
     linear = {name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)}
     plan = plan_of(model.config)
@@ -165,7 +165,7 @@ def test_pipeline_plan_names_the_base_model(build):
 
 
 def test_structure_that_serving_engines_need(build, arm, exported):
-    """vLLM's and SGLang's transformers backends: an attention interface, kwargs to the end, and a base model."""
+    """vLLM's and SGLang's transformers backends: an attention interface, kwargs to the end, a base model."""
     source = inspect.getsource(modeling_kanlm)
     assert "ALL_ATTENTION_FUNCTIONS.get_interface(" in source
     assert KanLMForCausalLM._supports_attention_backend and KanLMForCausalLM.is_backend_compatible()
@@ -226,7 +226,7 @@ def test_a_serving_engine_can_bring_its_attention_and_flat_batches(build, arm, i
 
 
 def test_loading_on_the_meta_device_keeps_the_basis(build, arm, ids, tmp_path):
-    """from_pretrained builds on meta; a model moved there by hand gets its values back with to_empty and a load."""
+    """from_pretrained builds on meta; one built there by hand gets its values with to_empty and a load."""
     model = build(arm)
     with torch.device("meta"):
         empty = KanLMForCausalLM(model.config)

@@ -57,7 +57,7 @@ def test_trainer_trains_saves_and_resumes_exactly(build, arm, tmp_path):
 
 
 def test_trainer_honours_the_number_of_items(build, tmp_path):
-    """Two micro-batches of 4 or one of 8: with uneven labels the step is the same only if losses are sums over n."""
+    """Two micro-batches of 4 or one of 8: with uneven labels one step only if losses are sums over n."""
     stepped = []
     for batch, accumulation in ((8, 1), (4, 2)):
         run = trainer(
