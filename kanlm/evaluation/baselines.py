@@ -61,7 +61,7 @@ class KneserNey:
         }
 
     def _longest_grams(self, documents: Iterable[Sequence[int]]) -> NDArray:
-        """The n-gram that ends at each symbol of the documents; boundaries stand before a document's start."""
+        """The n-gram that ends at each symbol; boundaries stand before a document's start."""
         boundary = np.full(self.order, self.vocab_size, dtype=np.int64)
         pieces = [boundary]
         for document in documents:
