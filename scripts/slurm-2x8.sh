@@ -23,6 +23,7 @@ fi
 : "${ACCELERATE_CONFIG:=configs/accelerate/2x8-gpus.yaml}"
 GPUS_PER_NODE=8
 FIRST_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=270  # seconds that torchrun gives its processes after SIGTERM; 30 otherwise
 export FIRST_HOST ACCELERATE_CONFIG GPUS_PER_NODE
 
 # One task a node; SLURM_PROCID is the node's rank. `exec` lets the signal reach the launcher, which passes it on.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -108,12 +109,17 @@ def held_by_this_process(run: RunDir, accelerator: Accelerator) -> Iterator[None
         return
     run.root.mkdir(parents=True, exist_ok=True)
     with open(run.root / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{run.root}: another process is training this run; wait for it, or choose another name"
-            ) from None
+        for attempt in range(3):  # `kanlm status` holds the lock for a moment
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt == 2:
+                    raise UserError(
+                        f"{run.root}: another process is training this run; wait for it, or choose "
+                        "another name"
+                    ) from None
+                time.sleep(0.2)
         accelerator.wait_for_everyone()
         yield
 

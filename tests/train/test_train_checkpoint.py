@@ -1,0 +1,193 @@
+"""Checkpoints: what is in them, damage, pruning, a full disk, writing beside the training."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kanlm.config import UserError
+from kanlm.runs import RunDir
+from kanlm.train import checkpoint, loop
+from kanlm.train.checkpoint import CorruptCheckpoint, load_model, newest_good, verify
+
+
+@pytest.fixture
+def trained(run_config):
+    """A finished run with checkpoints of steps 4, 8 and 12."""
+    config = run_config("train.save_every=4", "train.keep_last=3")
+    loop.train(config)
+    return RunDir(config.run_dir)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size - 3)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = [
+    ("manifest.json", os.unlink, "no readable manifest.json"),
+    ("manifest.json", truncate, "no readable manifest.json"),
+    ("model.safetensors", truncate, "bytes where manifest.json says"),
+    ("optimizer.safetensors", flip_a_bit, "content differs from its sha256"),
+    ("trainer.json", os.unlink, "missing, but listed"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), DAMAGE)
+def test_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
+    trained, run_config, capsys, losses, name, damage, message
+):
+    config = run_config("train.save_every=4", "train.keep_last=3")
+    expected_losses = losses(config)
+    expected = {key: weight.clone() for key, weight in load_model(trained.root)[1].items()}
+    last = trained.checkpoint(12)
+    damage(last / name)
+    with pytest.raises(CorruptCheckpoint, match=message):
+        verify(last)
+    assert newest_good(trained, say=lambda line: None) == trained.checkpoint(8)
+    assert torch.equal(
+        load_model(trained.root)[1]["lm_head.weight"], load_model(trained.root, step=8)[1]["lm_head.weight"]
+    )
+    with pytest.raises(CorruptCheckpoint):
+        load_model(trained.root, step=12)
+
+    trained.record.unlink()  # else the run counts as finished
+    capsys.readouterr()
+    assert loop.train(config).state == "finished"
+    said = capsys.readouterr().out
+    assert "damaged checkpoint passed over" in said and name in said and "resumed at step 8" in said
+    assert (trained.checkpoints / "damaged-step-00000012").is_dir()
+    assert losses(config) == expected_losses
+    for key, weight in load_model(trained.root)[1].items():
+        assert torch.equal(weight, expected[key]), key
+
+
+def test_run_without_an_intact_checkpoint_says_so(trained, run_config):
+    for folder in trained.checkpoints.iterdir():
+        truncate(folder / "model.safetensors")
+    trained.record.unlink()
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
+        loop.train(run_config("train.save_every=4", "train.keep_last=3"))
+    with pytest.raises(UserError, match="holds no intact checkpoint"):
+        load_model(trained.root)
+
+
+def test_missing_step_lists_those_that_exist(trained):
+    with pytest.raises(UserError, match="no checkpoint of step 5; steps that it holds: 4, 8, 12"):
+        load_model(trained.root, step=5)
+
+
+def test_files_hold_everything_once_and_nothing_pickled(trained):
+    folder = trained.checkpoint(12)
+    names = {"manifest.json", "model.json", "model.safetensors", "optimizer.safetensors", "trainer.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    weights = load_file(folder / "model.safetensors")
+    states = load_file(folder / "optimizer.safetensors")
+    assert (
+        "lm_head.weight" not in weights
+        or not json.loads((folder / "model.json").read_text())["tie_word_embeddings"]
+    )
+    for name, weight in weights.items():
+        assert states[f"{name}/exp_avg"].shape == weight.shape
+        assert states[f"{name}/step"] == 12
+    assert json.loads((folder / "trainer.json").read_text())["loader"]["consumed"] == 48
+
+
+def test_keep_last_and_keep_every(run_config):
+    config = run_config("train.save_every=1", "train.keep_last=2", "train.keep_every=5")
+    loop.train(config)
+    assert sorted(path.name[-2:] for path in RunDir(config.run_dir).checkpoints.iterdir()) == [
+        "05",
+        "10",
+        "11",
+        "12",
+    ]
+
+
+def test_snapshot_is_not_touched_by_later_steps(run_config, monkeypatch):
+    """A writer that is slow must still write the weights of its own step."""
+    plain = run_config("train.save_every=3", "train.keep_last=9", "train.async_checkpoint=false")
+    slow = run_config("name=slow", "train.save_every=3", "train.keep_last=9")
+    loop.train(plain)
+    later = threading.Event()
+    real_write, real_step = checkpoint.Snapshot.write, loop.one_step
+
+    def late_write(self, folder):
+        if self.step == 3:
+            assert later.wait(60)
+        real_write(self, folder)
+
+    def step(session, batches):
+        done = real_step(session, batches)
+        if session.state.step == 4:  # step 5 is done, and step 3 not yet written
+            later.set()
+        return done
+
+    monkeypatch.setattr(checkpoint.Snapshot, "write", late_write)
+    monkeypatch.setattr(loop, "one_step", step)
+    loop.train(slow)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        expected = load_file(RunDir(plain.run_dir).checkpoint(3) / name)
+        found = load_file(RunDir(slow.run_dir).checkpoint(3) / name)
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Files of this process cannot grow over 20 kB from the second checkpoint on."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then the write itself fails, as on a full disk
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    real = checkpoint.Snapshot.write
+
+    def write(self, folder):
+        if self.step < 8:
+            return real(self, folder)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        try:
+            return real(self, folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(checkpoint.Snapshot, "write", write)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_full_disk_stops_the_run_and_leaves_the_last_checkpoint_intact(
+    run_config, full_disk, monkeypatch, losses, asynchronous
+):
+    config = run_config("train.save_every=4", f"train.async_checkpoint={asynchronous}")
+    run = RunDir(config.run_dir)
+    with pytest.raises(
+        UserError, match=r"step-00000008: the checkpoint could not be written .*step-00000004 is intact"
+    ):
+        loop.train(config)
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000004"]  # nothing half-written
+    verify(run.checkpoint(4))
+    assert json.loads(run.record.read_text())["state"] == "failed"
+
+    monkeypatch.undo()  # space again
+    other = run_config("name=other", "train.save_every=4")
+    loop.train(config)
+    loop.train(other)
+    assert losses(config) == losses(other)
+
+
+def test_full_disk_can_be_outlived_by_option(run_config, full_disk, capsys):
+    config = run_config("train.save_every=4", "train.on_checkpoint_error=continue")
+    assert loop.train(config).state == "finished"
+    assert "training goes on without it" in capsys.readouterr().out
+    assert [path.name for path in RunDir(config.run_dir).checkpoints.iterdir()] == ["step-00000004"]
