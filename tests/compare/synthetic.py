@@ -38,7 +38,11 @@ def planned(config: CompareConfig, matching: str, size: str, arm: str, number: i
         family=chosen.family,
         ffn_type=chosen.ffn_type,
         intermediate_size=WIDTHS[chosen.ffn_type],
-        model={"hidden_size": 128, "ffn_type": chosen.ffn_type},
+        model={
+            "hidden_size": 128,
+            "ffn_type": chosen.ffn_type,
+            "intermediate_size": WIDTHS[chosen.ffn_type],
+        },
         train={},
         parameters=count + 262_144,
         embedding_parameters=262_144,
