@@ -86,6 +86,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.hidden_size, self.initializer_range = config.hidden_size, config.initializer_range
         self.output_std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
 
     @torch.no_grad()
@@ -93,6 +94,13 @@ class FeedForward(nn.Module):
         """Scale down the output projection; its other weights are the model's to initialise."""
         if isinstance(self.down_proj, nn.Linear):
             init.normal_(self.down_proj.weight, std=self.output_std)
+
+    def gelu_scale(self) -> float:
+        """Root mean square output of a new GELU MLP with equally many parameters, for a normed input."""
+        points, weights = normal_points()
+        hidden = F.gelu(points * (self.initializer_range * math.sqrt(self.hidden_size)))
+        matched_width = sum(parameter.numel() for parameter in self.parameters()) / (2 * self.hidden_size)
+        return self.output_std * math.sqrt(matched_width * float((hidden.square() * weights).sum()))
 
 
 class MLP(FeedForward):
@@ -142,7 +150,7 @@ def _learned_function(config, channels: int, initial: str, base: str | None = No
     )
 
 
-def _kan_linear(config, inputs: int, outputs: int, gain: float) -> KANLinear:
+def _kan_linear(config, inputs: int, outputs: int) -> KANLinear:
     has_base = config.kan_base != "none"
     return KANLinear(
         inputs,
@@ -156,7 +164,6 @@ def _kan_linear(config, inputs: int, outputs: int, gain: float) -> KANLinear:
         conditioning=config.kan_conditioning,
         # Coefficients from zero: the block starts as its base branch and learns the corrections.
         spline_share=0.0 if has_base else 1.0,
-        gain=gain,
     )
 
 
@@ -201,15 +208,6 @@ class GroupedKAN(FeedForward):
         return self.down_proj(self.phi_hidden(self.up_proj(self.phi_in(u))))
 
 
-def gelu_mlp_scale(
-    hidden_size: int, intermediate_size: int, initializer_range: float, output_std: float
-) -> float:
-    """Standard deviation of the output of a GELU MLP at the start, for a normed input."""
-    points, weights = normal_points()
-    hidden = F.gelu(points * (initializer_range * math.sqrt(hidden_size)))
-    return output_std * math.sqrt(intermediate_size * float((hidden.square() * weights).sum()))
-
-
 class EdgeKAN(FeedForward):
     """down(norm(up u)): `up_proj` a KAN layer (`kan`) or a matrix (`kan_mixed`), `down_proj` a KAN layer.
 
@@ -221,15 +219,12 @@ class EdgeKAN(FeedForward):
         super().__init__(config)
         width, hidden = config.hidden_size, config.intermediate_size
         self.eps = config.rms_norm_eps
-        self.down_proj = _kan_linear(config, hidden, width, gain=1.0)
-        edge_parameters = sum(p.shape.numel() for p in self.down_proj.parameters())
         if mixed:
             self.up_proj = nn.Linear(width, hidden, bias=False)
-            matched = (edge_parameters + width * hidden) // (2 * width)
         else:
-            self.up_proj = _kan_linear(config, width, hidden, gain=1.0)
-            matched = edge_parameters // width
-        self.down_proj.gain = gelu_mlp_scale(width, matched, config.initializer_range, self.output_std)
+            self.up_proj = _kan_linear(config, width, hidden)
+        self.down_proj = _kan_linear(config, hidden, width)
+        self.down_proj.gain = self.gelu_scale()
         self.down_proj.reset_parameters()
 
     def forward(self, u: Tensor) -> Tensor:

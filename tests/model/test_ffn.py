@@ -1,0 +1,227 @@
+"""Feed-forward blocks: their formulas, sizes, and scale at the start."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kanlm.model.ffn import XIELU, FeedForward, PolyNorm, build_ffn
+from kanlm.model.kan import KANLinear, LearnedFunction
+
+KAN_ARMS = ("kan", "kan_mixed", "kan_grouped", "kan_glu")
+ARMS = ("gelu", "relu2", "swiglu", "geglu", *KAN_ARMS, "polynorm", "xielu")
+
+
+def config(ffn_type: str, **more) -> SimpleNamespace:
+    values = {
+        "ffn_type": ffn_type,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.02,
+        "kan_basis": "bspline",
+        "kan_grid_size": 8,
+        "kan_order": 3,
+        "kan_grid_min": -4.0,
+        "kan_grid_max": 4.0,
+        "kan_base": "silu",
+        "kan_conditioning": "none",
+        "kan_num_groups": 8,
+        "kan_glu_form": "interpolated",
+    }
+    return SimpleNamespace(**values | more)
+
+
+def initialised(ffn_type: str, seed: int = 0, **more) -> FeedForward:
+    """A block as a model initialises it: matrices first, then each module's own wishes, children first."""
+    torch.manual_seed(seed)
+    block = build_ffn(config(ffn_type, **more))
+    modules = list(block.modules())[::-1]
+    for module in modules:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+    for module in modules:
+        if isinstance(module, (KANLinear, LearnedFunction, FeedForward, PolyNorm, XIELU)):
+            module.reset_parameters()
+    return block
+
+
+def normed_inputs(*shape, seed=100) -> torch.Tensor:
+    return F.rms_norm(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), shape[-1:])
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_block_maps_btd_to_btd_and_trains_every_parameter(arm):
+    block = initialised(arm)
+    u = normed_inputs(4, 50, 32).requires_grad_()
+    y = block(u)
+    assert y.shape == u.shape
+    y.square().sum().backward()
+    assert u.grad.abs().sum() > 0
+    for name, parameter in block.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_formulas():
+    u = normed_inputs(3, 5, 32)
+
+    def weights(block, *names):
+        return [getattr(block, name).weight.t() for name in names]
+
+    activations = {"gelu": F.gelu, "relu2": lambda x: F.relu(x) ** 2}
+    for arm, activation in activations.items():
+        block = initialised(arm)
+        up, down = weights(block, "up_proj", "down_proj")
+        torch.testing.assert_close(block(u), activation(u @ up) @ down)
+    for arm, activation in {"swiglu": F.silu, "geglu": F.gelu}.items():
+        block = initialised(arm)
+        gate, up, down = weights(block, "gate_proj", "up_proj", "down_proj")
+        torch.testing.assert_close(block(u), (activation(u @ gate) * (u @ up)) @ down)
+    block = initialised("kan_glu")
+    gate, up, down = weights(block, "gate_proj", "up_proj", "down_proj")
+    torch.testing.assert_close(block(u), (block.phi(u @ gate) * (u @ up)) @ down)
+    block = initialised("kan_grouped")
+    up, down = weights(block, "up_proj", "down_proj")
+    torch.testing.assert_close(block(u), block.phi_hidden(block.phi_in(u) @ up) @ down)
+    for arm in ("kan", "kan_mixed"):
+        block = initialised(arm)
+        hidden = block.up_proj(u)
+        hidden = hidden / (hidden.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        torch.testing.assert_close(block(u), block.down_proj(hidden))
+    assert isinstance(initialised("kan").up_proj, KANLinear)
+    assert isinstance(initialised("kan_mixed").up_proj, nn.Linear)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("basis", ["bspline", "linear", "rbf", "chebyshev"])
+def test_kan_glu_starts_as_swiglu_bit_for_bit(dtype, basis):
+    kan_glu = initialised("kan_glu", kan_glu_form="residual", kan_basis=basis).to(dtype)
+    swiglu = initialised("swiglu").to(dtype)
+    swiglu.load_state_dict({name: p for name, p in kan_glu.state_dict().items() if "phi" not in name})
+    u = normed_inputs(7, 33, 32).to(dtype)
+    assert torch.equal(kan_glu(u), swiglu(u))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(kan_glu(u), swiglu(u))
+
+
+def test_same_seed_gives_kan_glu_and_swiglu_the_same_matrices():
+    one, other = initialised("kan_glu", kan_glu_form="residual"), initialised("swiglu")
+    assert torch.equal(one.down_proj.weight, other.down_proj.weight)
+
+
+def test_interpolated_kan_glu_starts_near_swiglu():
+    kan_glu, swiglu = initialised("kan_glu", kan_grid_size=15), initialised("swiglu")
+    swiglu.load_state_dict({name: p for name, p in kan_glu.state_dict().items() if "phi" not in name})
+    u = normed_inputs(7, 33, 32)
+    with torch.no_grad():
+        assert float((kan_glu(u) - swiglu(u)).norm() / swiglu(u).norm()) < 1e-2
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_parameter_counts(arm):
+    d, h, k = 32, 48, 11
+    expected = {
+        "gelu": 2 * d * h,
+        "relu2": 2 * d * h,
+        "swiglu": 3 * d * h,
+        "geglu": 3 * d * h,
+        "kan": 2 * d * h * (k + 1),
+        "kan_mixed": d * h * (k + 2),
+        "kan_grouped": 2 * d * h + 2 * 8 * k,
+        "kan_glu": 3 * d * h + 8 * k,
+        "polynorm": 2 * d * h + 4,
+        "xielu": 2 * d * h + 2,
+    }
+    assert sum(p.numel() for p in build_ffn(config(arm)).parameters()) == expected[arm]
+
+
+@pytest.mark.parametrize("more", [{}, {"kan_base": "none"}, {"kan_conditioning": "whitened"}], ids=str)
+@pytest.mark.parametrize("arm", [*KAN_ARMS, "gelu"])
+def test_branch_starts_at_the_scale_of_the_mlp(arm, more):
+    """Of the GELU MLP with equally many parameters; kan_glu at that of the SwiGLU with as many."""
+    sizes = {"hidden_size": 128, "intermediate_size": 64}
+    block = initialised(arm, **sizes, **more)
+    u = normed_inputs(2000, 128)
+    parameters = sum(p.numel() for p in block.parameters())
+    if arm == "kan_glu":
+        peer = initialised("swiglu", hidden_size=128, intermediate_size=round(parameters / 3 / 128), seed=1)
+    else:
+        peer = initialised("gelu", hidden_size=128, intermediate_size=round(parameters / 2 / 128), seed=1)
+    with torch.no_grad():
+        ratio = float(block(u).std() / peer(u).std())
+    assert 0.8 < ratio < 1.25
+    if arm == "gelu":
+        with torch.no_grad():
+            assert abs(float(block(u).square().mean().sqrt()) / block.gelu_scale() - 1) < 0.1
+
+
+@pytest.mark.parametrize("depth", [2, 8, 24])
+@pytest.mark.parametrize(
+    "form", [{}, {"conditioning": "whitened"}, {"basis": "rbf"}, {"spline_share": 0.0}], ids=str
+)
+def test_layers_keep_variance_through_depth(depth, form):
+    torch.manual_seed(0)
+    x = torch.randn(200, 128)
+    start = x.clone().requires_grad_()
+    y = start
+    for _ in range(depth):
+        y = KANLinear(128, 128, **form)(F.rms_norm(y, (128,)))
+    assert 0.7 < float(y.detach().std()) < 1.4
+    (y * torch.randn_like(y)).sum().backward()
+    assert 0.05 < float(start.grad.std()) < 20
+
+
+@pytest.mark.parametrize("depth", [2, 8, 24])
+@pytest.mark.parametrize("arm", ARMS)
+def test_blocks_keep_variance_through_depth(arm, depth):
+    x = torch.randn(100, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    y = x
+    for layer in range(depth):
+        block = initialised(arm, seed=layer, hidden_size=64, num_hidden_layers=depth)
+        y = y + block(F.rms_norm(y, (64,)))
+    growth = float(y.detach().std() / x.detach().std())
+    assert 0.95 < growth < 1.5
+    y.sum().backward()
+    assert 0.5 < float(x.grad.square().mean().sqrt()) < 2
+
+
+def test_polynorm_by_hand():
+    layer = PolyNorm().double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([0.5, -1.0, 2.0]))
+        layer.bias.fill_(0.25)
+    x = torch.tensor([[1.0, -2.0, 3.0]], dtype=torch.float64)
+    rms = [math.sqrt(sum(v ** (2 * i) for v in (1, -2, 3)) / 3) for i in (1, 2, 3)]
+    expected = [0.5 * v / rms[0] - v**2 / rms[1] + 2 * v**3 / rms[2] + 0.25 for v in (1, -2, 3)]
+    assert layer(x)[0].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_xielu_by_hand():
+    layer = XIELU().double()
+    x = torch.tensor([-3.0, -0.5, 0.0, 0.7, 4.0], dtype=torch.float64)
+    expected = [
+        0.8 * v * v + 0.5 * v if v > 0 else 0.8 * (math.exp(v) - 1) - 0.8 * v + 0.5 * v for v in x.tolist()
+    ]
+    assert layer(x).tolist() == pytest.approx(expected, rel=1e-6)
+    assert torch.autograd.gradcheck(layer, (x.clone().requires_grad_(),))
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_autocast_and_bf16_run(arm):
+    block = initialised(arm)
+    u = normed_inputs(3, 7, 32)
+    expected = block(u)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block(u)
+    assert float((y - expected).norm() / expected.norm()) < 2e-2
+    y = block.bfloat16()(u.bfloat16())
+    assert y.dtype == torch.bfloat16 and float((y - expected).norm() / expected.norm()) < 3e-2
+
+
+def test_unknown_type_is_named():
+    with pytest.raises(ValueError, match="ffn_type.*'mlp'.*gelu.*kan_glu"):
+        build_ffn(config("mlp"))

@@ -1,0 +1,230 @@
+"""Whitening, moving grids and refits: functions stay, whatever the samples and however many the ranks."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from kanlm.model.basis import BASES
+from kanlm.model.kan import KANLinear, _assumed_points
+from kanlm.model.refit import adapted_knots, mixture_quantiles
+
+
+def random_inputs(*shape, seed=0, scale=1.5) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+
+
+def change(layer: KANLinear, x: torch.Tensor, before: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float((layer(x) - before).norm() / before.norm())
+
+
+# Whitening
+
+
+@pytest.mark.parametrize("basis", list(BASES))
+@pytest.mark.parametrize("grid_size", [3, 8])
+def test_features_are_white_under_the_assumed_inputs(basis, grid_size):
+    layer = KANLinear(9, 2, basis, grid_size=grid_size, conditioning="whitened", dtype=torch.float64)
+    points, weights = _assumed_points(layer.basis.grid_points())
+    assert float(weights.sum()) == pytest.approx(1)
+    features = layer.features(points.expand(-1, 9))[..., 0]  # [points, K]
+    mean = weights @ features
+    second = torch.einsum("n,na,nb->ab", weights, features, features)
+    assert mean[1:].abs().max() < 1e-10
+    torch.testing.assert_close(
+        second[1:, 1:], torch.eye(len(second) - 1, dtype=second.dtype), atol=1e-7, rtol=0
+    )
+    assert second[0, 1:].abs().max() < 1e-9
+    assert float(second[0, 0]) == pytest.approx(1 / 9), "the constant of all 9 inputs counts as one feature"
+
+
+def test_the_first_feature_of_a_spline_is_constant():
+    layer = KANLinear(4, 2, conditioning="whitened", dtype=torch.float64)
+    first = layer.features(random_inputs(50, 4, scale=4))[:, 0]
+    torch.testing.assert_close(first.abs(), torch.full_like(first, 0.5), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("basis", list(BASES))
+def test_folding_a_whitened_layer_is_exact(basis):
+    layer = KANLinear(5, 4, basis, conditioning="whitened", dtype=torch.float64)
+    x = random_inputs(60, 5)
+    before = layer(x).detach()
+    folded = copy.deepcopy(layer)
+    folded.fold()
+    assert folded.conditioning == "none" and "whitening" not in folded.state_dict()
+    assert change(folded, x, before) < 1e-12
+    torch.testing.assert_close(folded.spline.weight, layer.plain_weight(), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("basis", list(BASES))
+def test_whitening_under_samples_keeps_the_function(basis):
+    layer = KANLinear(5, 4, basis, dtype=torch.float64)
+    samples = random_inputs(500, 5, seed=1) * 0.4 + 1
+    x = random_inputs(60, 5)
+    before = layer(x).detach()
+    layer.whiten(samples)
+    assert layer.conditioning == "whitened"
+    assert change(layer, x, before) < 1e-11
+    second = 0
+    for points, weights in layer._fit_points(samples, layer.basis.grid_points()):
+        features = layer.features(points.expand(-1, 5))
+        second = second + torch.einsum("n,nai,nbi->ab", weights / 5, features, features)
+    torch.testing.assert_close(
+        second[1:, 1:], torch.eye(len(second) - 1, dtype=second.dtype), atol=1e-6, rtol=0
+    )
+
+
+# Refits
+
+
+@pytest.mark.parametrize("conditioning", ["none", "whitened"])
+@pytest.mark.parametrize("grid", ["uniform", "adaptive"])
+@pytest.mark.parametrize("order", [1, 2, 3, 5])
+def test_refined_grid_keeps_the_function(order, grid, conditioning):
+    layer = KANLinear(
+        3, 4, order=order, grid_size=4, grid=grid, conditioning=conditioning, dtype=torch.float64
+    )
+    x = random_inputs(200, 3)  # some of it outside the grid
+    assert (x.abs() > 3).any()
+    before = layer(x).detach()
+    drift = layer.refine(12)
+    assert layer.spline.weight.shape == (4, 3 * (12 + order))
+    assert drift < 1e-8
+    assert change(layer, x, before) < 1e-8
+    layer(x).sum().backward()
+    assert layer.spline.weight.grad.abs().sum() > 0
+
+
+def test_refine_to_a_size_that_is_no_multiple_returns_the_true_drift():
+    layer = KANLinear(3, 4, grid_size=4, dtype=torch.float64)
+    samples = random_inputs(400, 3, scale=1)
+    before = layer(samples).detach()
+    drift = layer.refine(7, samples)
+    assert 1e-6 < drift < 0.05
+    assert drift == pytest.approx(change(layer, samples, before), rel=1e-6)
+
+
+def test_moved_grid_refits_the_coefficients():
+    """Knots moved without a refit make the layer jump by most of its output."""
+    layer = KANLinear(3, 4, grid_size=20, grid="adaptive", base=None, dtype=torch.float64)
+    with torch.no_grad():  # smooth functions, as trained ones are
+        bumps = torch.linspace(-3.45, 3.45, 23, dtype=torch.float64).sin().view(1, 23, 1)
+        layer.spline.weight.copy_((bumps * random_inputs(4, 1, 3)).flatten(1))
+    samples = random_inputs(1000, 3, scale=0.9).clamp(-3, 3)
+    before = layer(samples).detach()
+    jumped = copy.deepcopy(layer)
+    jumped.knots.copy_(adapted_knots(samples, 20, 0.02, 1e-3))
+    assert change(jumped, samples, before) > 0.3
+    drift = layer.update_grid(samples)
+    assert drift == pytest.approx(change(layer, samples, before), rel=1e-6)
+    assert drift < 5e-3
+    inner = (layer.knots[1:-1].min(), layer.knots[1:-1].max())
+    assert torch.equal(layer.knots[0], samples.amin(0)) and torch.equal(layer.knots[-1], samples.amax(0))
+    assert (layer.knots.diff(dim=0) > 0).all() and inner[0] > samples.min() and inner[1] < samples.max()
+
+
+def test_knots_are_quantiles_mixed_with_a_uniform_grid():
+    samples = random_inputs(5000, 2) ** 3
+    quantiles = adapted_knots(samples, 10, 1e-9, 1e-3)
+    expected = torch.quantile(samples, torch.linspace(0, 1, 11, dtype=torch.float64), dim=0)
+    torch.testing.assert_close(quantiles, expected, atol=2e-2, rtol=1e-2)
+    uniform = adapted_knots(samples, 10, 1.0, 1e-3)
+    torch.testing.assert_close(uniform.diff(dim=0), (expected[-1:] - expected[:1]).expand(10, -1) / 10)
+    half = adapted_knots(samples, 10, 0.5, 1e-3)
+    torch.testing.assert_close(half, (quantiles + uniform) / 2, atol=1e-6, rtol=1e-6)
+
+
+DEGENERATE = {
+    "one sample": random_inputs(1, 3),
+    "fewer samples than coefficients": random_inputs(4, 3),
+    "constant": torch.full((50, 3), 0.7, dtype=torch.float64),
+    "zeros": torch.zeros(50, 3, dtype=torch.float64),
+    "two values": random_inputs(60, 3).sign(),
+    "repeated": random_inputs(5, 3).repeat(40, 1),
+    "far outside the grid": random_inputs(30, 3) * 1e3 + 1e4,
+    "one outlier": torch.cat((random_inputs(200, 3), torch.full((1, 3), 1e5, dtype=torch.float64))),
+    "tiny": random_inputs(30, 3) * 1e-12,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("conditioning", ["none", "whitened"])
+@pytest.mark.parametrize("name", list(DEGENERATE))
+def test_degenerate_samples_give_finite_layers(name, conditioning, dtype):
+    samples = DEGENERATE[name].to(dtype)
+    layer = KANLinear(3, 4, grid="adaptive", conditioning=conditioning, dtype=dtype)
+    for step in (lambda: layer.update_grid(samples), lambda: layer.refine(9, samples)):
+        before = layer(samples).detach()
+        drift = step()
+        assert layer.spline.weight.isfinite().all() and layer.knots.isfinite().all()
+        assert (layer.knots.diff(dim=0) > 0).all()
+        assert layer(samples).isfinite().all()
+        exact = dtype == torch.float64 and name != "one outlier"
+        assert drift < (1e-2 if exact else 0.2), (name, drift)
+        assert drift == pytest.approx(change(layer, samples, before), rel=1e-3, abs=1e-6)
+
+
+def test_bad_refits_are_named():
+    uniform, adaptive = KANLinear(3, 2), KANLinear(3, 2, grid="adaptive")
+    good = torch.randn(10, 3)
+    cases = [
+        (lambda: uniform.update_grid(good), "grid: a 'uniform' grid"),
+        (lambda: adaptive.update_grid(good, grid_eps=0), "grid_eps.*got 0"),
+        (lambda: adaptive.update_grid(torch.randn(10, 4)), r"samples.*in_features 3.*\(10, 4\)"),
+        (lambda: adaptive.update_grid(good * float("nan")), "samples: 30 of 30 values are not finite"),
+        (lambda: adaptive.refine(9, good * float("inf")), "samples: 30 of 30 values are not finite"),
+        (lambda: adaptive.whiten(good / 0), "samples.*not finite"),
+        (lambda: adaptive.update_grid(good[:0]), "samples: got none"),
+        (lambda: adaptive.refine(4), "grid_size: 4 is coarser than the present 5.*allow_coarsen"),
+        (lambda: adaptive.refine(0, allow_coarsen=True), "grid_size.*0"),
+    ]
+    before = copy.deepcopy(adaptive.state_dict())
+    for call, words in cases:
+        with pytest.raises(ValueError, match=words):
+            call()
+    assert all(torch.equal(before[name], value) for name, value in adaptive.state_dict().items())
+    assert adaptive.refine(4, allow_coarsen=True) < 1 and adaptive.basis.grid_size == 4
+
+
+# Several processes
+
+
+def _refit_on_rank(rank: int, world_size: int, path: str):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=world_size)
+    torch.manual_seed(0)
+    layer = KANLinear(3, 4, grid="adaptive", conditioning="whitened", dtype=torch.float64)
+    samples = random_inputs(301, 3, seed=5)
+    share = samples[:200] if rank == 0 else samples[200:]  # unequal shares
+    drifts = [layer.update_grid(share), layer.refine(11, share)]
+    layer.whiten(share)
+    torch.save(
+        (layer.state_dict(), drifts, mixture_quantiles(share, torch.linspace(0, 1, 9).double())),
+        f"{path}/{rank}",
+    )
+    dist.destroy_process_group()
+
+
+def test_two_processes_refit_as_one(tmp_path):
+    multiprocessing.spawn(_refit_on_rank, args=(2, str(tmp_path)), nprocs=2)
+    (first, drifts, quantiles), (second, *others) = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    assert others[0] == drifts and torch.equal(others[1], quantiles)
+    assert {"knots", "whitening", "spline.weight"} <= set(first)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    # One process that has all samples finds nearly the same grid and functions.
+    torch.manual_seed(0)
+    layer = KANLinear(3, 4, grid="adaptive", conditioning="whitened", dtype=torch.float64)
+    samples = random_inputs(301, 3, seed=5)
+    layer.update_grid(samples)
+    layer.refine(11, samples)
+    torch.testing.assert_close(first["knots"], layer.knots, atol=0.05, rtol=0)
+    assert torch.equal(first["knots"][[0, -1]], layer.knots[[0, -1]])
+    expected = layer(samples).detach()
+    layer.refine(11)
+    twin = copy.deepcopy(layer)
+    twin.load_state_dict(first)
+    assert change(twin, samples, expected) < 2e-2
