@@ -24,6 +24,8 @@ from kanlm.config import RunConfig, UserError
 from kanlm.data import TokenCache, TokenLoader, token_cache, tokenizer_for
 from kanlm.evaluation.perplexity import validation_loss
 from kanlm.model import KanLMConfig, KanLMForCausalLM
+from kanlm.model.health import kan_health
+from kanlm.model.kan import kan_coefficient_names
 from kanlm.runs import RunDir, RunRecord, provenance, write_json
 from kanlm.sizing import architecture, parameter_counts, training_flops_per_token
 from kanlm.train import checkpoint
@@ -268,6 +270,8 @@ class Step:
     loss: float
     grad_norm: float
     learning_rate: float
+    batch: dict[str, torch.Tensor]
+    """The last micro-batch of this process."""
     stopping: bool
     """Whether some process has received a signal to stop."""
 
@@ -293,7 +297,8 @@ def run_steps(session: Session) -> None:
 
         last = state.step == session.total_steps
         validate = not last and settings.eval_every > 0 and state.step % settings.eval_every == 0
-        if state.step % settings.log_every == 0 or state.step == 1 or last or validate:
+        health = state.step % settings.health_every == 0 if settings.health_every else validate or last
+        if state.step % settings.log_every == 0 or state.step == 1 or last or validate or health:
             speed = (state.tokens - logged_tokens) / (state.seconds - logged_seconds)
             logged_tokens, logged_seconds = state.tokens, state.seconds
             values = {
@@ -310,6 +315,8 @@ def run_steps(session: Session) -> None:
             }
             if validate:
                 values |= validation_metrics(session, settings.eval_tokens)
+            if health:
+                values |= health_metrics(session, done.batch)
             session.progress.log(values)
         session.record.tokens_per_second = state.tokens / state.seconds
         session.record.peak_memory_bytes = peak_memory_bytes(accelerator.device)
@@ -357,7 +364,7 @@ def one_step(session: Session, batches: Any) -> Step:
         optimizer.zero_grad()
     if accelerator.num_processes == 1:
         stopping = session.stop_signal.received is not None
-    return Step(loss, grad_norm, config.train.learning_rate * factor, stopping)
+    return Step(loss, grad_norm, config.train.learning_rate * factor, micro_batches[-1], stopping)
 
 
 def agreed(session: Session, micro_batches: list[dict[str, torch.Tensor]]) -> tuple[int, bool]:
@@ -420,6 +427,25 @@ def validation_metrics(session: Session, max_tokens: int | None) -> dict[str, fl
             cross_document_attention=session.config.data.cross_document_attention,
         )
     return {f"validation_{name}": value for name, value in values.items()}
+
+
+def health_metrics(session: Session, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Every measurement of `kan_health` on `batch`, and the worst of each kind over the KAN layers,
+    `kan_...`.
+
+    Nothing for sharded parameters, which the measurement cannot read, and for models without KAN layers.
+    """
+    model = session.accelerator.unwrap_model(session.model)
+    if session.record.provenance["wrapper"] == "fsdp2" or not kan_coefficient_names(model):
+        return {}
+    batch = {name: tensor.to(session.accelerator.device) for name, tensor in batch.items()}
+    with session.accelerator.autocast():
+        health = kan_health(model, batch | {"use_cache": False})
+    worst: dict[str, float] = {}
+    for layer in health.values():
+        for kind, value in layer.items():
+            worst[f"kan_{kind}"] = max(worst.get(f"kan_{kind}", value), value)
+    return worst | {"kan_health": health}
 
 
 def save(session: Session) -> None:

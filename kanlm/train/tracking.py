@@ -62,7 +62,28 @@ def start_trackers(accelerator: Accelerator, config: RunConfig, run_dir: Path) -
         "tensorboard": {},
         "trackio": {"trackio": {"name": config.name}},
     }[name]
-    accelerator.init_trackers(config.tracking.project, config=flat(config.model_dump()), init_kwargs=settings)
+    try:
+        accelerator.init_trackers(
+            config.tracking.project, config=flat(config.model_dump()), init_kwargs=settings
+        )
+    except start_errors(name) as error:
+        accelerator.trackers.clear()  # a half-started tracker cannot be finished
+        reason = " ".join(str(error).split())
+        remedy = (
+            "tracking.wandb_mode=offline or tracking.tracker=none"
+            if name == "wandb"
+            else "tracking.tracker=none"
+        )
+        raise UserError(f"tracking.tracker: {name} could not start ({reason}); set {remedy}") from None
+
+
+def start_errors(name: str) -> tuple[type[BaseException], ...]:
+    """What a tracker raises for a refused key, a missing network or a folder that cannot be written."""
+    if name == "wandb":
+        import wandb
+
+        return (wandb.errors.Error, OSError)
+    return (OSError,)
 
 
 def flat(table: dict[str, Any], prefix: str = "") -> dict[str, bool | str | float | int]:

@@ -262,3 +262,26 @@ def test_second_process_on_the_same_run_is_refused(run_config):
         with pytest.raises(UserError, match="another process is training this run"):
             loop.train(config)
     assert loop.train(config).state == "finished"
+
+
+def test_health_of_kan_layers_is_logged_and_changes_nothing(run_config, metrics, losses):
+    watched, plain = run_config("train.health_every=5"), run_config("name=plain", "model.ffn_type=swiglu")
+    unwatched = run_config("name=unwatched", "train.health_every=1000")
+    for config in (watched, plain, unwatched):
+        loop.train(config)
+    lines = metrics(watched)
+    assert [line["step"] for line in lines if "kan_health" in line] == [5, 10]
+    health = lines[4]
+    assert 0 <= health["kan_outside_grid"] <= 1 and health["kan_nonfinite"] == 0
+    assert health["kan_output_rms"] == max(layer["output_rms"] for layer in health["kan_health"].values())
+    assert losses(watched) == losses(unwatched)
+    assert not any("kan_health" in line for line in metrics(plain))
+
+
+def test_bf16_on_cpu_trains_with_fp32_weights(run_config, losses):
+    config, reference = run_config("train.mixed_precision=bf16"), run_config("name=fp32")
+    assert loop.train(config).provenance["mixed_precision"] == "bf16"
+    loop.train(reference)
+    assert losses(config) != losses(reference)
+    assert losses(config) == pytest.approx(losses(reference), rel=0.02)
+    assert {weight.dtype for weight in load_model(config.run_dir)[1].values()} == {torch.float32}

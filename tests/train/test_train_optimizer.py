@@ -1,0 +1,116 @@
+"""Schedules against hand-worked values; every parameter in the group where it belongs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from kanlm.config import TrainConfig
+from kanlm.model import KanLMConfig, KanLMForCausalLM
+from kanlm.train.optimizer import optimizers, parameter_groups
+from kanlm.train.schedule import learning_rate_factor
+
+
+def settings(**values) -> TrainConfig:
+    return TrainConfig(**{"max_tokens": 1, "warmup_fraction": 0.1, "min_lr_ratio": 0.1} | values)
+
+
+def factors(total: int, **values) -> list[float]:
+    return [learning_rate_factor(step, total, settings(**values)) for step in range(total)]
+
+
+def test_linear_schedule_by_hand():
+    assert factors(10, schedule="linear", warmup_fraction=0.2, min_lr_ratio=0.0) == pytest.approx(
+        [0.5, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0]
+    )
+
+
+def test_cosine_schedule_passes_half_way_at_the_mean_of_peak_and_end():
+    found = factors(21, warmup_fraction=1 / 21)
+    assert found[0] == 1 and found[-1] == pytest.approx(0.1)
+    assert found[10] == pytest.approx(0.55)
+    assert found[5] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+
+
+def test_wsd_schedule_is_constant_until_the_decay():
+    found = factors(20, schedule="wsd", decay_fraction=0.25)
+    assert found[:2] == [0.5, 1.0] and found[2:15] == [1.0] * 13
+    assert found[15:] == pytest.approx([0.82, 0.64, 0.46, 0.28, 0.1])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize("total", [1, 2, 3, 7, 50])
+@pytest.mark.parametrize("warmup", [0.0, 0.02, 0.5, 0.99])
+def test_every_schedule_stays_between_zero_and_the_peak(schedule, total, warmup):
+    found = factors(total, schedule=schedule, warmup_fraction=warmup)
+    assert all(0 < factor <= 1 for factor in found)
+    peak = found.index(max(found))
+    assert found[: peak + 1] == sorted(found[: peak + 1])
+    assert found[peak:] == sorted(found[peak:], reverse=True)
+
+
+def test_step_outside_the_run_is_an_error():
+    with pytest.raises(ValueError, match=r"step: 5 lies outside \[0, 5\)"):
+        learning_rate_factor(5, 5, settings())
+
+
+def model(ffn_type: str, tied: bool) -> KanLMForCausalLM:
+    torch.manual_seed(0)
+    return KanLMForCausalLM(
+        KanLMConfig(
+            vocab_size=40,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            ffn_type=ffn_type,
+            tie_word_embeddings=tied,
+        )
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("ffn_type", ["swiglu", "kan", "kan_mixed", "kan_grouped", "kan_glu", "xielu"])
+def test_groups_hold_every_parameter_once(ffn_type, tied):
+    built = model(ffn_type, tied)
+    groups = parameter_groups(built)
+    names = [name for group in groups.values() for name, _ in group]
+    assert sorted(names) == sorted(name for name, _ in built.named_parameters())
+    assert {name for name, _ in groups["embeddings"]} == {"model.embed_tokens.weight"} | (
+        set() if tied else {"lm_head.weight"}
+    )
+    assert all(parameter.ndim >= 2 for _, parameter in groups["matrices"])
+    assert "model.norm.weight" in {name for name, _ in groups["vectors"]}
+    assert bool(groups["kan"]) == ffn_type.startswith("kan")
+    assert all("spline" in name or "coefficients" in name for name, _ in groups["kan"])
+
+
+def test_adamw_settings_of_each_group():
+    config = settings(learning_rate=0.01, weight_decay=0.3, kan_lr_multiplier=10.0, kan_betas=(0.8, 0.9))
+    (adamw,) = optimizers(model("kan_glu", False), config, torch.device("cpu"))
+    found = {group["name"]: group for group in adamw.param_groups}
+    assert {name: group["weight_decay"] for name, group in found.items()} == {
+        "matrices": 0.3,
+        "kan": 0.0,
+        "embeddings": 0.0,
+        "vectors": 0.0,
+    }
+    assert {name: round(group["peak_lr"], 9) for name, group in found.items()} == {
+        "matrices": 0.01,
+        "kan": 0.1,
+        "embeddings": 0.01,
+        "vectors": 0.01,
+    }
+    assert found["kan"]["betas"] == (0.8, 0.9) and found["matrices"]["betas"] == (0.9, 0.95)
+    assert all(group["fused"] for group in adamw.param_groups)
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest():
+    built = model("kan", False)
+    muon, adamw = optimizers(built, settings(optimizer="muon"), torch.device("cpu"))
+    assert isinstance(muon, torch.optim.Muon)
+    groups = parameter_groups(built)
+    assert {id(p) for p in muon.param_groups[0]["params"]} == {id(p) for _, p in groups["matrices"]}
+    assert [group["name"] for group in adamw.param_groups] == ["kan", "embeddings", "vectors"]

@@ -1,0 +1,87 @@
+"""Trackers: offline, without an account, without a prompt; what is missing is one line before a step is done."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+
+from kanlm.config import UserError
+from kanlm.train import loop, tracking
+
+
+def test_tensorboard_gets_the_numbers_of_metrics_jsonl(run_config, metrics):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = run_config("tracking.tracker=tensorboard", "train.eval_every=6")
+    loop.train(config)
+    events = event_accumulator.EventAccumulator(str(config.run_dir / "kanlm"))
+    events.Reload()
+    expected = {line["step"]: line["loss"] for line in metrics(config) if "loss" in line}
+    assert {event.step: event.value for event in events.Scalars("loss")} == pytest.approx(expected)
+    wanted = {"lr", "grad_norm", "tokens_per_second", "tokens", "validation_bits_per_byte"}
+    assert wanted <= set(events.Tags()["scalars"])
+
+
+def test_wandb_works_offline_without_an_account(run_config, monkeypatch, tmp_path):
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = run_config("tracking.tracker=wandb")
+    loop.train(config)
+    (folder,) = (config.run_dir / "wandb").glob("offline-run-*")
+    assert list(folder.glob("*.wandb"))
+
+
+def test_wandb_online_without_a_key_is_one_line_before_training(run_config, monkeypatch, tmp_path):
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    config = run_config("tracking.tracker=wandb", "tracking.wandb_mode=online")
+    with pytest.raises(UserError, match="tracking.wandb_mode: 'online' needs an API key") as raised:
+        loop.train(config)
+    assert "\n" not in str(raised.value)
+    assert not config.run_dir.exists()
+
+
+def test_wandb_key_is_found_where_wandb_login_puts_it(monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+    netrc = tmp_path / "netrc"
+    monkeypatch.setenv("NETRC", str(netrc))
+    netrc.write_text("machine other.host\n  login user\n  password abc\n")
+    assert not tracking._wandb_key()
+    netrc.write_text("machine api.wandb.ai\n  login user\n  password abc\n")
+    assert tracking._wandb_key()
+
+
+def test_wandb_without_network_is_one_line(run_config, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def refused(**settings):
+        raise wandb.errors.CommError("Run initialization has timed out after 90.0 sec.\nmore")
+
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.setattr(wandb, "init", refused)
+    with pytest.raises(UserError, match="wandb could not start .*timed out.*offline") as raised:
+        loop.train(run_config("tracking.tracker=wandb", "tracking.wandb_mode=online"))
+    assert "\n" not in str(raised.value)
+
+
+def test_missing_package_is_named(run_config, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "trackio" else real(name, *a)
+    )
+    config = run_config("tracking.tracker=trackio")
+    with pytest.raises(UserError, match="'trackio' is not installed; pip install trackio"):
+        loop.train(config)
+    assert not config.run_dir.exists()
+
+
+def test_flat_tables_hold_scalars_only():
+    found = tracking.flat({"a": {"b": 1, "c": None, "d": [1, 2]}, "e": "x", "f": 0.5})
+    assert found == {"a.b": 1, "a.d": "[1, 2]", "e": "x", "f": 0.5}
+    json.dumps(found)
