@@ -101,13 +101,13 @@ def quality(
                 continue
             axes.plot(values, [row] * len(values), "o", color=colour[arm], alpha=0.75, markersize=6)
             axes.plot([np.mean(values)], [row], "|", color=colour[arm], markersize=16, markeredgewidth=2)
-        for baseline in baselines:
+        for place, baseline in enumerate(sorted(baselines, key=lambda row: row["bits_per_byte"])):
             axes.axvline(baseline["bits_per_byte"], color=BASELINE_COLOUR, linestyle="--", linewidth=1)
             axes.annotate(
                 baseline["name"],
                 (baseline["bits_per_byte"], 1),
                 xycoords=("data", "axes fraction"),
-                ha="center",
+                ha="right" if place == 0 and len(baselines) > 1 else "left",
                 va="bottom",
                 fontsize=8,
                 color=BASELINE_COLOUR,

@@ -27,6 +27,7 @@ from kanlm.compare.plan import final_trials, planned_arms, sweep_trials, toml_te
 from kanlm.compare.report import report, summary
 from kanlm.compare.schema import CompareConfig, PlannedArm, Trial, load_compare_config, run_config
 from kanlm.compare.speed import measured_speed
+from kanlm.compare.tracking import track_table
 from kanlm.config import RunConfig, UserError
 from kanlm.data import documents, text_documents, token_cache, tokenizer_for
 from kanlm.evaluation.baselines import kneser_ney_bits_per_byte, xz_bits_per_byte
@@ -94,6 +95,7 @@ def compare(toml_path: str | Path, overrides: tuple[str, ...] | list[str] = ()) 
             judge_trial(config, directory.run(trial.name), base, trial)
     ensure_baselines(config, directory, base)
     path = report(directory.root)
+    track_table(config, read_json(directory.report_json))
     say("")
     say(summary(directory.root))
     say("")

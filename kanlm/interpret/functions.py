@@ -37,7 +37,7 @@ STARTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def kan_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The KAN layers of `model` by name, in the order of computation."""
+    """The KAN layers of `model` by name."""
     return {name: module for name, module in model.named_modules() if type(module).__name__ in KAN_LAYERS}
 
 
@@ -56,8 +56,8 @@ def learned_functions(
     if not layers:
         return result
     inputs = layer_inputs(model, token_batch(model, tokenizer, texts))
-    for name, module in layers.items():
-        rows = inputs[name]
+    for name, rows in inputs.items():
+        module = layers[name]
         if type(module).__name__ == "KANLinear":
             described = edge_functions(name, module, rows, per_module)
         else:
@@ -89,7 +89,7 @@ def token_batch(model: nn.Module, tokenizer: Any, texts: Iterable[str]) -> Tenso
 
 @torch.no_grad()
 def layer_inputs(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
-    """Inputs [N, I] of every KAN layer for the tokens [B, T], N at most SAMPLED_ROWS, fp32."""
+    """Inputs [N, I] of every KAN layer for the tokens [B, T], in the order of calls; N <= SAMPLED_ROWS, fp32."""
     found: dict[str, Tensor] = {}
 
     def keep(name: str, x: Tensor) -> None:

@@ -91,7 +91,7 @@ def learned_functions_svg(curves: Sequence[dict[str, Any]], colour: str, name: s
             if curve.get("start"):
                 axes.plot(x, curve["start"], ":", color="#6b7280", linewidth=1)
             axes.plot(x, y, color=colour, linewidth=1.5)
-            axes.set_title(curve["label"], fontsize=8, color="#374151", pad=2)
+            axes.set_title(curve["label"], fontsize=7, color="#374151", pad=2)
             axes.tick_params(labelsize=7, length=2, pad=1)
             axes.xaxis.set_major_locator(MaxNLocator(3))
             axes.yaxis.set_major_locator(MaxNLocator(3))
