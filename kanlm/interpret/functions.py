@@ -89,7 +89,7 @@ def token_batch(model: nn.Module, tokenizer: Any, texts: Iterable[str]) -> Tenso
 
 @torch.no_grad()
 def layer_inputs(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
-    """Inputs [N, I] of every KAN layer for the tokens [B, T], in the order of calls; N <= SAMPLED_ROWS, fp32."""
+    """Inputs [N, I] of every KAN layer for tokens [B, T], in the order of calls; N <= SAMPLED_ROWS, fp32."""
     found: dict[str, Tensor] = {}
 
     def keep(name: str, x: Tensor) -> None:
