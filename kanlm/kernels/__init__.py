@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 
-import torch
 from torch import nn
 
 from kanlm.kernels import cpu
@@ -59,7 +58,7 @@ def select(model: nn.Module, backend: str = "auto") -> dict[str, str]:
     for name, module in model.named_modules():
         if not hasattr(module, "kernel"):
             continue
-        module.__dict__.pop("_frozen", None)
+        module.__dict__.pop("_packed", None)
         module.kernel = None if backend == "reference" else _kernel(module, backend)
         chosen[name] = "reference" if module.kernel is None else backend
     return chosen

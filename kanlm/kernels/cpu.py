@@ -30,7 +30,7 @@ ACTIVATIONS = {"silu": 2, "gelu": 3, "relu2": 4}
 
 def supports_edge(layer: KANLinear) -> bool:
     """Whether `edge` implements this layer."""
-    return type(layer.basis) is BSpline and 1 <= layer.basis.order <= MAX_ORDER
+    return layer.knots is None and type(layer.basis) is BSpline and 1 <= layer.basis.order <= MAX_ORDER
 
 
 def supports_learned(layer: LearnedFunction) -> bool:
@@ -132,56 +132,43 @@ class _Edge(torch.autograd.Function):
         return grad_x, grad_weight, grad_base, None
 
 
-class _Frozen:
-    """Packed coefficients of a layer between calls without gradients (decoding).
-
-    They are packed again when the parameter is another tensor or was written in place; a write through `.data` moves
-    no version counter, so call the layer once with gradients enabled, or `kernels.select` again, after one.
-    """
-
-    def __init__(self, weight: Tensor, inputs: int):
-        self.mark = self.mark_of(weight)
-        self.packed = packed_coefficients(weight, inputs)
-
-    @staticmethod
-    def mark_of(weight: Tensor) -> tuple:
-        return id(weight), weight.data_ptr(), weight._version
-
-
 @torch.compiler.disable
 def edge(layer: KANLinear, x: Tensor) -> Tensor:
-    """KANLinear: x [..., I] to [..., O]."""
+    """KANLinear: x [..., I] to [..., O].
+
+    A layer with an adaptive grid or fp64 tensors, or whose children an adapter has replaced, uses its reference.
+    """
     weight = layer.spline.weight
-    plain = type(layer.spline) is nn.Linear and (layer.base is None or type(layer.base) is nn.Linear)
-    if not plain or torch.float64 in (weight.dtype, x.dtype):
-        # An adapter has replaced a child, or the precision is more than the library's.
+    children = {type(child) for child in (layer.spline, layer.base) if child is not None}
+    if layer.knots is not None or children != {nn.Linear} or torch.float64 in (weight.dtype, x.dtype):
         return layer.reference(x)
     dtype = product_dtype(x, weight)
     base = None if layer.base is None else layer.base.weight
     flat = x.reshape(-1, layer.in_features)
     with torch.autocast("cpu", enabled=False):
         if torch.is_grad_enabled():
-            layer.__dict__.pop("_frozen", None)
-            y = _Edge.apply(flat, weight, base, layer.basis)
+            layer.__dict__.pop("_packed", None)
+            y = _Edge.apply(flat, layer.plain_weight(), base, layer.basis)
         else:
-            y = _edge_output(
-                _wide(flat),
-                _packed(layer),
-                None if base is None else base.float(),
-                layer.basis,
-                layer.out_features,
-            )
+            base = None if base is None else base.float()
+            y = _edge_output(_wide(flat), _kept(layer), base, layer.basis, layer.out_features)
     return y.to(dtype).view(*x.shape[:-1], layer.out_features)
 
 
-def _packed(layer: KANLinear) -> Tensor:
-    weight = layer.spline.weight
-    if layer.training or weight.is_inference():
-        return packed_coefficients(weight, layer.in_features)
-    frozen = layer.__dict__.get("_frozen")
-    if frozen is None or frozen.mark != frozen.mark_of(weight):
-        frozen = layer.__dict__["_frozen"] = _Frozen(weight, layer.in_features)
-    return frozen.packed
+def _kept(layer: KANLinear) -> Tensor:
+    """The layer's packed coefficients, kept between calls without gradients (decoding).
+
+    They are packed again when a parameter is another tensor or was written in place. A write through `.data` moves
+    no version counter: call the layer once with gradients enabled, or `kernels.select` again, after one.
+    """
+    tensors = [layer.spline.weight] + ([] if layer.whitening is None else [layer.whitening])
+    if layer.training or any(tensor.is_inference() for tensor in tensors):
+        return packed_coefficients(layer.plain_weight(), layer.in_features)
+    mark = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors]
+    kept = layer.__dict__.get("_packed")
+    if kept is None or kept[0] != mark:
+        kept = layer.__dict__["_packed"] = mark, packed_coefficients(layer.plain_weight(), layer.in_features)
+    return kept[1]
 
 
 # ---- learned functions and activations ------------------------------------------------------------------------------
@@ -230,6 +217,9 @@ class _Function:
         return y
 
 
+_function = cache(_Function)
+
+
 class _Elementwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, u, coefficients, function):
@@ -274,11 +264,8 @@ def learned(layer: LearnedFunction, a: Tensor, u: Tensor | None) -> Tensor:
     """LearnedFunction: phi(a) * u, or phi(a) where u is None; [..., C]."""
     if torch.float64 in (a.dtype, layer.coefficients.dtype):
         return layer.reference(a, u)
-    function = layer.__dict__.get("_function")
-    if function is None:
-        kind, basis = (RATIONAL, None) if layer.is_rational else (SPLINE, layer.basis)
-        function = _Function(kind, layer.channels, layer.groups, basis, layer.base is not None)
-        layer.__dict__["_function"] = function
+    kind, basis = (RATIONAL, None) if layer.is_rational else (SPLINE, layer.basis)
+    function = _function(kind, layer.channels, layer.groups, basis, layer.base is not None)
     return _applied(function, a, u, layer.coefficients)
 
 
@@ -295,9 +282,4 @@ def activation(function: Callable) -> Callable | None:
 def _activated(kind: int, module: nn.Module, a: Tensor, u: Tensor | None) -> Tensor:
     if a.dtype == torch.float64:
         return module.activation(a) if u is None else module.activation(a) * u
-    return _applied(_activation_of(kind, a.shape[-1]), a, u, None)
-
-
-@cache
-def _activation_of(kind: int, channels: int) -> _Function:
-    return _Function(kind, channels)
+    return _applied(_function(kind, a.shape[-1]), a, u, None)

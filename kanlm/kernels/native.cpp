@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 namespace {
@@ -24,6 +25,8 @@ typedef float vec __attribute__((vector_size(64)));
 typedef int32_t ivec __attribute__((vector_size(64)));
 typedef float vec_u __attribute__((vector_size(64), aligned(4), may_alias));
 
+const ivec lane_numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 inline vec load(const float* p) { return *reinterpret_cast<const vec_u*>(p); }
 inline void store(float* p, vec v) { *reinterpret_cast<vec_u*>(p) = v; }
 inline vec splat(float f) { return vec{} + f; }
@@ -31,6 +34,16 @@ inline vec vmin(vec a, vec b) { return a < b ? a : b; }  // a NaN becomes b
 inline vec vmax(vec a, vec b) { return a > b ? a : b; }
 inline ivec to_int(vec v) { return __builtin_convertvector(v, ivec); }
 inline vec to_float(ivec v) { return __builtin_convertvector(v, vec); }
+
+inline int64_t whole(int64_t n) { return (n + V - 1) / V * V; }
+
+template <typename X>
+struct Scratch {  // uninitialised, aligned to a vector
+    X* data;
+    explicit Scratch(int64_t n) : data(static_cast<X*>(std::aligned_alloc(64, whole(n) * sizeof(X)))) {}
+    Scratch(const Scratch&) = delete;
+    ~Scratch() { std::free(data); }
+};
 
 inline vec vexp(vec x) {  // 2^n * e^f with |f| <= ln2 / 2; relative error below 2e-7 in [-87, 88]
     vec y = vmax(vmin(x, splat(88.0f)), splat(-87.0f));
@@ -125,7 +138,8 @@ inline void add_silu(vec a, vec& value, vec& slope) {
 }
 
 // A function is built for the channels [c, c + V) of one group, or of several groups where those are narrower than a
-// vector (NARROW). `accumulate` adds w * d phi / d table.
+// vector (NARROW). `accumulate` adds w * d phi / d table over the
+// lanes [from, to); `flush` ends that.
 
 // A spline's table holds T rows of `cells` coefficients of powers of r. With at most 32 cells a row stays in two
 // registers and a lookup is one permutation; otherwise (REGISTERS = 0) it reads memory.
@@ -137,7 +151,10 @@ struct Spline {
     ivec offset;  // of each lane's group, in floats
     Place s;
 
-    Spline(const Elementwise& k, int64_t c, bool narrow) : k(k), offset{} {
+    Spline(const Elementwise& k, int64_t c, bool narrow) : k(k), offset{}, sums(int64_t(k.cells) * T * V) {
+        std::fill(sums.data, sums.data + int64_t(k.cells) * T * V, 0.0f);
+        lowest = ivec{} + int32_t(k.cells);
+        highest = ivec{} - 1;
         const int64_t width = k.C / k.groups, group = c / width;
         rows = k.tables + group * k.size;
         if (narrow)
@@ -170,18 +187,50 @@ struct Spline {
         slope *= k.inv_h;
         if (SILU) add_silu(a, value, slope);
     }
-    // sums: [size, V], one column a lane, so that lanes never meet; d phi / d coefficient_j = r^j + e j r^(j-1).
-    void accumulate(vec, vec, vec w, int n, float* sums) const {
-        vec power = splat(1.0f), below = splat(0.0f);
-        float parts[T][V];
+    // d phi / d coefficient_j = r^j + e j r^(j-1). Terms wait in a small buffer, which `flush` sums cell by cell with
+    // masked additions, only over the cells that occur.
+    void accumulate(vec, vec w, int from, int to) {
+        waiting_cell[waiting] = lane_numbers >= from && lane_numbers < to ? s.cell : -1;
+        lowest = s.cell < lowest ? s.cell : lowest;
+        highest = s.cell > highest ? s.cell : highest;
+        vec power = w, below = splat(0.0f);
         for (int j = 0; j < T; ++j) {
-            store(parts[j], w * (power + s.e * (float(j) * below)));
+            part[waiting][j] = power + s.e * (float(j) * below);
             below = power;
             power *= s.r;
         }
-        for (int l = 0; l < n; ++l)
-            for (int j = 0; j < T; ++j) sums[(int64_t(j) * k.cells + s.cell[l]) * V + l] += parts[j][l];
+        if (++waiting == BUFFER) flush();
     }
+    void flush() {
+        int first = k.cells, last = -1;
+        for (int l = 0; l < V; ++l) {
+            first = std::min(first, int(lowest[l]));
+            last = std::max(last, int(highest[l]));
+        }
+        for (int cell = first; cell <= last; ++cell) {
+            vec total[T];
+            for (int j = 0; j < T; ++j) total[j] = load(sums.data + (int64_t(cell) * T + j) * V);
+            for (int n = 0; n < waiting; ++n) {
+                ivec here = waiting_cell[n] == cell;
+                for (int j = 0; j < T; ++j) total[j] += here ? part[n][j] : splat(0.0f);
+            }
+            for (int j = 0; j < T; ++j) store(sums.data + (int64_t(cell) * T + j) * V, total[j]);
+        }
+        waiting = 0;
+        lowest = ivec{} + int32_t(k.cells);
+        highest = ivec{} - 1;
+    }
+    // Adds lane l's gradient to `total` [size].
+    void reduce(int l, double* total) const {
+        for (int cell = 0; cell < k.cells; ++cell)
+            for (int j = 0; j < T; ++j) total[j * k.cells + cell] += sums.data[(int64_t(cell) * T + j) * V + l];
+    }
+
+    static constexpr int BUFFER = 32;
+    ivec waiting_cell[BUFFER], lowest, highest;
+    vec part[BUFFER][T];
+    int waiting = 0;
+    Scratch<float> sums;  // [cells, T, V]
 };
 
 // P(x) / Q(x), P = sum_n p_n x^n (n <= 5), Q = 1 + f1^2 + f2^2, f1 = q0 x + q1 x^2, f2 = q2 x + q3 x^2; size 10.
@@ -210,20 +259,25 @@ struct Rational {
         slope = (dp - ratio * dq) * inverse;
         if (SILU) add_silu(x, value, slope);
     }
-    void accumulate(vec x, vec, vec w, int n, float* sums) const {
-        w *= inverse;
+    void accumulate(vec x, vec w, int from, int) {
+        w = lane_numbers < from ? splat(0.0f) : w * inverse;  // lanes beyond the last have w = 0
         vec power = w;
         for (int j = 0; j < 6; ++j) {
-            add(sums + j * V, power, n);
+            total[j] += power;
             power *= x;
         }
         vec shared = -2.0f * w * ratio * x;
-        add(sums + 6 * V, shared * first, n);
-        add(sums + 7 * V, shared * first * x, n);
-        add(sums + 8 * V, shared * second, n);
-        add(sums + 9 * V, shared * second * x, n);
+        total[6] += shared * first;
+        total[7] += shared * first * x;
+        total[8] += shared * second;
+        total[9] += shared * second * x;
     }
-    static void add(float* at, vec v, int n) { store_part(at, load_part(at, n) + v, n); }
+    void flush() {}
+    void reduce(int l, double* sum) const {
+        for (int j = 0; j < 10; ++j) sum[j] += total[j][l];
+    }
+
+    vec total[10] = {};
 };
 
 // The activations of the MLP arms, fused the same way; no table.
@@ -248,55 +302,67 @@ struct Fixed {
             slope = 2.0f * above;
         }
     }
-    void accumulate(vec, vec, vec, int, float*) const {}
+    void accumulate(vec, vec, int, int) {}
+    void flush() {}
+    void reduce(int, double*) const {}
 };
 
-constexpr int64_t ROWS = 256;  // rows accumulated in fp32 before the sum goes on in fp64
+constexpr int64_t ROWS = 32;    // rows whose values stay in the second-level cache while all groups visit them
+constexpr int64_t BLOCKS = 16;  // blocks of rows accumulated in fp32 before the sum goes on in fp64
 
+// The vector at `at`, of which the lanes [first, last) are new; the lanes before are computed twice, with one result.
 template <typename F, bool BACKWARD>
-inline void step(const Elementwise& k, F& function, int64_t at, int n, float* lanes) {
-    vec a = load_part(k.a + at, n), u = k.u ? load_part(k.u + at, n) : splat(1.0f), value, slope;
+inline void step(const Elementwise& k, F& function, int64_t at, int first, int last) {
+    vec a = load_part(k.a + at, last), u = k.u ? load_part(k.u + at, last) : splat(1.0f), value, slope;
     function.evaluate(a, value, slope);
     if constexpr (!BACKWARD) {
-        store_part(k.y + at, value * u, n);
+        store_part(k.y + at, value * u, last);
     } else {
-        vec g = load_part(k.g + at, n), gu = g * u;
-        store_part(k.da + at, gu * slope, n);
-        if (k.du) store_part(k.du + at, g * value, n);
-        function.accumulate(a, value, gu, n, lanes);
+        vec g = load_part(k.g + at, last), gu = g * u;
+        store_part(k.da + at, gu * slope, last);
+        if (k.du) store_part(k.du + at, g * value, last);
+        function.accumulate(a, gu, first, last);
     }
 }
 
 // Rows [begin, end). Row by row where a group fills a vector, else in strips of V channels.
 template <typename F, bool BACKWARD>
 void elementwise_rows(const Elementwise& k, int64_t begin, int64_t end, double* sums) {
-    const int64_t width = k.C / k.groups;
-    const bool narrow = width < V;
-    std::vector<float> lanes(BACKWARD ? k.size * V : 0);
-    for (int64_t c0 = 0; c0 < k.C; c0 += narrow ? V : width) {
-        const int64_t c1 = std::min(k.C, c0 + (narrow ? V : width));
-        F function(k, c0, narrow);
-        std::fill(lanes.begin(), lanes.end(), 0.0f);
-        for (int64_t row = begin; row < end; ++row)
-            for (int64_t c = c0; c < c1; c += V)
-                step<F, BACKWARD>(k, function, row * k.C + c, int(std::min<int64_t>(V, c1 - c)), lanes.data());
-        if (BACKWARD)
-            for (int64_t at = 0; at < k.size; ++at)
-                for (int64_t l = 0; l < (narrow ? c1 - c0 : V); ++l)
-                    sums[(c0 + (narrow ? l : 0)) / width * k.size + at] += lanes[at * V + l];
-    }
+    const int64_t width = k.C / k.groups, strip = width < V ? V : width;
+    const int64_t last_row = std::min(end, begin + ROWS * BLOCKS);
+    std::vector<std::unique_ptr<F>> functions;
+    for (int64_t c0 = 0; c0 < k.C; c0 += strip) functions.push_back(std::make_unique<F>(k, c0, width < V));
+    for (int64_t block = begin; block < last_row; block += ROWS)
+        for (int64_t c0 = 0; c0 < k.C; c0 += strip) {
+            const int64_t channels = std::min(strip, k.C - c0), full = channels / V * V, rest = channels - full;
+            F& function = *functions[c0 / strip];
+            for (int64_t row = block; row < std::min(last_row, block + ROWS); ++row) {
+                const int64_t at = row * k.C + c0;
+                for (int64_t c = 0; c < full; c += V) step<F, BACKWARD>(k, function, at + c, 0, V);
+                if (rest && full) step<F, BACKWARD>(k, function, at + channels - V, V - rest, V);
+                else if (rest) step<F, BACKWARD>(k, function, at, 0, int(rest));
+            }
+        }
+    if (BACKWARD)
+        for (int64_t c0 = 0; c0 < k.C; c0 += strip) {
+            F& function = *functions[c0 / strip];
+            function.flush();
+            for (int64_t l = 0; l < std::min<int64_t>(V, k.C - c0); ++l)
+                function.reduce(int(l), sums + (c0 + (width < V ? l : 0)) / width * k.size);
+        }
 }
 
 template <typename F>
 void elementwise(const Elementwise& k, int threads) {
-    const int64_t blocks = (k.N + ROWS - 1) / ROWS, pieces = std::min<int64_t>(threads, blocks);
+    const int64_t rows = ROWS * BLOCKS;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t piece = 0; piece < pieces; ++piece)
-        for (int64_t b = piece * blocks / pieces; b < (piece + 1) * blocks / pieces; ++b) {
-            const int64_t begin = b * ROWS, end = std::min(k.N, begin + ROWS);
-            if (k.g) elementwise_rows<F, true>(k, begin, end, k.sums ? k.sums + piece * k.groups * k.size : nullptr);
-            else elementwise_rows<F, false>(k, begin, end, nullptr);
+    for (int64_t piece = 0; piece < threads; ++piece) {
+        const int64_t begin = piece * k.N / threads, end = (piece + 1) * k.N / threads;
+        for (int64_t row = begin; row < end; row += rows) {
+            if (k.g) elementwise_rows<F, true>(k, row, end, k.sums ? k.sums + piece * k.groups * k.size : nullptr);
+            else elementwise_rows<F, false>(k, row, end, nullptr);
         }
+    }
 }
 
 template <int T, bool SILU>
@@ -327,16 +393,6 @@ inline void evaluate(const float* x, int64_t n, float lo, float inv_h, int G, fl
         *reinterpret_cast<ivec*>(cell + i) = s.cell;
     }
 }
-
-inline int64_t whole(int64_t n) { return (n + V - 1) / V * V; }
-
-template <typename X>
-struct Scratch {  // uninitialised, aligned to a vector
-    X* data;
-    explicit Scratch(int64_t n) : data(static_cast<X*>(std::aligned_alloc(64, whole(n) * sizeof(X)))) {}
-    Scratch(const Scratch&) = delete;
-    ~Scratch() { std::free(data); }
-};
 
 constexpr int64_t TOKENS = 32;    // rows of a tile
 constexpr int64_t TILE_VECS = 8;  // output vectors of a tile

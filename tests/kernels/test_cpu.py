@@ -77,6 +77,28 @@ def test_edge_layer_takes_leading_dimensions_and_strides(basis, base):
     compared(layer, [wide], TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("basis", ["linear", "bspline"])
+def test_whitened_layer_equals_the_reference(basis):
+    torch.manual_seed(1)
+    compared(KANLinear(12, 20, basis, conditioning="whitened"), [points(70, 12)], 2e-4)
+
+
+@pytest.mark.parametrize("kind", ["edge", "learned"])
+def test_refined_grid_is_used(kind):
+    layer = KANLinear(6, 5, grid_size=4) if kind == "edge" else LearnedFunction(6, 2, grid_size=4)
+    kernels.select(layer, "cpu")
+    x = points(40, 6)
+    with torch.no_grad():
+        before = layer(x)
+        layer.refine(8)
+        close(layer(x), before, 1e-4, "output")
+
+
+def test_adaptive_grid_keeps_the_reference():
+    layer = KANLinear(6, 5, grid="adaptive")
+    assert kernels.select(layer, "cpu") == {"": "reference"}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("base", ["silu", None])
 @pytest.mark.parametrize(
