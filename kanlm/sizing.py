@@ -447,7 +447,7 @@ def plan(
 
 
 def _device_plan(
-    config: RunConfig, model: KanLMConfig, devices: int, sharding: str, device_seconds: float
+    config: RunConfig, model: KanLMConfig, devices: int, sharding: Any, device_seconds: float
 ) -> dict[str, Any]:
     train = config.train
     rows = train.batch_size // devices
@@ -472,7 +472,7 @@ def _device_plan(
     }
 
 
-def _match(model: KanLMConfig, ffn_type: str, matching: str, block_size: int) -> dict[str, Any]:
+def _match(model: KanLMConfig, ffn_type: str, matching: Any, block_size: int) -> dict[str, Any]:
     """A row of the plan: the width of another arm that is as large as `model`, or why there is none."""
     row: dict[str, Any] = {"ffn_type": ffn_type, "matching": matching}
     if matching == "parameters":

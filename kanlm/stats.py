@@ -116,8 +116,7 @@ def scaling_fits(points: Mapping[str, tuple[Sequence[float], Sequence[float]]]) 
     Only the scale differs between arms, so `fit[a].scale / fit[b].scale` is the ratio of sizes that a and b
     need for equal loss, at every loss. Form: Hoffmann et al. 2022, eq. 2, in one variable. Least squares in
     nats; the exponent is searched on [0.01, 3], offset and factors solve a non-negative linear problem at
-    each (variable projection). Needs three sizes or more for one arm, and for each further arm one point or
-    more.
+    each (variable projection). One arm needs three sizes, each further arm one point.
     """
     if not points:
         raise ValueError("points: expected at least one arm")

@@ -28,6 +28,16 @@ def test_bigram_model_of_a_hand_worked_text():
     assert sum(after_a.values()) == pytest.approx(1, rel=1e-12)
 
 
+def test_the_start_of_a_document_is_counted_by_occurrences():
+    # Documents ab and ac; nothing stands left of <s>, so the bigram <s>a counts its two occurrences.
+    # Every order has n1 = 2, n2 = 1, discount 1/2, but unigrams: a, b, c have one left neighbour each, 0.75.
+    p1 = 0.25 / 3 + 0.75 * 3 / 3 / 3
+    p2 = (2 - 0.5) / 2 + 0.5 * 1 / 2 * p1
+    p3 = (2 - 0.5) / 2 + 0.5 * 1 / 2 * p2
+    model = KneserNey([[0, 1], [0, 2]], vocab_size=3, order=3)
+    assert np.exp(model.log_probabilities([[0]])) == pytest.approx([p3], rel=1e-12)
+
+
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
 def test_probabilities_sum_to_one_in_every_context(order):
     rng = np.random.default_rng(order)
