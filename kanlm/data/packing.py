@@ -12,8 +12,9 @@ import multiprocessing
 import os
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from kanlm.data.tokenizer import packing_tokenizer
 from kanlm.metrics import TextCounts, total_counts
 
-BATCH_CHARACTERS = 1 << 20
+BATCH_CHARACTERS = 1 << 22
 PIECE_CHARACTERS = 1 << 14
 _PIECE_END = re.compile(r"[ \n](?=\S)")
 
@@ -60,9 +61,7 @@ class Packer:
         """One Packed for `texts`; the tokenizer spreads them, and pieces of long ones, over its threads."""
         cut = [pieces(text) if self._cuts else [text] for text in texts]
         encodings = iter(
-            self._backend.encode_batch_fast(
-                list(itertools.chain.from_iterable(cut)), add_special_tokens=False
-            )
+            self._backend.encode_batch(list(itertools.chain.from_iterable(cut)), add_special_tokens=False)
         )
         ids: list[int] = []
         lengths = []
@@ -75,24 +74,30 @@ class Packer:
         return Packed(np.array(ids, dtype=self.dtype), np.array(lengths, dtype=np.int64), total_counts(texts))
 
     def packed(self, texts: Iterable[str], num_workers: int = 0) -> Iterator[Packed]:
-        """Batches of `texts` in order; with `num_workers` > 1 encoded by as many processes."""
-        batches = text_batches(texts)
-        if num_workers < 2:
-            yield from map(self, batches)
-            return
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(self,)) as pool:
+        """Batches of `texts` in order, encoded while this thread reads on: by `num_workers` processes, or where
+        these are fewer than two by the tokenizer's own threads."""
+        with self._pool(num_workers) as (pool, encode):
             waiting: deque[Future[Packed]] = deque()
             try:
-                for batch in batches:
-                    waiting.append(pool.submit(_pack_in_worker, batch))
-                    if len(waiting) > 2 * num_workers:
+                for batch in text_batches(texts):
+                    waiting.append(pool.submit(encode, batch))
+                    if len(waiting) > 2 * max(1, num_workers):
                         yield waiting.popleft().result()
                 while waiting:
                     yield waiting.popleft().result()
             finally:
                 for future in waiting:
                     future.cancel()
+
+    @contextmanager
+    def _pool(self, num_workers: int) -> Iterator[tuple[Executor, Callable[[list[str]], Packed]]]:
+        if num_workers < 2:
+            with ThreadPoolExecutor(2, thread_name_prefix="packing") as threads:
+                yield threads, self
+        else:
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(num_workers, context, _start_worker, (self,)) as processes:
+                yield processes, _pack_in_worker
 
 
 def text_batches(texts: Iterable[str]) -> Iterator[list[str]]:
