@@ -501,7 +501,7 @@ def _blocks(
         labels[row, : end - start] = block[1:]
     if cross_document_attention:
         return inputs, labels, None
-    document_starts = torch.from_numpy(cache.document_starts)
+    document_starts = torch.from_numpy(cache.document_starts.astype("int64"))
     block_starts = torch.tensor(list(starts))[:, None]
     places = block_starts + torch.arange(length)  # [B, T] places in the stream
     current = document_starts[torch.searchsorted(document_starts, places, right=True) - 1]  # [B, T]
