@@ -39,7 +39,7 @@ class Progress:
         self.accelerator = accelerator
         self.main = accelerator.is_main_process
         self.total_steps = total_steps
-        self.bits_per_byte: float | None = None
+        self.newest: dict[str, Any] = {}
         self.bar = None
         self.file = None
         if self.main:
@@ -69,9 +69,9 @@ class Progress:
             key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"
         }
         self.accelerator.log(numbers, step=values["step"])
-        self.bits_per_byte = values.get("validation_bits_per_byte", self.bits_per_byte)
+        self.newest |= values
         if self.bar is not None:
-            self.bar.set_postfix_str(self._short(values))
+            self.bar.set_postfix_str(self._short(self.newest))
         else:
             print(f"step {values['step']}/{self.total_steps}  {self._short(values)}", flush=True)
 
@@ -79,8 +79,8 @@ class Progress:
         parts = []
         if "loss" in values:
             parts += [f"loss {values['loss']:.4f}"]
-        if self.bits_per_byte is not None:
-            parts += [f"{self.bits_per_byte:.3f} bits/byte"]
+        if "validation_bits_per_byte" in values:
+            parts += [f"{values['validation_bits_per_byte']:.3f} bits/byte"]
         if values.get("tokens_per_second"):
             parts += [f"{values['tokens_per_second']:,.0f} tokens/s"]
             if values.get("mfu") is not None:

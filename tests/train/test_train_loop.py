@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import math
 import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -56,18 +60,21 @@ def test_finished_run_is_not_trained_again(run_config, losses):
     assert RunDir(config.run_dir).metrics.read_bytes() == before
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("stop_at", [1, 5, 11])
+DROPOUT = ("model.attention_dropout=0.1", "train.micro_batch_size=2")
+MUON_STREAM = ("train.optimizer=muon", "data.streaming=true", "data.cross_document_attention=false")
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "settings"), [(1, DROPOUT), (5, DROPOUT), (11, DROPOUT), (6, MUON_STREAM)]
+)
 def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(
-    run_config, losses, monkeypatch, interrupt_after, optimizer, stop_at
+    run_config, losses, monkeypatch, interrupt_after, stop_at, settings
 ):
-    settings = (f"train.optimizer={optimizer}", "model.attention_dropout=0.1", "train.micro_batch_size=2")
     whole, parts = run_config(*settings), run_config("name=parts", *settings)
     loop.train(whole)
-    with monkeypatch.context():
-        interrupt_after(stop_at)
-        record = loop.train(parts)
-        assert (record.state, record.step) == ("interrupted", stop_at)
+    interrupt_after(stop_at)
+    record = loop.train(parts)
+    assert (record.state, record.step) == ("interrupted", stop_at)
     monkeypatch.undo()
     assert loop.train(parts).state == "finished"
     assert losses(parts) == losses(whole)
@@ -285,3 +292,44 @@ def test_bf16_on_cpu_trains_with_fp32_weights(run_config, losses):
     assert losses(config) != losses(reference)
     assert losses(config) == pytest.approx(losses(reference), rel=0.02)
     assert {weight.dtype for weight in load_model(config.run_dir)[1].values()} == {torch.float32}
+
+
+def test_terminal_gets_a_bar_with_loss_speed_and_time_left(run_config, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    loop.train(run_config("train.eval_every=4"))
+    bar = terminal.getvalue().split("\r")[-1]
+    assert "12/12" in bar and "loss" in bar and "bits/byte" in bar and "tokens/s" in bar and "of peak" in bar
+
+
+def test_sigterm_to_the_command_ends_it_with_status_zero(write_toml, run_config):
+    """As a scheduler would: another process, a signal at some moment, the same command again."""
+    settings = ("train.max_tokens=500_000", "train.zero_gradient_steps=0")
+    path, config = write_toml(*settings), run_config(*settings)
+    metrics_file = RunDir(config.run_dir).metrics
+    command = [sys.executable, "-m", "kanlm", "train", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (metrics_file.exists() and metrics_file.read_text().count("\n") > 3):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "run the same command again to go on" in out
+    record = json.loads(RunDir(config.run_dir).record.read_text())
+    assert record["state"] == "interrupted" and 3 < record["step"] < record["total_steps"]
+    assert RunDir(config.run_dir).checkpoint(record["step"]).is_dir()
+
+
+@pytest.mark.slow
+def test_compiled_layers_learn_the_same(run_config, losses):
+    plain, compiled = run_config(), run_config("name=compiled", "train.compile=true")
+    loop.train(plain)
+    loop.train(compiled)
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+    assert load_model(compiled.run_dir)[1].keys() == load_model(plain.run_dir)[1].keys()

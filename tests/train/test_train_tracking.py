@@ -1,4 +1,4 @@
-"""Trackers: offline, without an account, without a prompt; what is missing is one line before a step is done."""
+"""Trackers: offline, without an account, without a prompt; what is missing is one line before a step."""
 
 from __future__ import annotations
 

@@ -73,8 +73,9 @@ def train(job: dict) -> dict:
 
 if __name__ == "__main__":
     jobs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    observed = [train(job) for job in jobs]
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        out.write_text(json.dumps(observed))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    observed = []
+    for job in jobs:
+        observed.append(train(job))
+        if torch.distributed.get_rank() == 0:
+            out.write_text(json.dumps(observed))
+    torch.distributed.destroy_process_group()
