@@ -10,7 +10,9 @@ its device: a kernel refuses tensors of another one.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
 
 from torch import nn
 
@@ -51,9 +53,8 @@ def select(model: nn.Module, backend: str = "auto") -> dict[str, str]:
     elif backend == "cpu":
         _require_cpu(device)
     elif backend == "triton":
-        from kanlm.kernels.triton_ops import require
-
-        require(device)
+        if reason := _triton_lacks(device):
+            raise ValueError(f"kernels: 'triton' cannot run here: {reason}; choose 'auto'")
     chosen = {}
     for name, module in model.named_modules():
         if not hasattr(module, "kernel"):
@@ -66,9 +67,7 @@ def select(model: nn.Module, backend: str = "auto") -> dict[str, str]:
 
 def _automatic(device: str) -> str:
     if device == "cuda":
-        from kanlm.kernels import triton_ops
-
-        if reason := triton_ops.unavailable(device):
+        if reason := _triton_lacks(device):
             _log_once(f"kernels: reference implementation on {device} ({reason})")
             return "reference"
         _log_once(f"kernels: triton on {device}")
@@ -83,6 +82,15 @@ def _automatic(device: str) -> str:
         return "reference"
     _log_once("kernels: native library on cpu")
     return "cpu"
+
+
+def _triton_lacks(device: str) -> str | None:
+    """Why Triton kernels cannot run on `device`, or None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the model is on {device}, not on a GPU, and TRITON_INTERPRET=1 is not set"
+    return None
 
 
 def _require_cpu(device: str) -> None:

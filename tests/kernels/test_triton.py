@@ -1,0 +1,161 @@
+"""The Triton kernels against the reference, on a GPU or, where there is none, in Triton's interpreter.
+
+The interpreter must be chosen before triton is imported, so without a GPU these tests run in a process of their own.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+HAS_GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
+here = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="runs in the interpreter's process")
+
+
+@pytest.mark.skipif(HAS_GPU or INTERPRETED, reason="the kernels run in this process")
+def test_kernels_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+
+
+def test_triton_without_a_gpu_is_an_error():
+    if DEVICE == "cuda" or INTERPRETED:
+        pytest.skip("triton can run here")
+    from kanlm import kernels
+    from kanlm.model.kan import KANLinear
+
+    with pytest.raises(ValueError, match="TRITON_INTERPRET"):
+        kernels.select(KANLinear(4, 3), "triton")
+
+
+def compared(module, inputs, tolerance):
+    """Outputs and gradients with the kernel against the fp64 reference."""
+    import copy
+
+    from kanlm import kernels
+
+    module = module.to(DEVICE)
+    reference, fused = copy.deepcopy(module).double(), copy.deepcopy(module)
+    assert set(kernels.select(fused, "triton").values()) == {"triton"}
+    results = []
+    for layer, double in ((reference, True), (fused, False)):
+        leaves = [
+            x.detach().to(DEVICE, torch.float64 if double else x.dtype).requires_grad_() for x in inputs
+        ]
+        y = layer(*leaves)
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(y))
+        results.append([y.detach(), *(x.grad for x in leaves), *(p.grad for p in layer.parameters())])
+    for number, (expected, got) in enumerate(zip(*results, strict=True)):
+        error = ((got.double() - expected).abs().max() / expected.abs().max()).item()
+        assert error < tolerance, f"tensor {number} of output, input and parameter gradients: {error:.2g}"
+
+
+TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 3e-2}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def points(*shape, seed=0, dtype=torch.float32):
+    return (2 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+@here
+@DTYPES
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("base", ["silu", None])
+def test_edge_layer_equals_the_reference(order, base, dtype):
+    from kanlm.model.kan import KANLinear
+
+    torch.manual_seed(0)
+    layer = KANLinear(19, 35, "bspline", grid_size=4, order=order, base=base).to(dtype)
+    compared(layer, [points(3, 21, 19, dtype=dtype)], TOLERANCE[dtype])
+
+
+@here
+def test_edge_layer_takes_strides_and_whitening():
+    from kanlm.model.kan import KANLinear
+
+    torch.manual_seed(0)
+    layer = KANLinear(10, 7, "linear", grid_size=5, conditioning="whitened")
+    compared(layer, [points(2, 10, 13).transpose(1, 2)], 2e-4)
+
+
+@here
+@DTYPES
+@pytest.mark.parametrize(
+    "basis, grid, order, base", [("bspline", 9, 3, None), ("linear", 15, 1, "silu"), ("bspline", 17, 2, None)]
+)
+def test_learned_function_equals_the_reference(basis, grid, order, base, dtype):
+    from kanlm.model.kan import LearnedFunction
+
+    layer = LearnedFunction(63, 3, basis, grid_size=grid, order=order, base=base)
+    with torch.no_grad():
+        layer.coefficients += 0.3 * torch.randn(
+            layer.coefficients.shape, generator=torch.Generator().manual_seed(1)
+        )
+    layer = layer.to(dtype)
+    a, u = points(70, 63, dtype=dtype), points(70, 63, seed=1, dtype=dtype)
+    compared(layer, [a], TOLERANCE[dtype])
+    compared(layer, [a, u], TOLERANCE[dtype])
+
+
+@here
+def test_swiglu_equals_the_reference():
+    from kanlm.model.configuration_kanlm import KanLMConfig
+    from kanlm.model.ffn import build_ffn
+
+    config = KanLMConfig(hidden_size=16, intermediate_size=40, num_attention_heads=2, ffn_type="swiglu")
+    torch.manual_seed(0)
+    compared(build_ffn(config), [points(2, 9, 16)], TOLERANCE[torch.float32])
+
+
+@here
+def test_uninitialised_scratch_does_not_reach_the_result(monkeypatch):
+    from kanlm.model.kan import KANLinear, LearnedFunction
+
+    empty, empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
+    compared(KANLinear(5, 6), [points(11, 5)], TOLERANCE[torch.float32])
+    compared(LearnedFunction(10, 2), [points(11, 10), points(11, 10, seed=2)], TOLERANCE[torch.float32])
+
+
+@here
+def test_two_runs_are_equal_bit_for_bit():
+    from kanlm import kernels
+    from kanlm.model.kan import KANLinear, LearnedFunction
+
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        layer = torch.nn.Sequential(KANLinear(8, 12), LearnedFunction(12, 3)).to(DEVICE)
+        kernels.select(layer, "triton")
+        layer(points(150, 8).to(DEVICE)).square().sum().backward()
+        results.append([p.grad for p in layer.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU or INTERPRETED, reason="needs a CUDA device")
+@DTYPES
+def test_large_layers_on_a_gpu(dtype):
+    from kanlm.model.kan import KANLinear, LearnedFunction
+
+    torch.manual_seed(0)
+    compared(
+        KANLinear(515, 770, grid_size=8).to(dtype), [points(4099, 515, dtype=dtype)], 10 * TOLERANCE[dtype]
+    )
+    function = LearnedFunction(2048, 8).to(dtype)
+    compared(
+        function, [points(4099, 2048, dtype=dtype), points(4099, 2048, seed=1, dtype=dtype)], TOLERANCE[dtype]
+    )
