@@ -265,6 +265,31 @@ class KnotSpline:
         return spline_values(at_least_fp32(x), self.knots, self.order)[1]
 
 
+def exact_product(matrix: Tensor, values: Tensor) -> Tensor:
+    """matrix @ values in their own dtype, whatever autocast says."""
+    if not torch.amp.is_autocast_available(values.device.type):
+        return matrix @ values
+    with torch.autocast(values.device.type, enabled=False):
+        return matrix @ values
+
+
+class WhiteBasis:
+    """W B(x): another basis of the same functions, W [K, K]."""
+
+    def __init__(self, basis, whitening: Tensor):
+        self.basis, self.whitening = basis, whitening
+
+    def values(self, x: Tensor) -> Tensor:
+        """x [..., I] to [..., K, I], fp32 or fp64."""
+        values = self.basis.values(x)
+        return exact_product(self.whitening.to(values.dtype), values)
+
+    def derivatives(self, x: Tensor) -> Tensor:
+        """x [..., I] to [..., K, I], fp32 or fp64."""
+        slopes = self.basis.derivatives(x)
+        return exact_product(self.whitening.to(slopes.dtype), slopes)
+
+
 @dataclass(frozen=True)
 class Gaussian(Basis):
     """exp(-z^2), z the distance to a grid point in grid steps: K = G + 1."""

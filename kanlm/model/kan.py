@@ -16,7 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .basis import BASES, Basis, BSpline, KnotSpline, at_least_fp32, make_basis, slope_of, uniform_pieces
+from .basis import (
+    BASES,
+    Basis,
+    BSpline,
+    KnotSpline,
+    WhiteBasis,
+    at_least_fp32,
+    exact_product,
+    make_basis,
+    slope_of,
+    uniform_pieces,
+)
 from .refit import (
     EVEN_SHARE,
     adapted_knots,
@@ -52,17 +63,17 @@ def is_plain_linear(layer: nn.Module) -> bool:
 class _RecomputedSpline(torch.autograd.Function):
     """start [N, O] or 0, plus features(x) [N, K*I] times weight [O, K*I], in chunks of rows.
 
-    Saves x and computes its features again in backward.
+    Saves x and computes its features again in backward. `basis` has their `values` and `derivatives`.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, start, layer, dtype):
+    def forward(ctx, x, weight, start, layer, basis, dtype):
         ctx.save_for_backward(x, weight)
-        ctx.layer, ctx.dtype = layer, dtype
+        ctx.layer, ctx.basis, ctx.dtype = layer, basis, dtype
         weight = weight.to(dtype)
         y = x.new_empty(len(x), len(weight), dtype=dtype)
         for rows in layer._chunks(x):
-            features = layer.features(x[rows]).flatten(-2).to(dtype)
+            features = basis.values(x[rows]).flatten(-2).to(dtype)
             if start is None:
                 torch.mm(features, weight.t(), out=y[rows])
             else:
@@ -72,35 +83,30 @@ class _RecomputedSpline(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        layer, dtype = ctx.layer, ctx.dtype
+        layer, basis, dtype = ctx.layer, ctx.basis, ctx.dtype
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         grad_start = grad if ctx.needs_input_grad[2] else None
         if torch.is_grad_enabled():  # create_graph=True: second derivatives are those of the plain formula
-            y = F.linear(layer.features(x).flatten(-2).to(dtype), weight.to(dtype))
+            y = F.linear(basis.values(x).flatten(-2).to(dtype), weight.to(dtype))
             wanted = [tensor for tensor, needed in ((x, needs_x), (weight, needs_weight)) if needed]
             found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-            return (
-                next(found) if needs_x else None,
-                next(found) if needs_weight else None,
-                grad_start,
-                None,
-                None,
-            )
+            grad_x, grad_weight = next(found) if needs_x else None, next(found) if needs_weight else None
+            return grad_x, grad_weight, grad_start, None, None, None
         grad, cast_weight = grad.to(dtype), weight.to(dtype)
         grad_x = torch.empty_like(x) if needs_x else None
         # Sums over chunks are kept in fp32 at least.
         total = torch.zeros_like(weight, dtype=at_least_fp32(weight[:0]).dtype) if needs_weight else None
         for rows in layer._chunks(x):
             if needs_weight:
-                features = layer.features(x[rows]).flatten(-2).to(dtype)
+                features = basis.values(x[rows]).flatten(-2).to(dtype)
                 if total.dtype == dtype:
                     total.addmm_(grad[rows].t(), features)
                 else:
                     total += grad[rows].t() @ features
             if needs_x:
                 grad_features = at_least_fp32(grad[rows] @ cast_weight).unflatten(-1, (-1, layer.in_features))
-                grad_x[rows] = (grad_features * layer.feature_derivatives(x[rows])).sum(-2).to(x.dtype)
-        return grad_x, total.to(weight.dtype) if needs_weight else None, grad_start, None, None
+                grad_x[rows] = (grad_features * basis.derivatives(x[rows])).sum(-2).to(x.dtype)
+        return grad_x, total.to(weight.dtype) if needs_weight else None, grad_start, None, None, None
 
 
 class KANLinear(nn.Module):
@@ -250,20 +256,15 @@ class KANLinear(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """x [..., I] to the inputs of the coefficients [..., K, I], fp32 or fp64."""
-        return self._whitened(self.present_basis().values(x))
+        return self._white_basis().values(x)
 
     def feature_derivatives(self, x: Tensor) -> Tensor:
         """d features / dx: [..., I] to [..., K, I]."""
-        return self._whitened(self.present_basis().derivatives(x))
+        return self._white_basis().derivatives(x)
 
-    def _whitened(self, values: Tensor) -> Tensor:
-        if self.whitening is None:
-            return values
-        white = self.whitening.to(values.dtype)
-        if not torch.amp.is_autocast_available(values.device.type):
-            return white @ values
-        with torch.autocast(values.device.type, enabled=False):
-            return white @ values
+    def _white_basis(self):
+        basis = self.present_basis()
+        return basis if self.whitening is None else WhiteBasis(basis, self.whitening)
 
     def _chunks(self, x: Tensor) -> list[slice]:
         """Slices of the rows of x [N, I] whose features fill CHUNK_BYTES."""
@@ -284,22 +285,32 @@ class KANLinear(nn.Module):
         """`forward` without a kernel: the definition."""
         start = None if self.base is None else self.base(F.silu(x))
         dtype = product_dtype(x, self.spline.weight)
-        # A compiler recomputes features by itself.
-        if not self.recompute or not is_plain_linear(self.spline) or torch.compiler.is_compiling():
+        if not is_plain_linear(self.spline):
             y = self.spline(self.features(x).flatten(-2).to(dtype))
+            return y if start is None else start + y
+        if self.whitening is None or at_least_fp32(x.new_empty(0, dtype=dtype)).dtype == dtype:
+            # The same in fewer operations; the products of half precision need the white features.
+            basis, weight = self.present_basis(), self.plain_weight()
+        else:
+            basis, weight = self._white_basis(), self.spline.weight
+        if not self.recompute or torch.compiler.is_compiling():  # a compiler recomputes by itself
+            y = F.linear(basis.values(x).flatten(-2).to(dtype), weight)
             return y if start is None else start + y
         if start is not None:
             start = start.reshape(-1, self.out_features)
-        y = _RecomputedSpline.apply(x.reshape(-1, self.in_features), self.spline.weight, start, self, dtype)
+        y = _RecomputedSpline.apply(x.reshape(-1, self.in_features), weight, start, self, basis, dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
     def plain_weight(self) -> Tensor:
-        """The coefficients of the basis functions themselves, [O, K*I], differentiable."""
+        """The coefficients of the basis functions themselves, [O, K*I], differentiable.
+
+        `spline.weight` itself, or in fp32 at least where the layer is whitened.
+        """
         weight = self.spline.weight
         if self.whitening is None:
             return weight
-        white = self.whitening.to(weight.dtype)
-        return torch.einsum("oji,jm->omi", weight.unflatten(-1, (-1, self.in_features)), white).flatten(1)
+        wide = at_least_fp32(weight).unflatten(-1, (-1, self.in_features))  # [O, K, I]
+        return exact_product(self.whitening.t().to(wide.dtype), wide).flatten(1)
 
     @torch.no_grad()
     def fold(self):
