@@ -1,4 +1,4 @@
-"""`kanlm inspect`: the learned functions of an exported model as pictures, numbers and a table."""
+"""`kanlm inspect`: the learned functions of an exported model as pictures, numbers, formulas and tables."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from kanlm.config import UserError
 from kanlm.evaluation.perplexity import load_causal_lm, prefix_token
 from kanlm.interpret.functions import SAMPLED_TOKENS, learned_functions
 from kanlm.interpret.pictures import learned_functions_svg, spread, standalone_svg
+from kanlm.interpret.symbolic import formula
 from kanlm.runs import write_json, write_text
 
 COLOUR = "#c2410c"
@@ -32,6 +33,9 @@ def inspect(
             "functions to draw"
         )
     out = Path(out)
+    for curve in found["curves"]:
+        fitted = formula(curve["x"], curve["y"], curve["density"])
+        curve["formula"], curve["formula_r2"] = str(fitted), fitted.r2
     write_json(out / "functions.json", found)
     pictures = []
     for row in found["layers"]:
@@ -41,7 +45,8 @@ def inspect(
         write_text(out / f"{name}.svg", standalone_svg(svg))
         pictures.append(f"![{row['module']}]({name}.svg)")
     table = layer_table(found["layers"])
-    text = f"# Learned functions of {model_path}\n\n{table}\n\n" + "\n\n".join(pictures) + "\n"
+    formulas = formula_table(found["curves"])
+    text = "\n\n".join([f"# Learned functions of {model_path}", table, *pictures, formulas]) + "\n"
     write_text(out / "functions.md", text)
     return f"{table}\n\npictures and numbers: {out}/"
 
@@ -58,6 +63,13 @@ def layer_table(rows: list[dict[str, Any]]) -> str:
             f"| {row['module']} | {row['functions']:,} | {row['share_for_90_percent']:.0%} | "
             f"{row['nonlinear_share']:.0%} | {outside} |"
         )
+    return "\n".join(lines)
+
+
+def formula_table(curves: list[dict[str, Any]]) -> str:
+    """The closest elementary formula of every drawn function, as Markdown."""
+    lines = ["| function | closest formula | R^2 |", "|---|---|--:|"]
+    lines += [f"| {c['label']} | `{c['formula']}` | {c['formula_r2']:.4f} |" for c in curves]
     return "\n".join(lines)
 
 
