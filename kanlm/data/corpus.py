@@ -12,6 +12,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,18 +136,23 @@ def _source(data: DataConfig, spec: SourceConfig, split: Split) -> Source:
     max_documents = None if held_out_apart and split == "validation" else data.max_documents
     part, max_parts, rule = _whole, None, "whole"
     if not held_out_apart:
-        everything = TextStream(Source(found, 1.0, _whole, max_documents, None, None, ""))
-        few = sum(1 for _ in itertools.islice(everything, FEW_DOCUMENTS)) < FEW_DOCUMENTS
+        few = _has_few_documents(found, max_documents)
         rule = "tails" if few else "hashed"
         part = (_tail_rule if few else _hash_rule)(split, data.validation_fraction)
         if data.streaming and split == "validation":
             max_parts = STREAMED_VALIDATION_DOCUMENTS
-    identity = [found.fingerprint, spec.text_column, data.invalid_utf8, split, rule, max_documents, max_parts]
+    identity = [found.fingerprint, split, rule, max_documents, max_parts]
     if rule != "whole":
         identity.append(data.validation_fraction)
     fingerprint = hashlib.sha256(json.dumps(identity).encode("utf-8")).hexdigest()
     known_bits = found.known_bits if rule != "tails" else None
     return Source(found, spec.weight, part, max_documents, max_parts, known_bits, fingerprint)
+
+
+@lru_cache
+def _has_few_documents(found: Reader, max_documents: int | None) -> bool:
+    everything = TextStream(Source(found, 1.0, _whole, max_documents, None, None, ""))
+    return sum(1 for _ in itertools.islice(everything, FEW_DOCUMENTS)) < FEW_DOCUMENTS
 
 
 def _with_split(spec: SourceConfig, split: str) -> SourceConfig:

@@ -74,8 +74,8 @@ class Packer:
         return Packed(np.array(ids, dtype=self.dtype), np.array(lengths, dtype=np.int64), total_counts(texts))
 
     def packed(self, texts: Iterable[str], num_workers: int = 0) -> Iterator[Packed]:
-        """Batches of `texts` in order, encoded while this thread reads on: by `num_workers` processes, or where
-        these are fewer than two by the tokenizer's own threads."""
+        """Batches of `texts` in order, encoded while this thread reads on: by `num_workers` processes, or
+        where these are fewer than two by the tokenizer's own threads."""
         with self._pool(num_workers) as (pool, encode):
             waiting: deque[Future[Packed]] = deque()
             try:

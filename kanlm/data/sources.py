@@ -22,7 +22,7 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,9 @@ class Reader:
     licence: str
     fingerprint: str
     """Changes when the text may have changed."""
-    chunks: Callable[[State], Iterator[tuple[State, list[str]]]]
+    chunks: Callable[[State], Iterator[tuple[State, list[str]]]] = field(compare=False)
     """Lists of documents from a place on, each with the place of its first document. Texts may be empty."""
-    known_bits: Callable[[str], float] | None = None
+    known_bits: Callable[[str], float] | None = field(default=None, compare=False)
     """-log2 of the true probability of a document, where the source knows it."""
 
 
@@ -109,7 +109,7 @@ def _local(spec: SourceConfig, path: Path, invalid_utf8: str) -> Reader:
     if not sum(file.stat().st_size for file in files):
         raise UserError(f"data.source: {spec.source!r} is empty; give a file or folder that holds text")
     stats = [(p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    fingerprint = _sha256([str(path.resolve()), stats, spec.config_name, spec.split, spec.document_separator])
+    fingerprint = _sha256([str(path.resolve()), stats, *_reading(spec, invalid_utf8)])
     builder = _builder(path) if path.is_file() else _commonest_builder(files)
     if path.is_file() and builder is None:
         raise UserError(
@@ -165,7 +165,7 @@ def _hub(spec: SourceConfig, invalid_utf8: str, streaming: bool) -> Reader:
     return Reader(
         name=spec.source if spec.config_name is None else f"{spec.source} ({spec.config_name})",
         licence=dataset.info.license or "see the data set's card",
-        fingerprint=_sha256([spec.source, spec.config_name, spec.split, version]),
+        fingerprint=_sha256([spec.source, version, *_reading(spec, invalid_utf8)]),
         chunks=_dataset_chunks(dataset, spec, [], invalid_utf8),
     )
 
@@ -287,6 +287,11 @@ def _invalid_utf8_offset(file: Path) -> int | None:
             if not block:
                 return None
             position += len(block)
+
+
+def _reading(spec: SourceConfig, invalid_utf8: str) -> list[str | None]:
+    """What decides, besides the files, which documents are read."""
+    return [spec.config_name, spec.split, spec.text_column, spec.document_separator, invalid_utf8]
 
 
 def _builder(path: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +36,11 @@ def tokenizer_for(config: RunConfig) -> PreTrainedTokenizerFast:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / "tokenizer.json").is_file():
-            tokenizer = trained_tokenizer(_sample(config), config.tokenizer.vocab_size)
+            sample = _sample(config)
+            first = next(sample, None)
+            if first is None:
+                raise UserError(f"data.source: {config.data.source!r} is empty: it holds no text to train on")
+            tokenizer = trained_tokenizer(itertools.chain([first], sample), config.tokenizer.vocab_size)
             with new_folder(folder) as temporary:
                 tokenizer.save_pretrained(temporary)
     return loaded_tokenizer(folder)

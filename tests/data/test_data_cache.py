@@ -119,6 +119,8 @@ def test_empty_corpus_and_empty_holdout_leave_nothing_behind(tmp_path, config_fo
     tokenizer = tokenizer_for(config_for(jsonl))
     with pytest.raises(UserError, match="data.source: .*blank.jsonl' is empty: it holds no text"):
         token_cache(config_for(tmp_path / "blank.jsonl"), tokenizer, "train")
+    with pytest.raises(UserError, match="data.source: .*blank.jsonl' is empty: it holds no text"):
+        tokenizer_for(config_for(tmp_path / "blank.jsonl"))
     with pytest.raises(UserError, match="data.validation_fraction: no text .* is held out"):
         token_cache(config_for(jsonl, validation_fraction=1e-9), tokenizer, "validation")
     assert not [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.suffix != ".lock"]
