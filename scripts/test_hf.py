@@ -77,6 +77,7 @@ def run_arm(arm: str, tree: Path, arguments: list[str]) -> list[tuple[str, str, 
         "KANLM_SUITE_ARM": arm,
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
+        "RUN_SLOW": "1",
         "RUN_TRAINING_TESTS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(tree)]),
     }

@@ -49,6 +49,15 @@ class KanLMRotaryEmbedding(nn.Module):
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         return config.rope_parameters["rope_theta"] ** -exponents, 1.0
 
+    def _apply(self, fn, recurse=True):
+        # model.to(torch.bfloat16) casts every buffer; at position 1000 that would be off by whole radians.
+        exact = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, cast in self._buffers.items():
+            if cast.dtype != torch.float32:
+                self._buffers[name] = exact[name].to(cast.device)
+        return self
+
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from kanlm.model import KanLMForCausalLM, KanLMModel
+from kanlm.model.configuration_kanlm import FFN_TYPES
 from kanlm.model.modeling_kanlm import KanLMPreTrainedModel
 
 
@@ -34,10 +35,37 @@ def test_save_and_load_is_exact_and_complete(build, arm, ids, tmp_path):
     assert not loaded.training
 
 
+VARIANTS = [{"ffn_type": ffn_type} for ffn_type in FFN_TYPES] + [
+    {"ffn_type": "kan_glu", "kan_glu_form": "residual"},
+    {"ffn_type": "kan_glu", "kan_basis": "rational"},
+    {"ffn_type": "kan_glu", "kan_basis": "linear", "kan_order": 1},
+    {"ffn_type": "kan_grouped", "kan_basis": "rational", "kan_num_groups": 8},
+    {"ffn_type": "kan", "kan_base": "none", "kan_conditioning": "whitened"},
+    {"ffn_type": "kan_mixed", "kan_conditioning": "whitened"},
+]
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=lambda fields: "-".join(map(str, fields.values())))
+def test_every_architecture_survives_saving_meta_loading_and_decoding(build, ids, tmp_path, fields):
+    model = build(**fields)
+    model.save_pretrained(tmp_path)
+    loaded = KanLMForCausalLM.from_pretrained(tmp_path)
+    expected = logits(model, ids)
+    assert torch.equal(logits(loaded, ids), expected)
+    with torch.no_grad():
+        start = loaded(ids[:, :11])
+        rest = loaded(ids[:, 11:], past_key_values=start.past_key_values).logits
+    torch.testing.assert_close(torch.cat((start.logits, rest), dim=1), expected, atol=1e-5, rtol=1e-5)
+    half = KanLMForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert (logits(half, ids).float() - expected).square().mean().sqrt() < 0.1 * expected.std()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtype_is_saved_and_honoured(build, arm, ids, tmp_path, dtype):
     model = build(arm)
     half = build(arm).to(dtype)
+    assert half.model.rotary_emb.inv_freq.dtype == torch.float32  # .to() casts every buffer that lets it
+    assert torch.equal(half.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
     half.save_pretrained(tmp_path)
     assert KanLMForCausalLM.from_pretrained(tmp_path).dtype == dtype
     wide = KanLMForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -54,7 +82,7 @@ def test_dtype_is_saved_and_honoured(build, arm, ids, tmp_path, dtype):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grids_and_frequencies_are_right_after_loading(build, ids, tmp_path, basis, dtype):
-    model = build("kan", kan_basis=basis)
+    model = build("kan", kan_basis=basis, kan_conditioning="whitened")
     model.save_pretrained(tmp_path)
     loaded = KanLMForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     buffers = dict(loaded.named_buffers())

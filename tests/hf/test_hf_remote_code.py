@@ -102,6 +102,39 @@ print("done")
     assert len(list((tmp_path / "again").glob("model-*.safetensors"))) > 1
 
 
+@pytest.mark.slow
+def test_the_harness_scores_the_folder_as_we_do(exported, arm, tmp_path):
+    """lm-evaluation-harness, offline, without kanlm, on a local task."""
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (pip install lm-eval)")
+    from kanlm.evaluation.harness import write_task
+    from kanlm.evaluation.perplexity import evaluate
+
+    documents = [
+        "old cats see 12 birds, été ☃.\n" * 5,
+        "x",
+        " new cats \n see\tnothing",
+        "日本語 and \U0001f600.",
+    ]
+    folder = exported(arm)
+    ours = evaluate(folder, documents, "documents", "test", context_length=24)
+    write_task(tmp_path / "tasks", "held_out", documents)
+    program = """
+import json
+import lm_eval
+from lm_eval.tasks import TaskManager
+settings = {"pretrained": sys.argv[1], "trust_remote_code": True, "dtype": "float32", "max_length": 24}
+tasks = TaskManager(include_path=sys.argv[2], include_defaults=False)
+settings |= {"batch_size": 4, "device": "cpu"}
+found = lm_eval.simple_evaluate("hf", settings, tasks=["held_out"], task_manager=tasks, bootstrap_iters=0)
+scores = found["results"]["held_out"]
+print()
+print(json.dumps({name.split(",")[0]: scores[name] for name in scores}, default=str))
+"""
+    theirs = json.loads(run_clean(program, tmp_path, folder, tmp_path / "tasks").splitlines()[-1])
+    for metric in ("word_perplexity", "bits_per_byte"):
+        assert getattr(ours, metric) == pytest.approx(theirs[metric], rel=1e-6)
+
+
 def test_a_clean_process_also_names_missing_parameters(build, tokenizer, tmp_path):
     from safetensors.torch import load_file, save_file
 
