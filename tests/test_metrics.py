@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import pytest
 
@@ -39,3 +41,8 @@ def test_an_empty_text_has_no_metric(name):
     counts = {"tokens": 4, "bytes": 4, "words": 4} | {name: 0}
     with pytest.raises(ValueError, match=f"{name}: got 0"):
         metrics.ratios(1.0, counts["tokens"], counts["bytes"], counts["words"])
+
+
+def test_metrics_and_statistics_need_no_torch():
+    code = "import sys, kanlm.metrics, kanlm.stats; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

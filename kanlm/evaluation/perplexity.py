@@ -98,8 +98,14 @@ def window_nll(model: nn.Module, batch: list[Window], pad_token_id: int = 0) -> 
         arguments["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long().to(device)  # [B, T]
     labels = labels.to(device)
     logits = model(input_ids=inputs.to(device), use_cache=False, **arguments).logits  # [B, T, V]
-    nll = nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")  # [B, T]
-    return nll.double().sum(dim=1).cpu()
+    return _token_nll(logits, labels).double().sum(dim=1).cpu()
+
+
+def _token_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """-ln p of labels [B, T] under logits [B, T, V], fp32; 0 where the label is -100."""
+    # One row a token: over a transposed vocabulary the same sum takes four times as long on a CPU.
+    rows = logits.float().flatten(0, 1)  # [B T, V]
+    return nn.functional.cross_entropy(rows, labels.flatten(), reduction="none").view_as(labels)
 
 
 def score(
@@ -228,6 +234,8 @@ def load_causal_lm(
     path = Path(model_path)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise UserError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
+    if not path.exists() and str(model_path).startswith((".", "/", "~")):
+        raise UserError(f"model {model_path}: no such folder; give an exported folder or a hub id")
     if path.exists() and not (path / "config.json").is_file():
         raise UserError(
             f"model {model_path}: no config.json there; expected a folder written by `kanlm export`"
@@ -419,7 +427,10 @@ def evaluate_spec(
     max_documents: int | None = None,
     **settings: Any,
 ) -> EvalReport:
-    """`evaluate` of `model` on `held_out_documents(data, ...)`; `settings` are those of `evaluate`."""
+    """`evaluate` of `model` on `held_out_documents(data, ...)`; `settings` are those of `evaluate`.
+
+    On a terminal a progress bar is shown unless `progress=False`.
+    """
     documents, dataset, split = held_out_documents(
         data,
         split,
@@ -427,7 +438,7 @@ def evaluate_spec(
         document_separator=document_separator,
         max_documents=max_documents,
     )
-    return evaluate(model, documents, dataset, split, **settings)
+    return evaluate(model, documents, dataset, split, **{"progress": True, **settings})
 
 
 @torch.no_grad()
@@ -468,9 +479,7 @@ def validation_loss(
         inputs, labels, position_ids = _blocks(cache, batch, block_size, targets, cross_document_attention)
         arguments = {} if position_ids is None else {"position_ids": position_ids.to(device)}
         logits = model(input_ids=inputs.to(device), use_cache=False, **arguments).logits  # [B, T, V]
-        nll = nn.functional.cross_entropy(
-            logits.float().transpose(1, 2), labels.to(device), reduction="none"
-        )  # [B, T]
+        nll = _token_nll(logits, labels.to(device))
         if counted:
             sums += torch.stack([nll.double().sum(), (labels != -100).sum().double().to(device)])
     if distributed:

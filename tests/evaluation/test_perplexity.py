@@ -289,10 +289,16 @@ def test_a_folder_without_a_model_is_an_error(tmp_path, name):
         perplexity.load_causal_lm(tmp_path / name)
 
 
-def test_a_missing_folder_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="model"):
+def test_a_missing_folder_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
         perplexity.load_causal_lm(tmp_path / "absent")
+
+
+def test_a_run_is_not_a_model(tmp_path):
+    for name in ("config.json", "run.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match="a run, not a model; run `kanlm export`"):
+        perplexity.load_causal_lm(tmp_path)
 
 
 def test_an_unknown_dtype_is_an_error(folder):
