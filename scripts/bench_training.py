@@ -1,19 +1,18 @@
 """Tokens per second of kanlm's training loop beside a bare PyTorch loop and transformers' Trainer.
 
-    python scripts/bench_training.py [CONFIG.toml] [section.key=value ...] [--rounds 5] [--steps 40] [--out
-    FILE.json]
+    python scripts/bench_training.py [CONFIG.toml] [section.key=value ...] [--rounds 5] [--steps 40]
+        [--out FILE.json]
 
 All three train the same model from the same seed on the same batches, with the same fused AdamW and
 clipping, in one process. They take turns, round after round, so that a busy neighbour meets all of them;
 the ratio of a round is kanlm's speed over the other's in that round. Time is wall-clock from the start of
-step `warm-up` to the end of the last step, with whatever each does between steps (logging every 10 steps),
-without validation and checkpoints.
+step 5 to the end of the last step, with whatever each does between steps (logging every 10 steps), without
+validation and checkpoints. What a checkpoint costs is shown apart.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -161,6 +160,25 @@ class Bench:
         Trainer(model=self.model(), args=arguments, train_dataset=Rows(), callbacks=[StepClock()]).train()
         return clock.stop(self.step_tokens)
 
+    def checkpoint_seconds(self, asynchronous: bool) -> list[float]:
+        """How long each checkpoint holds up the steps: a snapshot, or the whole write."""
+        held, real = [], loop.save
+
+        def timed(session):
+            started = time.perf_counter()
+            real(session)
+            held.append(time.perf_counter() - started)
+
+        settings = {"save_every": max(1, self.steps // 3), "async_checkpoint": asynchronous}
+        train = self.config.train.model_copy(update=settings)
+        loop.save = timed
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                loop.train(self.config.model_copy(update={"output_dir": folder, "train": train}))
+        finally:
+            loop.save = real
+        return held
+
 
 def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
@@ -215,6 +233,12 @@ def main() -> None:
                 for value, width in zip(spread(ratios[name]).values(), (12, 8, 8), strict=True)
             )
         print(line)
+    checkpoints = {
+        "written beside the training": bench.checkpoint_seconds(asynchronous=True),
+        "written at once": bench.checkpoint_seconds(asynchronous=False),
+    }
+    for name, seconds in checkpoints.items():
+        print(f"checkpoint, {name}: steps held up for {statistics.median(seconds) * 1e3:.0f} ms (median)")
     if given.out:
         result = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -224,11 +248,11 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "tokens_per_second": speeds,
             "ratios": {name: {"rounds": values} | spread(values) for name, values in ratios.items()},
+            "checkpoint_holds_up_seconds": checkpoints,
             "hardware": hardware(),
             "versions": versions(),
         }
         write_json(given.out, result)
-        print(json.dumps({name: spread(values) for name, values in ratios.items()}))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(self._short(self.newest))
         else:
-            print(f"step {values['step']}/{self.total_steps}  {self._short(values)}", flush=True)
+            print(f"step {values['step']}/{self.total_steps}  {self._short(self.newest)}", flush=True)
 
     def _short(self, values: dict[str, Any]) -> str:
         parts = []

@@ -16,6 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from kanlm.config import RunConfig, parsed
+from kanlm.export import export
 from kanlm.train import loop
 from kanlm.train.checkpoint import load_model
 
@@ -116,6 +117,14 @@ def test_two_processes_train_as_one(kind, run_table, run_config, tmp_path, losse
     assert found[1].keys() == expected[1].keys()
     for name, weight in expected[1].items():
         torch.testing.assert_close(found[1][name], weight, rtol=1e-3, atol=1e-4, msg=name)
+
+    # and so has its export
+    if kind == "fsdp2":
+        one, two = export(alone.run_dir), export(run_config(f"name={kind}").run_dir)
+        files = {path.name for path in one.iterdir()}
+        assert {path.name for path in two.iterdir()} == files and "model.safetensors" in files
+        for name in files - {"model.safetensors", "README.md"}:
+            assert (two / name).read_bytes() == (one / name).read_bytes(), name
 
     # gradients of sequences with unequal numbers of targets
     single = load_file(parsed(RunConfig, masked["table"], "job").run_dir / "gradients.safetensors")
