@@ -1,0 +1,163 @@
+"""A whole comparison on a small corpus: trained (in process), exported, judged, reported, resumed."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kanlm.compare import run as running
+from kanlm.compare.run import compare
+from kanlm.config import load_run_config
+from kanlm.data import documents, tokenizer_for
+from kanlm.train.loop import train
+
+TOML = """
+name = "study"
+reference = "kan"
+output_dir = "runs"
+seeds = [0, 1]
+matching = ["parameters", "wallclock"]
+
+[base.model]
+hidden_size = 32
+num_hidden_layers = 1
+num_attention_heads = 2
+intermediate_size = 12
+
+[base.tokenizer]
+vocab_size = 300
+
+[base.data]
+source = "stories"
+max_documents = 150
+validation_fraction = 0.1
+block_size = 32
+num_workers = 1
+
+[base.train]
+max_tokens = 768
+batch_size = 4
+learning_rate = 1e-2
+log_every = 1
+eval_every = 2
+eval_tokens = 256
+
+[[arms]]
+name = "kan"
+ffn_type = "kan"
+[arms.model]
+kan_grid_size = 3
+
+[[arms]]
+name = "swiglu"
+ffn_type = "swiglu"
+
+[sweep]
+learning_rates = [1e-2, 2e-2]
+max_tokens = 256
+
+[evaluation]
+sample_tokens = 8
+functions_per_module = 1
+
+[speed]
+rounds = 2
+warmup = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory):
+    """(folder, report.json, names of the trained runs) of one comparison that was interrupted once."""
+    folder = tmp_path_factory.mktemp("compare")
+    (folder / "study.toml").write_text(TOML)
+    trained = []
+
+    def in_process(command, log, _prefix):
+        path = Path(command[-1])
+        trained.append(path.stem)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if len(trained) == 6:
+            raise KeyboardInterrupt
+        train(load_run_config(path))
+        return 0, []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(running, "run_process", in_process)
+        with pytest.raises(KeyboardInterrupt):
+            compare("study.toml")
+        assert not (folder / "runs/study/report.json").exists()
+        assert compare("study.toml") == Path("runs/study/report.html")
+        content = json.loads(Path("runs/study/report.json").read_text())
+        before = list(trained)
+        compare("study.toml")
+        assert trained == before, "a second call trains nothing"
+    return folder, content, trained
+
+
+def test_every_trial_is_trained_once_and_the_interrupted_one_again(studied):
+    _, content, trained = studied
+    sweep = [name for name in trained if name.startswith("sweep-")]
+    assert sweep == [f"sweep-base-{arm}-lr{rate}" for rate in ("0.01", "0.02") for arm in ("kan", "swiglu")]
+    assert len(set(trained)) == len(trained) - 1 == len(content["runs"]) + 4
+    assert {run["state"] for run in content["runs"]} == {"finished"}
+
+
+def test_arms_are_matched_and_judged_on_their_exported_folders(studied):
+    folder, content, _ = studied
+    parameters = {run["eval"]["non_embedding_parameters"] for run in content["runs"]}
+    assert max(parameters) / min(parameters) < 1.005
+    for run in content["runs"]:
+        judged = run["eval"]
+        assert judged["perplexity"] == pytest.approx(math.exp(judged["loss"]), rel=1e-6)
+        exported = folder / judged["model"]
+        assert (exported / "modeling_kanlm.py").is_file() and (exported / "model.safetensors").is_file()
+        assert run["record"]["non_embedding_parameters"] == judged["non_embedding_parameters"]
+
+
+def test_every_held_out_token_is_scored(studied, monkeypatch):
+    folder, content, _ = studied
+    monkeypatch.chdir(folder)
+    config = load_run_config(folder / "runs/study/configs/parameters-base-kan-seed0.toml")
+    tokenizer = tokenizer_for(config)
+    texts = list(documents(config, "validation"))
+    tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+    size = sum(len(text.encode()) for text in texts)
+    assert {(run["eval"]["tokens"], run["eval"]["bytes"]) for run in content["runs"]} == {(tokens, size)}
+
+
+def test_wall_clock_budgets_follow_the_measured_speed(studied):
+    _, content, _ = studied
+    speed = {row["arm"]: row["tokens_per_second"] for row in content["speed"]["arms"]}
+    budgets = {run["arm"]: run["max_tokens"] for run in content["runs"] if run["matching"] == "wallclock"}
+    assert budgets == {"swiglu": round(768 * speed["swiglu"] / speed["kan"])}
+
+
+def test_the_sweep_decides_the_learning_rate_of_every_seed(studied):
+    _, content, _ = studied
+    for row in content["sweep"]:
+        best = min(row["trials"], key=lambda trial: trial["loss"])
+        assert row["learning_rate"] == best["learning_rate"] and row["on_edge"]
+        rates = {run["learning_rate"] for run in content["runs"] if run["arm"] == row["arm"]}
+        assert rates == {row["learning_rate"]}
+
+
+def test_the_report_shows_functions_samples_and_baselines(studied):
+    folder, content, _ = studied
+    assert [row["name"] for row in content["baselines"]] == ["5-gram", "xz -9"]
+    assert all(len(run["samples"]) == 2 and run["samples"][0]["prompt"] for run in content["runs"])
+    page = (folder / "runs/study/report.html").read_text()
+    assert "What the KANs learned" in page and "layer 0 up_proj" in page
+
+
+def test_one_seed_gives_one_result(studied, monkeypatch):
+    folder, content, _ = studied
+    monkeypatch.chdir(folder)
+    config = load_run_config("runs/study/configs/parameters-base-kan-seed0.toml", ["name=again"])
+    again = train(config)
+    shutil.rmtree(config.run_dir)
+    first = next(run for run in content["runs"] if run["name"] == "parameters-base-kan-seed0")
+    assert again.final_validation == first["record"]["final_validation"]
