@@ -149,6 +149,69 @@ def bench_group() -> None:
     """Side-by-side speed and memory of KAN and MLP arms, as a table and dated JSON."""
 
 
+def bench_options(seconds: float):
+    """What every benchmark takes."""
+
+    def decorated(function):
+        for option in (
+            click.option("--out", type=click.Path(), help="JSON file; default: docs/benchmarks/, dated."),
+            click.option(
+                "--memory/--no-memory", default=True, show_default=True, help="Also measure peak memory."
+            ),
+            click.option("--seconds", type=click.FloatRange(min=1), default=seconds, show_default=True),
+            click.option("--device", default="cpu", show_default=True),
+            click.option(
+                "--backend", default="auto", show_default=True, help="auto, reference, cpu or triton."
+            ),
+            click.option("--arm", "arms", multiple=True, help="Only these arms; may be repeated."),
+        ):
+            function = option(function)
+        return function
+
+    return decorated
+
+
+@bench_group.command("layer", epilog="\b\nExample:\n  kanlm bench layer --inputs 512 --grid 8")
+@click.option("--inputs", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option("--outputs", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option("--grid", type=click.IntRange(min=1), default=8, show_default=True, help="Grid intervals G.")
+@click.option(
+    "--order", type=click.IntRange(min=0, max=5), default=3, show_default=True, help="Spline order k."
+)
+@click.option("--tokens", type=click.IntRange(min=1), default=4096, show_default=True)
+@bench_options(seconds=60.0)
+def bench_layer_verb(**settings) -> None:
+    """One full-edge KAN layer against an MLP layer and the peers, forward and backward."""
+    from kanlm.bench.layer import run
+
+    run(**settings)
+
+
+@bench_group.command("train", epilog="\b\nExample:\n  kanlm bench train --size 1m --arm swiglu --arm kan_glu")
+@click.option(
+    "--size", default="1m", show_default=True, help="Parameters without embeddings: 1m, 10m or 100m."
+)
+@click.option("--compile", "compiled", is_flag=True, help="torch.compile every arm.")
+@bench_options(seconds=60.0)
+def bench_train_verb(**settings) -> None:
+    """Whole training steps of models with equally many parameters."""
+    from kanlm.bench.train import run
+
+    run(**settings)
+
+
+@bench_group.command("decode", epilog="\b\nExample:\n  kanlm bench decode --size 1m")
+@click.option(
+    "--size", default="1m", show_default=True, help="Parameters without embeddings: 1m, 10m or 100m."
+)
+@bench_options(seconds=40.0)
+def bench_decode_verb(**settings) -> None:
+    """Cached decoding, batch 1."""
+    from kanlm.bench.decode import run
+
+    run(**settings)
+
+
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
