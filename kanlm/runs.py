@@ -63,6 +63,7 @@ class EvalReport(BaseModel):
     tokens: int
     bytes: int
     words: int
+    lines: int = 0
     documents: int
     nll_nats: float
     loss: float

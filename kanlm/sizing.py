@@ -121,10 +121,15 @@ def _ffn_parameters(config: KanLMConfig) -> tuple[int, int]:
     raise AssertionError(config.ffn_type)
 
 
+def _head_channels(config: KanLMConfig) -> tuple[int, int]:
+    """Channels of the queries, and of the keys (as of the values): H E and C E."""
+    assert config.head_dim is not None and config.num_key_value_heads is not None  # the config fills them in
+    return config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+
+
 def _attention_parameters(config: KanLMConfig) -> int:
     """Of one layer: q, k, v, o projections."""
-    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-    return heads * config.head_dim * config.hidden_size
+    return 2 * sum(_head_channels(config)) * config.hidden_size
 
 
 def parameter_counts(config: KanLMConfig) -> Counts:
@@ -211,7 +216,7 @@ def training_flops(config: KanLMConfig, block_size: int) -> Flops:
     layers = config.num_hidden_layers
     matrices = layers * (_attention_parameters(config) + _ffn_parameters(config)[0])
     head = config.vocab_size * config.hidden_size
-    attention = 12 * layers * config.num_attention_heads * config.head_dim * block_size
+    attention = 12 * layers * _head_channels(config)[0] * block_size
     return Flops(6 * (matrices + head), attention, 3 * layers * _elementwise_flops(config))
 
 
@@ -290,8 +295,7 @@ def _saved_bytes(config: KanLMConfig, half: int) -> tuple[int, int]:
     its output. KAN layers keep their inputs and compute the basis again. The controls compute in fp32.
     """
     width, hidden = config.hidden_size, config.intermediate_size
-    heads = config.num_attention_heads * config.head_dim
-    key_values = config.num_key_value_heads * config.head_dim
+    heads, key_values = _head_channels(config)
     gated = config.ffn_type in ("swiglu", "geglu", "kan_glu")
     readers = 3 + (2 if gated else 1)  # matrices that read a norm's output
     norms = 2 * 8 * width + half * width * (readers if half < 4 else 2)
@@ -352,7 +356,7 @@ def matched_width(
     # The size is linear in the width.
     one, two = size(step), size(2 * step)
     exact = step * (1 + (target - one) / (two - one))
-    best = None
+    best: tuple[int, float] | None = None
     for alignment in (64, 32, 16, 8, 4, 2, 1):
         multiple = math.lcm(alignment, step)
         width = max(multiple, round(exact / multiple) * multiple)
@@ -361,6 +365,7 @@ def matched_width(
             return candidate(width), mismatch
         if best is None or abs(mismatch) < abs(best[1]):
             best = (width, mismatch)
+    assert best is not None
     width, mismatch = best
     if abs(mismatch) <= tolerance:
         return candidate(width), mismatch

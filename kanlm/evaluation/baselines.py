@@ -24,7 +24,7 @@ class KneserNey:
     Without its last digit it is the gram one shorter, without its first digit the context of x_i.
     """
 
-    def __init__(self, documents: Iterable[Sequence[int]], vocab_size: int, order: int = 5):
+    def __init__(self, documents: Iterable[Sequence[int] | NDArray], vocab_size: int, order: int = 5):
         if order < 1:
             raise UserError(f"order: expected at least 1, got {order}")
         self.vocab_size = vocab_size
@@ -60,7 +60,7 @@ class KneserNey:
             "returned": discount * np.bincount(context),
         }
 
-    def _longest_grams(self, documents: Iterable[Sequence[int]]) -> NDArray:
+    def _longest_grams(self, documents: Iterable[Sequence[int] | NDArray]) -> NDArray:
         """The n-gram that ends at each symbol; boundaries stand before a document's start."""
         boundary = np.full(self.order, self.vocab_size, dtype=np.int64)
         pieces = [boundary]
@@ -76,7 +76,7 @@ class KneserNey:
             grams = grams * self._base + symbols[places - back]
         return grams
 
-    def log_probabilities(self, documents: Iterable[Sequence[int]]) -> NDArray:
+    def log_probabilities(self, documents: Iterable[Sequence[int] | NDArray]) -> NDArray:
         """ln p of every symbol of the documents, in order."""
         longest, where = np.unique(self._longest_grams(documents), return_inverse=True)
         probability = np.full(len(longest), 1.0 / self.vocab_size)

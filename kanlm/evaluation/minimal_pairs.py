@@ -47,7 +47,7 @@ def read_pairs(path: str | Path) -> Iterator[Pair]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file of minimal pairs")
-    opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
+    opener: Any = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
     with opener(path, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:

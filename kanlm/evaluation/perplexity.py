@@ -25,14 +25,14 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from kanlm import __version__, metrics
-from kanlm.config import DataConfig, RunConfig, SourceConfig, TrainConfig, UserError, load_run_config, parsed
+from kanlm.config import RunConfig, SourceConfig, UserError, load_run_config, parsed
 from kanlm.data import documents as split_documents
 from kanlm.data import text_documents
 from kanlm.runs import EvalReport, RunDir, read_json, versions
@@ -246,7 +246,7 @@ def load_causal_lm(
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             model_path,
             trust_remote_code=trust_remote_code,
             dtype="auto" if dtype == "auto" else getattr(torch, dtype),
@@ -260,7 +260,7 @@ def load_causal_lm(
     return model.to(device).eval(), tokenizer
 
 
-def parameter_numbers(model: nn.Module) -> tuple[int, int]:
+def parameter_numbers(model: Any) -> tuple[int, int]:
     """(all, non-embedding) parameters; the second leaves out input and output embeddings, tied or not."""
     embeddings = {
         id(module.weight)
@@ -395,26 +395,31 @@ def held_out_documents(
     elif RunDir(path).record.is_file():
         config = parsed(RunConfig, read_json(RunDir(path).config), str(RunDir(path).config))
     elif str(data) in ("stdlib", "stories"):
-        config = RunConfig(
-            name="held-out", model={}, data=DataConfig(source=str(data)), train=TrainConfig(max_tokens=1)
-        )
+        table: dict[str, Any] = {
+            "name": "held-out",
+            "model": {},
+            "data": {"source": str(data)},
+            "train": {"max_tokens": 1},
+        }
+        config = parsed(RunConfig, table, str(data))
     else:
         if split is None and not path.exists() and path.suffix == "":
             raise UserError(
                 f"data {data}: a hub data set needs a split, e.g. test; or no such file or folder"
             )
-        spec = SourceConfig(
-            source=str(data),
-            split=split or "train",
-            text_column=text_column,
-            document_separator=document_separator,
-        )
+        table = {
+            "source": str(data),
+            "split": split or "train",
+            "text_column": text_column,
+            "document_separator": document_separator,
+        }
+        spec = parsed(SourceConfig, table, "data")
         return text_documents(spec, max_documents=max_documents), str(data), split or "all"
-    split = split or "validation"
-    if split not in ("train", "validation"):
+    if split not in (None, "train", "validation"):
         raise UserError(f"split: {data} has train and validation, got {split!r}")
-    texts = itertools.islice(split_documents(config, split), max_documents)
-    return texts, config.data.validation_source or config.data.source, split
+    part: Literal["train", "validation"] = "train" if split == "train" else "validation"
+    texts = itertools.islice(split_documents(config, part), max_documents)
+    return texts, config.data.validation_source or config.data.source, part
 
 
 def evaluate_spec(
