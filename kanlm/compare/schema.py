@@ -133,7 +133,7 @@ class CompareConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     speed: SpeedConfig = SpeedConfig()
     launch: tuple[str, ...] = Field((), strict=False)
-    """Arguments of `accelerate launch`, e.g. ["--config_file", "configs/accelerate/8gpu-ddp.yaml"]."""
+    """Arguments of `accelerate launch`, e.g. ["--config_file", "configs/accelerate/8-gpus-ddp.yaml"]."""
 
     @property
     def directory(self) -> Path:
