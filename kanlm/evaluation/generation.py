@@ -43,4 +43,4 @@ def generate(model: str, prompt: str, max_new_tokens: int, temperature: float, t
             streamer=TextStreamer(tokenizer, skip_special_tokens=True),
             **sampling,
         )
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
