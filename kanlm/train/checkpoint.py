@@ -240,10 +240,14 @@ class CheckpointWriter:
             self._write(state)
             self.finish()
 
-    def finish(self) -> None:
+    def wait(self) -> None:
+        """Until nothing is being written; says nothing of how it went."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
+
+    def finish(self) -> None:
+        self.wait()
         if self.error is not None:
             message, self.error = self.error, None
             if self.on_error == "stop":

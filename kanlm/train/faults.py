@@ -69,10 +69,8 @@ class ZeroGradientWatch:
         watched = [(name, p) for name, p in model.named_parameters() if _plain(name) in self.silent]
         moved = torch.zeros(len(watched), device=watched[0][1].device)
         for index, (_, parameter) in enumerate(watched):
-            gradient = parameter.grad
-            if gradient is not None:
-                local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-                moved[index] = local.count_nonzero() > 0
+            if parameter.grad is not None:
+                moved[index] = _local(parameter.grad).count_nonzero() > 0
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(moved)
         self.silent -= {_plain(name) for (name, _), seen in zip(watched, moved.tolist(), strict=True) if seen}
@@ -88,6 +86,11 @@ class ZeroGradientWatch:
 
 def _plain(name: str) -> str:
     return name.removeprefix("module.")
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's share of a sharded tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def first_nonfinite_layer(model: nn.Module, batch: dict[str, torch.Tensor]) -> str:
@@ -115,9 +118,9 @@ def first_nonfinite_layer(model: nn.Module, batch: dict[str, torch.Tensor]) -> s
     if found:
         return found[0]
     for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
+        if not _local(parameter).isfinite().all():
             return f"parameter {_plain(name)}"
     for name, parameter in reversed(list(model.named_parameters())):  # nearest to the loss first
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
+        if parameter.grad is not None and not _local(parameter.grad).isfinite().all():
             return f"gradient of {_plain(name)}"
     return "the loss"

@@ -31,7 +31,15 @@ from kanlm.sizing import architecture, parameter_counts, training_flops_per_toke
 from kanlm.train import checkpoint
 from kanlm.train.faults import Diverged, StopSignal, ZeroGradientWatch, first_nonfinite_layer
 from kanlm.train.optimizer import optimizers
-from kanlm.train.parallel import clipped_norm, global_sum, new_accelerator, no_sync, prepared, set_threads
+from kanlm.train.parallel import (
+    clip_gradients,
+    global_sum,
+    gradient_norm,
+    new_accelerator,
+    no_sync,
+    prepared,
+    set_threads,
+)
 from kanlm.train.progress import Progress, RecordKeeper, peak_flops_per_second, peak_memory_bytes
 from kanlm.train.resume import (
     TrainerState,
@@ -59,9 +67,9 @@ def train(config: RunConfig) -> RunRecord:
     check_same_run(config, run)
     if (done := finished_record(run)) is not None:
         return done
-    with new_accelerator(config) as accelerator, StopSignal() as stop_signal:
-        session = prepare(config, run, accelerator, stop_signal)
-        with held_by_this_process(run, accelerator):
+    with new_accelerator(config) as accelerator:
+        session = prepare(config, run, accelerator)
+        with held_by_this_process(run, accelerator), session.stop_signal:
             start(session)
             try:
                 run_steps(session)
@@ -71,6 +79,7 @@ def train(config: RunConfig) -> RunRecord:
                 session.record.failure = f"{type(error).__name__}: {error}"
                 raise
             finally:
+                session.writer.wait()
                 session.keep_record(session.state)
                 session.progress.close()
     return session.record
@@ -83,7 +92,6 @@ class Session:
     config: RunConfig
     run: RunDir
     accelerator: Accelerator
-    stop_signal: StopSignal
     model_config: KanLMConfig
     model: nn.Module
     optimizers: list[Any]
@@ -97,6 +105,9 @@ class Session:
     record: RunRecord
     flops_per_token: float
     peak_flops: float
+    stop_signal: StopSignal = field(default_factory=StopSignal)
+    fetched: tuple[list[dict[str, torch.Tensor]], dict[str, Any]] | None = None
+    """Micro-batches of the next step, and the loader's state after them."""
     # made by start(), once the state to go on from is known
     watch: ZeroGradientWatch = field(init=False)
     progress: Progress = field(init=False)
@@ -112,7 +123,7 @@ class Session:
         return self.config.train.batch_size * self.config.data.block_size
 
 
-def prepare(config: RunConfig, run: RunDir, accelerator: Accelerator, stop_signal: StopSignal) -> Session:
+def prepare(config: RunConfig, run: RunDir, accelerator: Accelerator) -> Session:
     """Data, model and optimisers; writes nothing into the run's folder, so that a mistake leaves none
     behind.
     """
@@ -175,7 +186,6 @@ def prepare(config: RunConfig, run: RunDir, accelerator: Accelerator, stop_signa
         config=config,
         run=run,
         accelerator=accelerator,
-        stop_signal=stop_signal,
         model_config=model_config,
         model=model,
         optimizers=wrapped_optimizers,
@@ -234,10 +244,10 @@ def start(session: Session) -> None:
         session.loader.load_state_dict(state.loader)
     if state.scaler:
         accelerator.scaler.load_state_dict(state.scaler)
+    start_trackers(accelerator, config, run.root)
     if accelerator.is_main_process:
         write_json(run.config, config)
         session.tokenizer.save_pretrained(run.tokenizer)
-    start_trackers(accelerator, config, run.root)
     session.watch = ZeroGradientWatch(session.model, config.train.zero_gradient_steps, state.silent)
     session.progress = Progress(accelerator, run.metrics, session.total_steps, state.step)
     session.keep_record = RecordKeeper(run, record, accelerator)
@@ -332,7 +342,7 @@ def run_steps(session: Session) -> None:
 def one_step(session: Session, batches: Any) -> Step:
     """Forward and backward over the micro-batches, then the optimiser, unless a number is not finite."""
     config, state, accelerator = session.config, session.state, session.accelerator
-    micro_batches = [next(batches) for _ in range(session.accumulation_steps)]
+    micro_batches, state.loader = session.fetched or fetch(session, batches)
     valid_tokens, stopping = agreed(session, micro_batches)
 
     factor = learning_rate_factor(state.step, session.total_steps, config.train)
@@ -342,12 +352,16 @@ def one_step(session: Session, batches: Any) -> Step:
     if session.model_config.attention_dropout > 0:  # a function of the step, so that a resumed run repeats it
         torch.manual_seed((config.seed << 40) + (state.step << 12) + accelerator.process_index)
 
-    loss = accumulate_gradients(session, micro_batches, valid_tokens)
-    grad_norm = clipped_norm(accelerator, session.model, session.optimizers, config.train.max_grad_norm)
-    scaler_decides = accelerator.scaler is not None and math.isfinite(loss)  # fp16: it looks for its scale
-    if math.isfinite(loss) and math.isfinite(grad_norm):
+    loss_tensor = accumulate_gradients(session, micro_batches, valid_tokens)
+    norm_tensor = gradient_norm(accelerator, session.model)
+    # A GPU is still at work on the gradients; the next batch is read before its numbers are waited for.
+    session.fetched = fetch(session, batches) if state.step + 1 < session.total_steps else None
+    loss, grad_norm = loss_tensor.item(), norm_tensor.item()
+    finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    if finite:
         session.watch.observe(session.model, state.step + 1)
-    if (math.isfinite(loss) and math.isfinite(grad_norm)) or scaler_decides:
+        clip_gradients(session.model, grad_norm, config.train.max_grad_norm)
+    if finite or (accelerator.scaler is not None and math.isfinite(loss)):  # fp16: it looks for its scale
         for optimizer in session.optimizers:
             optimizer.step()
         state.nonfinite_in_a_row = 0
@@ -367,6 +381,11 @@ def one_step(session: Session, batches: Any) -> Step:
     return Step(loss, grad_norm, config.train.learning_rate * factor, micro_batches[-1], stopping)
 
 
+def fetch(session: Session, batches: Any) -> tuple[list[dict[str, torch.Tensor]], dict[str, Any]]:
+    """The micro-batches of a step, and the state that gives the batches after them."""
+    return [next(batches) for _ in range(session.accumulation_steps)], session.loader.state_dict()
+
+
 def agreed(session: Session, micro_batches: list[dict[str, torch.Tensor]]) -> tuple[int, bool]:
     """Valid tokens of the step over all processes, and whether any of them was asked to stop.
 
@@ -383,7 +402,7 @@ def agreed(session: Session, micro_batches: list[dict[str, torch.Tensor]]) -> tu
 
 def accumulate_gradients(
     session: Session, micro_batches: list[dict[str, torch.Tensor]], valid_tokens: int
-) -> float:
+) -> torch.Tensor:
     """Gradients of the global mean loss into the parameters; the loss (nats/token, over all processes) back.
 
     DDP and FSDP2 average gradients over processes; the factor `num_processes` turns that into the sum, which
@@ -403,7 +422,7 @@ def accumulate_gradients(
             if z_loss > 0:
                 loss = loss + z_loss * squared_log_partition(output.logits, batch["labels"]) / valid_tokens
             accelerator.backward(loss * accelerator.num_processes)
-    return global_sum(total).item()
+    return global_sum(total)
 
 
 def squared_log_partition(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -450,7 +469,6 @@ def health_metrics(session: Session, batch: dict[str, torch.Tensor]) -> dict[str
 
 def save(session: Session) -> None:
     state, accelerator = session.state, session.accelerator
-    state.loader = session.loader.state_dict()
     state.silent = sorted(session.watch.silent)
     state.scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
     taken = checkpoint.snapshot(

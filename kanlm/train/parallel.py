@@ -6,10 +6,10 @@ there torch's `fully_shard` is applied here, so that the same launch command sha
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kanlm.config import RunConfig, UserError
 from kanlm.train.tracking import log_with
+
+COLLECTIVE_TIMEOUT = timedelta(hours=3)
+"""So long may one process tokenise a corpus while the others wait; the launcher sees a process that dies."""
 
 
 def fsdp_requested() -> bool:
@@ -47,7 +50,6 @@ def prepared(
             "accelerate: FSDP was asked for, but one process was launched; set num_processes to 2 or more"
         )
     if accelerator.is_fsdp2:
-        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = model._no_split_modules
         model, *optimizers = accelerator.prepare(model, *make_optimizers(model))
     elif fsdp_requested():
         if accelerator.device.type != "cpu":
@@ -105,7 +107,10 @@ def new_accelerator(config: RunConfig) -> Iterator[Accelerator]:
     wanted = config.train.mixed_precision
     processes = int(os.environ.get("WORLD_SIZE", 1))
     # Without `cpu` accelerate starts so many runs of one process each on a machine without GPUs, in silence.
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or _cpu_processes(processes))
+    state = PartialState(
+        cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or _cpu_processes(processes),
+        timeout=COLLECTIVE_TIMEOUT,
+    )
     if state.num_processes != processes:
         raise UserError(
             f"accelerate: {processes} processes were launched, but {state.num_processes} train together; "
@@ -153,15 +158,17 @@ def set_threads(accelerator: Accelerator, num_threads: int | None) -> None:
     torch.set_num_threads(num_threads or max(1, len(os.sched_getaffinity(0)) // local_processes))
 
 
-def clipped_norm(
-    accelerator: Accelerator, model: nn.Module, optimizers: list[AcceleratedOptimizer], max_norm: float
-) -> float:
-    """L2 norm of all gradients; if it is finite, they are then clipped to `max_norm` (0 = no clipping)."""
+def gradient_norm(accelerator: Accelerator, model: nn.Module) -> torch.Tensor:
+    """L2 norm of all gradients, over all shards; 0-dim, on the device."""
     if accelerator.scaler is not None:
         accelerator.unscale_gradients()
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-    value = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    if max_norm > 0 and math.isfinite(value):
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return value
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def clip_gradients(model: nn.Module, norm: float, max_norm: float) -> None:
+    """Scale all gradients so that their norm, which is `norm`, is at most `max_norm`; 0 = no clipping."""
+    if max_norm > 0 and norm > max_norm:
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        torch._foreach_mul_(gradients, max_norm / norm)

@@ -32,8 +32,8 @@ def mask_labels(batches):
 
 def train(job: dict) -> dict:
     config = parsed(RunConfig, job["table"], "job")
-    originals = loop.one_step, loop.clipped_norm, TokenLoader.__iter__
-    one_step, clipped_norm, batches = originals
+    originals = loop.one_step, loop.gradient_norm, TokenLoader.__iter__
+    one_step, gradient_norm, batches = originals
 
     def interrupting(session, *arguments):
         if session.state.step + 1 == job.get("interrupt_after") and session.accelerator.process_index == 1:
@@ -51,16 +51,16 @@ def train(job: dict) -> dict:
             gradients[name.removeprefix("module.")] = full.clone()
         if accelerator.is_main_process and not path.exists():
             save_file(gradients, path)
-        return clipped_norm(accelerator, model, *arguments)
+        return gradient_norm(accelerator, model, *arguments)
 
     loop.one_step = interrupting
     if job.get("masked"):
-        loop.clipped_norm = saving
+        loop.gradient_norm = saving
         TokenLoader.__iter__ = lambda self: mask_labels(batches(self))
     try:
         record = loop.train(config)
     finally:
-        loop.one_step, loop.clipped_norm, TokenLoader.__iter__ = originals
+        loop.one_step, loop.gradient_norm, TokenLoader.__iter__ = originals
     return {
         "state": record.state,
         "step": record.step,
