@@ -20,7 +20,7 @@ from kanlm.data.corpus import Source, TextStream
 from kanlm.data.order import permuted
 from kanlm.data.packing import Packer
 
-_BATCH_DOCUMENTS = 64
+_BATCH_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,15 @@ class StreamedBlocks:
         """(place of the document, its ids) from the place `state` on."""
         texts = TextStream(self.source, state)
         while True:
-            places, batch = [], []
-            for _ in range(_BATCH_DOCUMENTS):
+            places, batch, size = [], [], 0
+            while size < _BATCH_CHARACTERS:
                 place = texts.state_dict()
                 text = next(texts, None)
                 if text is None:
                     break
                 places.append(place)
                 batch.append(text)
+                size += len(text)
             if not batch:
                 return
             packed = self._pack(batch)
