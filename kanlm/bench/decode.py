@@ -17,7 +17,7 @@ PROMPT, NEW = 32, 32
 
 
 def decoding_arm(name: str, size: str, backend: str, device: str = "cpu") -> Arm:
-    """Greedy decoding of NEW tokens after a prompt of PROMPT tokens, one at a time, prompt included in the time."""
+    """Greedy decoding of NEW tokens one at a time after a prompt of PROMPT tokens, whose time is included."""
     model, chosen = built(name, size, backend, device)
     model.eval()
     prompt = torch.randint(0, VOCAB_SIZE, (1, PROMPT), generator=torch.Generator().manual_seed(1)).to(device)
@@ -65,5 +65,14 @@ def run(
         raise UserError(str(error)) from None
     built_arms = [decoding_arm(name, size, backend, device) for name in names]
     peaks = {name: peak_memory(decoding_arm, name, size, backend) for name in names} if memory else {}
-    settings = {"size": size, "backend": backend, "device": device, "prompt": PROMPT, "new_tokens": NEW, "batch": 1}
-    return report(f"decode-{size}", settings, built_arms, peaks, red, seconds=seconds, device=device, out=out, echo=echo)
+    settings = {
+        "size": size,
+        "backend": backend,
+        "device": device,
+        "prompt": PROMPT,
+        "new_tokens": NEW,
+        "batch": 1,
+    }
+    return report(
+        f"decode-{size}", settings, built_arms, peaks, red, seconds=seconds, device=device, out=out, echo=echo
+    )

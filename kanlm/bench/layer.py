@@ -1,4 +1,5 @@
-"""`kanlm bench layer`: one full-edge KAN layer, forward and backward, against an MLP and the registry's peers.
+"""`kanlm bench layer`: one full-edge KAN layer, forward and backward, against an MLP and the registry's
+peers.
 
 All KAN layers have the same inputs, outputs, grid intervals and order; the MLP (up, GELU, down) has as many
 parameters as ours. Peers are optional: `pip install --no-deps -r scripts/peers.txt`.
@@ -15,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from kanlm import kernels
-from kanlm.bench.measure import PARITY, Arm, cuda_peak_memory, parity_error, peak_memory, report, require_device
+from kanlm.bench.measure import (
+    PARITY,
+    Arm,
+    cuda_peak_memory,
+    parity_error,
+    peak_memory,
+    report,
+    require_device,
+)
 from kanlm.config import UserError
 from kanlm.model.kan import KANLinear
 
@@ -83,14 +92,15 @@ def _kanditioned(impl: str) -> Callable[[int, int, int, int], nn.Module]:
 
 
 PEERS: dict[str, tuple[str, Callable[[int, int, int, int], nn.Module], int | None]] = {
-    # name: package, layer, most tokens of a step (pykan keeps several [tokens, I, O] tensors)
+    # name: package, layer, most tokens of a step (for those that take seconds, or keep [tokens, I, O]
+    # tensors)
     "kan-gpt (efficient-kan)": ("kan_gpt", _kan_gpt, None),
     "inkan (compiled)": ("inkan", _inkan, None),
     "inkan": ("inkan", _inkan_eager, None),
     "flashkan": ("flashkan", _flashkan, None),
-    "kanditioned (csr)": ("KANditioned", _kanditioned("sparse_matmul_csr"), None),
-    "kanditioned (embedding_bag)": ("KANditioned", _kanditioned("embedding_bag"), None),
-    "pykan": ("kan", _pykan, 128),
+    "kanditioned (csr)": ("KANditioned", _kanditioned("sparse_matmul_csr"), 64),
+    "kanditioned (embedding_bag)": ("KANditioned", _kanditioned("embedding_bag"), 64),
+    "pykan": ("kan", _pykan, 64),
 }
 OURS = {
     # name: basis, grid intervals beyond --grid, backend
@@ -100,7 +110,9 @@ OURS = {
 }
 
 
-def built(name: str, inputs: int, outputs: int, grid: int, order: int, backend: str, device: str) -> nn.Module:
+def built(
+    name: str, inputs: int, outputs: int, grid: int, order: int, backend: str, device: str
+) -> nn.Module:
     """The layer of an arm. `kanlm linear` has order 1 and order - 1 more intervals: the same parameters."""
     torch.manual_seed(0)
     if name == "mlp":
@@ -115,7 +127,14 @@ def built(name: str, inputs: int, outputs: int, grid: int, order: int, backend: 
 
 
 def layer_arm(
-    name: str, tokens: int, inputs: int, outputs: int, grid: int, order: int, backend: str, device: str = "cpu"
+    name: str,
+    tokens: int,
+    inputs: int,
+    outputs: int,
+    grid: int,
+    order: int,
+    backend: str,
+    device: str = "cpu",
 ) -> Arm:
     """Forward and backward, input's gradient included."""
     layer = built(name, inputs, outputs, grid, order, backend, device)
@@ -189,7 +208,9 @@ def run(
             else:
                 peaks[arm.name] = peak_memory(layer_arm, arm.name, *arguments)
     settings = {**sizes, "backend": backend, "device": device}
-    return report("layer", settings, built_arms, peaks, skipped, seconds=seconds, device=device, out=out, echo=echo)
+    return report(
+        "layer", settings, built_arms, peaks, skipped, seconds=seconds, device=device, out=out, echo=echo
+    )
 
 
 def _reason_to_skip(

@@ -84,8 +84,13 @@ def machine_floor(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Fl
     return Floor(2 * size**3 / product, 2 * source.numel() * source.element_size() / copied)
 
 
-def rounds(arms: list[Arm], seconds: float, device: str = "cpu", least: int = 5, most: int = 60) -> dict[str, list]:
-    """Seconds of each arm in each round. Every round runs every arm once, in an order that turns; about `seconds`."""
+def rounds(
+    arms: list[Arm], seconds: float, device: str = "cpu", least: int = 5, most: int = 60
+) -> dict[str, list]:
+    """Seconds of each arm in each round; all together takes about `seconds`.
+
+    Every round runs every arm once, in an order that turns.
+    """
     for arm in arms:
         arm.step()
         arm.step()
@@ -100,7 +105,7 @@ def rounds(arms: list[Arm], seconds: float, device: str = "cpu", least: int = 5,
 
 
 def parity_error(module: nn.Module, *inputs: torch.Tensor) -> float:
-    """Largest relative error of the output and of every gradient of `module` against its own fp64 reference."""
+    """Largest relative error of output and gradients of `module` against its own fp64 reference."""
     reference = copy.deepcopy(module).double()
     kernels.select(reference, "reference")
     outputs = []
@@ -119,9 +124,6 @@ def parity_error(module: nn.Module, *inputs: torch.Tensor) -> float:
     return worst
 
 
-# ---- peak memory ----------------------------------------------------------------------------------------------------
-
-
 def _status_bytes(key: str) -> int:
     text = Path("/proc/self/status").read_text()
     return int(re.search(rf"^{key}:\s+(\d+) kB", text, re.M).group(1)) * 1024
@@ -130,7 +132,9 @@ def _status_bytes(key: str) -> int:
 def _peak_in_process(builder: Callable[..., Arm], arguments: tuple, threads: int) -> dict[str, int]:
     torch.set_num_threads(threads)
     libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD: larger blocks go back to the system as soon as they are freed
+    libc.mallopt(
+        -3, 1 << 17
+    )  # M_MMAP_THRESHOLD: larger blocks go back to the system as soon as they are freed
     a = torch.randn(256, 256, requires_grad=True)
     (a @ a).sum().backward()
     gc.collect()
@@ -148,10 +152,11 @@ def _peak_in_process(builder: Callable[..., Arm], arguments: tuple, threads: int
 
 
 def peak_memory(builder: Callable[..., Arm], *arguments: Any) -> dict[str, int] | None:
-    """Memory of the third step of `builder(*arguments)`, in a process of its own: at its peak, and between steps.
+    """Memory of the third step of `builder(*arguments)`, in a process of its own: at its peak, and between
+    steps.
 
-    Both count from before the arm was built, so parameters, gradients and optimizer states are included. None where
-    the kernel does not tell (anything but Linux).
+    Both count from before the arm was built, so parameters, gradients and optimizer states are included.
+    None where the kernel does not tell (anything but Linux).
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
@@ -171,10 +176,9 @@ def cuda_peak_memory(arm: Arm) -> dict[str, int]:
     return {"peak_bytes": torch.cuda.max_memory_allocated(), "resting_bytes": resting}
 
 
-# ---- results --------------------------------------------------------------------------------------------------------
-
-
-def summary(arms: list[Arm], times: dict[str, list[float]], floor: Floor, memory: dict[str, Any]) -> list[dict]:
+def summary(
+    arms: list[Arm], times: dict[str, list[float]], floor: Floor, memory: dict[str, Any]
+) -> list[dict]:
     """One record an arm: medians, quartiles, ratios to its baseline, fraction of the floor, memory."""
     records = []
     for arm in arms:
@@ -214,7 +218,18 @@ def summary(arms: list[Arm], times: dict[str, list[float]], floor: Floor, memory
 
 def table(records: list[dict]) -> str:
     """The records as plain text, one line an arm."""
-    header = ["arm", "kernels", "params", "ms", "quartiles", "tokens/s", "x baseline", "of floor", "peak MiB", "x mem"]
+    header = [
+        "arm",
+        "kernels",
+        "params",
+        "ms",
+        "quartiles",
+        "tokens/s",
+        "x baseline",
+        "of floor",
+        "peak MiB",
+        "x mem",
+    ]
 
     def cells(record: dict) -> list[str]:
         low, high = record["seconds_quartiles"]
@@ -235,10 +250,14 @@ def table(records: list[dict]) -> str:
 
     rows = [header, *map(cells, records)]
     widths = [max(len(row[n]) for row in rows) for n in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
+    )
 
 
-def saved(name: str, settings: dict, floor: Floor, records: list[dict], skipped: dict[str, str], out: str | None) -> Path:
+def saved(
+    name: str, settings: dict, floor: Floor, records: list[dict], skipped: dict[str, str], out: str | None
+) -> Path:
     """Write the result to `out`, or to docs/benchmarks/DATE-NAME.json of the working directory; the path."""
     date = datetime.now(UTC).strftime("%Y-%m-%d")
     path = Path(out) if out else Path("docs/benchmarks") / f"{date}-{name}.json"

@@ -1,4 +1,4 @@
-"""`kanlm bench train`: whole training steps (forward, loss, backward, AdamW) at equal non-embedding parameters."""
+"""`kanlm bench train`: whole training steps (forward, loss, backward, AdamW) at equal parameters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from typing import Any
 import torch
 
 from kanlm import kernels
-from kanlm.bench.measure import PARITY, Arm, cuda_peak_memory, parity_error, peak_memory, report, require_device
+from kanlm.bench.measure import (
+    PARITY,
+    Arm,
+    cuda_peak_memory,
+    parity_error,
+    peak_memory,
+    report,
+    require_device,
+)
 from kanlm.config import UserError
 from kanlm.model.configuration_kanlm import KanLMConfig
 from kanlm.model.modeling_kanlm import KanLMForCausalLM
@@ -155,5 +163,13 @@ def run(
             peaks[arm.name] = (
                 cuda_peak_memory(arm) if on_gpu else peak_memory(training_arm, arm.name, size, backend)
             )
-    settings = {"size": size, "backend": backend, "device": device, "compiled": compiled, "vocab_size": VOCAB_SIZE}
-    return report(f"train-{size}", settings, built_arms, peaks, red, seconds=seconds, device=device, out=out, echo=echo)
+    settings = {
+        "size": size,
+        "backend": backend,
+        "device": device,
+        "compiled": compiled,
+        "vocab_size": VOCAB_SIZE,
+    }
+    return report(
+        f"train-{size}", settings, built_arms, peaks, red, seconds=seconds, device=device, out=out, echo=echo
+    )

@@ -1,11 +1,12 @@
-"""Fused implementations of what kanlm.model defines; `select` chooses, and the reference stays the definition.
+"""Fused implementations of what kanlm.model defines; `select` chooses, and the reference stays the
+definition.
 
     native.cpp, native.py   C++ with OpenMP, compiled once for this machine
     cpu.py                  autograd functions over it
     triton_ops.py           the same for GPUs
 
-The choice is an attribute `kernel` of a module, never part of a config or checkpoint. Select after the model is on
-its device: a kernel refuses tensors of another one.
+The choice is an attribute `kernel` of a module, never part of a config or checkpoint. Select after the
+model is on its device: a kernel refuses tensors of another one.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ def _log_once(message: str) -> None:
 def select(model: nn.Module, backend: str = "auto") -> dict[str, str]:
     """Set the implementation of every KAN layer, learned function and MLP activation of `model`.
 
-    `reference` is plain PyTorch; `cpu` and `triton` are fused kernels; `auto` is `triton` on a CUDA device, `cpu` where
-    a C++ compiler is at hand, else the reference, and says once what it chose. Where a backend has no kernel for a
-    module (e.g. a Chebyshev basis), that module keeps the reference.
+    `reference` is plain PyTorch; `cpu` and `triton` are fused kernels; `auto` is `triton` on a CUDA device,
+    `cpu` where a C++ compiler is at hand, else the reference, and says once what it chose. Where a backend
+    has no kernel for a module (e.g. a Chebyshev basis), that module keeps the reference.
 
     Returns:
         What each module that has a choice now uses, by its name: "reference", "cpu" or "triton".

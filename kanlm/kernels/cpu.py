@@ -1,11 +1,12 @@
 """Fused CPU implementations over native.cpp: full-edge layers, learned functions, the MLP arms' activations.
 
-Shapes: N rows (all leading dimensions together), I in, O out, P = O rounded up to whole vectors, C channels, K basis
-functions, G grid intervals, k order.
+Shapes: N rows (all leading dimensions together), I in, O out, P = O rounded up to whole vectors, C
+channels, K basis functions, G grid intervals, k order.
 
-A full-edge layer reads only the k + 1 functions that are not zero at an input, so it does (k + 1) / K of the dense
-product's multiply-adds, and its [N, K, I] expansion never exists. Everything is computed in fp32; only inputs are
-kept for backward. Each function here takes the module as the first argument: `module.kernel = edge`.
+A full-edge layer reads only the k + 1 functions that are not zero at an input, so it does (k + 1) / K of
+the dense product's multiply-adds, and its [N, K, I] expansion never exists. Everything is computed in fp32;
+only inputs are kept for backward. Each function here takes the module as the first argument: `module.kernel
+= edge`.
 """
 
 from __future__ import annotations
@@ -45,9 +46,6 @@ def _wide(x: Tensor) -> Tensor:
             f"the cpu kernel got a tensor on {x.device}; call kernels.select after moving the model"
         )
     return x.float().contiguous()
-
-
-# ---- full edge ------------------------------------------------------------------------------------------------------
 
 
 def _edge_arguments(basis: BSpline, rows: int, inputs: int, outputs: int) -> tuple:
@@ -136,7 +134,8 @@ class _Edge(torch.autograd.Function):
 def edge(layer: KANLinear, x: Tensor) -> Tensor:
     """KANLinear: x [..., I] to [..., O].
 
-    A layer with an adaptive grid or fp64 tensors, or whose children an adapter has replaced, uses its reference.
+    A layer with an adaptive grid or fp64 tensors, or whose children an adapter has replaced, uses its
+    reference.
     """
     weight = layer.spline.weight
     children = {type(child) for child in (layer.spline, layer.base) if child is not None}
@@ -158,8 +157,9 @@ def edge(layer: KANLinear, x: Tensor) -> Tensor:
 def _kept(layer: KANLinear) -> Tensor:
     """The layer's packed coefficients, kept between calls without gradients (decoding).
 
-    They are packed again when a parameter is another tensor or was written in place. A write through `.data` moves
-    no version counter: call the layer once with gradients enabled, or `kernels.select` again, after one.
+    They are packed again when a parameter is another tensor or was written in place. A write through
+    `.data` moves no version counter: call the layer once with gradients enabled, or `kernels.select` again,
+    after one.
     """
     tensors = [layer.spline.weight] + ([] if layer.whitening is None else [layer.whitening])
     if layer.training or any(tensor.is_inference() for tensor in tensors):
@@ -169,9 +169,6 @@ def _kept(layer: KANLinear) -> Tensor:
     if kept is None or kept[0] != mark:
         kept = layer.__dict__["_packed"] = mark, packed_coefficients(layer.plain_weight(), layer.in_features)
     return kept[1]
-
-
-# ---- learned functions and activations ------------------------------------------------------------------------------
 
 
 class _Function:
@@ -188,7 +185,7 @@ class _Function:
         self.arguments = (channels, groups, kind, order, cells, low, inverse, int(silu))
 
     def tables(self, coefficients: Tensor | None) -> Tensor | None:
-        """coefficients [groups, K] as the kernel's tables, fp32: polynomials [groups, k + 1, G], or themselves."""
+        """coefficients [groups, K] as the kernel's tables, fp32: polynomials [groups, k + 1, G] of splines."""
         if coefficients is None or self.basis is None:
             return None if coefficients is None else _wide(coefficients)
         windows = coefficients.float().unfold(-1, self.basis.order + 1, 1)  # [groups, G, k+1]
@@ -270,7 +267,7 @@ def learned(layer: LearnedFunction, a: Tensor, u: Tensor | None) -> Tensor:
 
 
 def activation(function: Callable) -> Callable | None:
-    """The kernel (module, a, u or None) -> function(a) * u of an MLP's activation; None where there is none."""
+    """The kernel (module, a, u or None) -> function(a) * u of an MLP's activation, or None."""
     if isinstance(function, nn.GELU):
         name = "gelu" if function.approximate == "none" else None
     else:

@@ -105,7 +105,7 @@ inline void segments(vec r, vec* p, vec* d) {
     }
 }
 
-// ---- elementwise: y = phi(a) * u --------------------------------------------------------------------------------
+// Elementwise: y = phi(a) * u
 
 struct Elementwise {
     const float *a, *u, *g, *tables;  // u may be null
@@ -372,7 +372,7 @@ void spline(const Elementwise& k, int threads) {
     elementwise<Spline<T, 1, SILU>>(k, threads);
 }
 
-// ---- full edge: y[n, o] += sum_i sum_j B_j(x[n, i]) w[i, cell + j, o] --------------------------------------------
+// Full edge: y[n, o] += sum_i sum_j B_j(x[n, i]) w[i, cell + j, o]
 
 struct Edge {
     const float *x, *w, *g;

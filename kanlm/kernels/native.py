@@ -1,7 +1,7 @@
 """native.cpp as a shared library: compiled once for this machine, kept in a cache, called through ctypes.
 
-Plain C with pointers needs no Python or torch headers, so any `c++`, `g++` or `clang++` with OpenMP will do. The
-library uses the OpenMP runtime that torch has loaded already, hence torch's pool of threads.
+Plain C with pointers needs no Python or torch headers, so any `c++`, `g++` or `clang++` with OpenMP will
+do. The library uses the OpenMP runtime that torch has loaded already, hence torch's pool of threads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("native.cpp")
-FLAGS = "-std=c++17 -O3 -fopenmp -shared -fPIC -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi".split()
+FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
+FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 MAX_ORDER = 3
 """Highest order of B-splines that the library has."""
 
@@ -65,7 +66,7 @@ def _compiler() -> str:
 
 
 def _built() -> Path:
-    """Path of the compiled library; compiles it unless this source, compiler and machine have been seen before."""
+    """Path of the library; compiles it unless this source, compiler and machine have been seen before."""
     compiler = _compiler()
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     command = [compiler, *FLAGS, native]

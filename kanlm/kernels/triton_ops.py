@@ -2,10 +2,10 @@
 
 Shapes: N rows, I in, O out, C channels, K basis functions, G grid intervals, k order; B* are tile sizes.
 
-(1) phi(a) * u with its gradients. Coefficient gradients are summed in two stages without atomics: each program
-writes the sums of its rows, and those are added in order; so results repeat bit for bit.
-(2) The full-edge layer as a tiled matrix product whose left operand, the basis, is computed in registers and never
-written to memory, with the matching products for the gradients of x and of the coefficients.
+(1) phi(a) * u with its gradients. Coefficient gradients are summed in two stages without atomics: each
+program writes the sums of its rows, and those are added in order; so results repeat bit for bit.
+(2) The full-edge layer as a tiled matrix product whose left operand, the basis, is computed in registers
+and never written to memory, with the matching products for the gradients of x and of the coefficients.
 
 Not yet run on a GPU; see docs/performance.md.
 """
@@ -36,9 +36,6 @@ def supports_edge(layer: KANLinear) -> bool:
 def supports_learned(layer: LearnedFunction) -> bool:
     """Whether `learned` implements this function."""
     return layer.is_spline and 1 <= layer.basis.order <= MAX_ORDER
-
-
-# ---- device code ----------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -104,7 +101,7 @@ def values_at(x, lo, inv_h, G: tl.constexpr, ORDER: tl.constexpr):
 
 @triton.jit
 def edge_forward_kernel(
-    x_ptr, w_ptr, base_ptr, y_ptr, N, I, O, lo, inv_h,
+    x_ptr, w_ptr, base_ptr, y_ptr, N, I, O, lo, inv_h,  # noqa: E741
     K: tl.constexpr, G: tl.constexpr, ORDER: tl.constexpr, BASE: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
@@ -132,7 +129,7 @@ def edge_forward_kernel(
 
 @triton.jit
 def edge_input_gradient_kernel(
-    x_ptr, w_ptr, base_ptr, g_ptr, dx_ptr, N, I, O, lo, inv_h,
+    x_ptr, w_ptr, base_ptr, g_ptr, dx_ptr, N, I, O, lo, inv_h,  # noqa: E741
     K: tl.constexpr, G: tl.constexpr, ORDER: tl.constexpr, BASE: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
@@ -172,7 +169,7 @@ def edge_input_gradient_kernel(
 
 @triton.jit
 def edge_coefficient_gradient_kernel(
-    x_ptr, g_ptr, dw_ptr, dbase_ptr, N, I, O, lo, inv_h,
+    x_ptr, g_ptr, dw_ptr, dbase_ptr, N, I, O, lo, inv_h,  # noqa: E741
     K: tl.constexpr, G: tl.constexpr, ORDER: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
@@ -204,7 +201,7 @@ def edge_coefficient_gradient_kernel(
 
 @triton.jit
 def phi_at(table_ptr, group, cell, r, e, G: tl.constexpr, ORDER: tl.constexpr):
-    """Value and slope (by r) of the group's spline; its table is [ORDER + 1, G], coefficients of powers of r."""
+    """Value and slope (by r) of the group's spline; its table [ORDER + 1, G] holds powers of r."""
     at = table_ptr + group * ((ORDER + 1) * G) + cell
     value = tl.load(at + ORDER * G)
     slope = value * 0.0
@@ -291,9 +288,6 @@ def learned_backward_kernel(
             tl.store(out + 3 * G, sum3, mask=used)
 
 
-# ---- launches -------------------------------------------------------------------------------------------------------
-
-
 def _tiles() -> dict[str, int]:
     """Tile sizes of the matrix products; small ones where every program is interpreted."""
     if INTERPRETED:
@@ -365,7 +359,7 @@ class _Edge(torch.autograd.Function):
 
 @torch.compiler.disable
 def edge(layer: KANLinear, x: Tensor) -> Tensor:
-    """KANLinear: x [..., I] to [..., O]; layers that `cpu.edge` leaves to the reference are left to it here too."""
+    """KANLinear: x [..., I] to [..., O]; leaves to the reference what `cpu.edge` leaves to it."""
     weight = layer.spline.weight
     children = {type(child) for child in (layer.spline, layer.base) if child is not None}
     if layer.knots is not None or children != {nn.Linear} or torch.float64 in (weight.dtype, x.dtype):
@@ -461,7 +455,7 @@ def learned(layer: LearnedFunction, a: Tensor, u: Tensor | None) -> Tensor:
 
 
 def activation(function: Callable) -> Callable | None:
-    """The kernel (module, a, u) -> SiLU(a) * u of a SwiGLU; the others are one fused operation in torch already."""
+    """The kernel (module, a, u) -> SiLU(a) * u of a SwiGLU; torch fuses the ungated activations."""
     return _silu if function is F.silu else None
 
 

@@ -29,7 +29,7 @@ def close(got, expected, tolerance, what):
 
 
 def compared(module, inputs, tolerance):
-    """Outputs and gradients with the kernel against the fp64 reference (fp32: inputs and weights are exact there)."""
+    """Outputs and gradients with the kernel against the fp64 reference."""
     reference, fused = copy.deepcopy(module).double(), copy.deepcopy(module)
     assert "cpu" in kernels.select(fused, "cpu").values()
     results = []

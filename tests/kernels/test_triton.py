@@ -1,6 +1,7 @@
 """The Triton kernels against the reference, on a GPU or, where there is none, in Triton's interpreter.
 
-The interpreter must be chosen before triton is imported, so without a GPU these tests run in a process of their own.
+The interpreter must be chosen before triton is imported, so without a GPU these tests run in a process of
+their own.
 """
 
 import importlib.util
@@ -159,3 +160,39 @@ def test_large_layers_on_a_gpu(dtype):
     compared(
         function, [points(4099, 2048, dtype=dtype), points(4099, 2048, seed=1, dtype=dtype)], TOLERANCE[dtype]
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
+def test_kernels_compile_for_a_hopper_gpu():
+    """Needs no GPU. Products must run on the tensor cores (wgmma), and nothing may spill to memory."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from kanlm.kernels import triton_ops as ops
+
+    wide = {"x_ptr", "dx_ptr", "dw_ptr", "dbase_ptr", "table_ptr", "partial_ptr"}
+
+    def signature(name: str) -> str:
+        if name.endswith("_ptr"):
+            return "*fp32" if name in wide else "*bf16"
+        return "fp32" if name in ("lo", "inv_h") else "i32"
+
+    edge = {"K": 8, "G": 5, "ORDER": 3, "PRECISION": "ieee", "WIDE": False, "BN": 128, "BI": 32, "BO": 128}
+    function = {"G": 16, "ORDER": 3, "SILU": False, "GATED": True, "SPLINE": True}
+    rows = {"CELLS": 16, "ROWS": 512, "BR": 8, "BC": 32}
+    for kernel, constants in (
+        (ops.edge_forward_kernel, edge | {"BASE": True}),
+        (ops.edge_input_gradient_kernel, edge | {"BASE": True}),
+        (ops.edge_coefficient_gradient_kernel, edge),
+        (ops.learned_forward_kernel, function | {"BLOCK": 1024}),
+        (ops.learned_backward_kernel, function | rows),
+    ):
+        names = kernel.arg_names
+        types = {name: "constexpr" if name in constants else signature(name) for name in names}
+        source = ASTSource(kernel, types, constexprs={(names.index(k),): v for k, v in constants.items()})
+        options = {"num_warps": 8 if "K" in constants else 4, "num_stages": 3}
+        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+        assert ("wgmma" in ptx) == ("K" in constants)
+        assert "st.local" not in ptx

@@ -1,0 +1,149 @@
+"""The benchmarks: complete records, refusal of a red arm, ratios, and user mistakes."""
+
+import json
+
+import pytest
+import torch
+
+from kanlm import kernels
+from kanlm.bench import decode, layer, measure, train
+from kanlm.config import UserError
+from kanlm.kernels.native import NativeUnavailable, library
+
+
+@pytest.fixture(autouse=True)
+def quick_floor(monkeypatch, request):
+    if "measured" not in request.node.name:
+        monkeypatch.setattr(measure, "machine_floor", lambda *a: measure.Floor(1e11, 1e10))
+
+
+def arm(name, tokens=10, baseline=None, step=lambda: None, **more):
+    return measure.Arm(name, step, tokens, 5, baseline=baseline, **more)
+
+
+def test_rounds_run_every_arm_once_a_round_in_a_turning_order():
+    order = []
+    arms = [arm(name, step=lambda name=name: order.append(name)) for name in "abc"]
+    times = measure.rounds(arms, seconds=0.0, least=3)
+    assert {name: len(taken) for name, taken in times.items()} == {"a": 3, "b": 3, "c": 3}
+    assert "".join(order[6:]) == "abcbcacab"
+
+
+def test_ratio_is_the_median_over_rounds_and_counts_tokens():
+    arms = [arm("base", tokens=10), arm("half", tokens=5, baseline="base")]
+    times = {"base": [1.0, 2.0, 8.0], "half": [1.0, 2.0, 1.0]}
+    floor = measure.Floor(matmul_flops=1e9, copy_bytes=1e9)
+    memory = {
+        "base": {"peak_bytes": 100, "resting_bytes": 1},
+        "half": {"peak_bytes": 150, "resting_bytes": 1},
+    }
+    record = measure.summary(arms, times, floor, memory)[1]
+    assert record["speed_ratio"] == 0.5
+    assert record["tokens_per_second"] == 5.0
+    assert record["memory_ratio"] == 1.5
+
+
+def test_floor_is_the_larger_of_work_and_traffic():
+    floor = measure.Floor(matmul_flops=1e9, copy_bytes=1e8)
+    assert floor.seconds(arm("x", flops=2e9, least_bytes=1e8)) == 2.0
+    assert floor.seconds(arm("x", flops=1e9, least_bytes=3e8)) == 3.0
+
+
+def test_machine_floor_is_measured():
+    floor = measure.machine_floor()
+    assert 1e9 < floor.matmul_flops < 1e15 and 1e8 < floor.copy_bytes < 1e14
+
+
+def test_peak_memory_sees_a_buffer_of_known_size():
+    measured = measure.peak_memory(_arm_with_buffer, 64)
+    if measured is None:
+        pytest.skip("no /proc/self/clear_refs")
+    extra = measured["peak_bytes"] - measured["resting_bytes"]
+    assert 60 * 2**20 < extra < 80 * 2**20
+
+
+def _arm_with_buffer(mebibytes):
+    return measure.Arm("buffer", lambda: torch.ones(mebibytes * 2**18).sum().item(), 1, 0)
+
+
+def test_layer_benchmark_writes_a_complete_record(tmp_path):
+    lines = []
+    out = tmp_path / "layer.json"
+    records = layer.run(
+        inputs=8, outputs=6, tokens=32, arms=("mlp", "kanlm reference"), seconds=0.0, memory=False,
+        out=str(out), echo=lines.append,
+    )  # fmt: skip
+    saved = json.loads(out.read_text())
+    assert saved["arms"] == records and saved["settings"]["tokens"] == 32
+    assert {"date", "versions", "hardware", "machine_floor"} <= saved.keys()
+    mlp, ours = records
+    assert mlp["speed_ratio"] == 1.0 and ours["baseline"] == "mlp" and ours["seconds"] > 0
+    assert abs(mlp["parameters"] / ours["parameters"] - 1) < 0.1
+    assert any("kanlm reference" in line for line in lines)
+
+
+def test_absent_peer_is_skipped_with_a_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(layer.PEERS, "pykan", ("no_such_package", layer._pykan, None))
+    lines = []
+    arms = ("mlp", "pykan")
+    records = layer.run(
+        inputs=8, outputs=6, tokens=32, arms=arms, seconds=0.0, memory=False, out=str(tmp_path / "x.json"),
+        echo=lines.append,
+    )  # fmt: skip
+    assert [record["arm"] for record in records] == ["mlp"]
+    assert any(line.startswith("skipped pykan: package no_such_package is not installed") for line in lines)
+
+
+def test_red_arm_is_not_timed(tmp_path, monkeypatch):
+    """A kernel that is wrong by a percent must not appear in the table."""
+    try:
+        library()
+    except NativeUnavailable as error:
+        pytest.skip(str(error))
+    right = kernels.cpu.edge
+    monkeypatch.setattr(kernels.cpu, "edge", lambda module, x: 1.01 * right(module, x))
+    lines = []
+    records = layer.run(
+        inputs=8, outputs=6, tokens=32, arms=("mlp", "kanlm"), backend="cpu", seconds=0.0, memory=False,
+        out=str(tmp_path / "x.json"), echo=lines.append,
+    )  # fmt: skip
+    assert [record["arm"] for record in records] == ["mlp"]
+    assert any("parity is red" in line for line in lines)
+
+
+def test_training_arms_have_equally_many_parameters():
+    for size in train.SIZES:
+        counts = {
+            name: train.parameter_counts(train.architecture(name, size)).non_embedding for name in train.ARMS
+        }
+        smallest, largest = min(counts.values()), max(counts.values())
+        assert largest / smallest - 1 < 0.01, (size, counts)
+
+
+@pytest.mark.parametrize("module, name", [(train, "train"), (decode, "decode")])
+def test_model_benchmarks_write_records(module, name, tmp_path, monkeypatch):
+    monkeypatch.setitem(train.SIZES, "tiny", (128, 344, 1, 2, 1, 16))
+    out = tmp_path / "out.json"
+    records = module.run(
+        "tiny", ("swiglu", "kan_glu"), seconds=0.0, memory=False, out=str(out), echo=lambda line: None
+    )
+    assert [record["arm"] for record in records] == ["swiglu", "kan_glu"]
+    assert records[1]["baseline"] == "swiglu" and records[1]["speed_ratio"] > 0
+    assert json.loads(out.read_text())["benchmark"] == f"{name}-tiny"
+
+
+@pytest.mark.parametrize(
+    "call, fault",
+    [
+        (lambda: layer.run(arms=("nope",)), "--arms"),
+        (lambda: layer.run(tokens=0), "--tokens"),
+        (lambda: train.run("huge"), "--size"),
+        (lambda: train.run("1m", ("nope",)), "--arms"),
+        (lambda: decode.run("1m", device="tpu"), "--device"),
+        (lambda: train.run("1m", ("kan",), backend="fast"), "kernels"),
+    ],
+)
+def test_mistakes_are_one_line(call, fault):
+    with pytest.raises(UserError, match=fault) as error:
+        call()
+    assert "\n" not in str(error.value)
