@@ -75,7 +75,6 @@ class TokenLoader:
             ]
             self.manifest = _cached_manifest([source.cache.manifest for source in self._sources])
         self._identity = {
-            "data manifest": self.manifest["sha256"],
             "data_seed": config.data_seed,
             "data.block_size": self._block_size,
             "data.mixture weights": weights,
@@ -83,6 +82,7 @@ class TokenLoader:
         }
         if config.data.streaming:
             self._identity["data.shuffle_buffer"] = config.data.shuffle_buffer
+        self._identity["sha256 of the data manifest (text and tokenizer)"] = self.manifest["sha256"]
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         while True:
@@ -100,7 +100,7 @@ class TokenLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on at `state`; `UserError` that names what differs where it is the state of other data."""
-        for name in self._identity.keys() | state["identity"].keys():
+        for name in self._identity | state["identity"]:
             ours, theirs = self._identity.get(name), state["identity"].get(name)
             if ours != theirs:
                 raise UserError(

@@ -48,14 +48,12 @@ class Packer:
         self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {
-            "_backend": self._backend.to_str()
-        }  # the flag below is not part of the string
+        return self.__dict__ | {"_backend": self._backend.to_str()}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._backend = Tokenizer.from_str(state["_backend"])
-        self._backend.encode_special_tokens = True
+        self._backend.encode_special_tokens = True  # to_str() leaves it out
 
     def __call__(self, texts: list[str]) -> Packed:
         """One Packed for `texts`; the tokenizer spreads them, and pieces of long ones, over its threads."""
