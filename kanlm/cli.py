@@ -6,6 +6,7 @@ KANLM_DEBUG=1 shows the traceback instead.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -69,7 +70,8 @@ def export_verb(run: str, out: str | None) -> None:
 @click.option("--split", help="Split of the data; default: the held-out one.")
 @click.option("--text-column", default="text", show_default=True)
 @click.option("--context-length", type=click.IntRange(min=2), help="Default: the model's own.")
-@click.option("--stride", type=click.IntRange(min=1), help="Default: half of the context length.")
+@click.option("--stride", type=click.IntRange(min=1), help="Default: the context length.")
+@click.option("--document-separator", help="Text files: a line between documents, e.g. <|endoftext|>.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--max-documents", type=click.IntRange(min=1))
 @click.option(
@@ -86,6 +88,18 @@ def eval_verb(model: str, data: str, out: str | None, **settings) -> None:
     if out:
         write_json(out, report)
     click.echo(json.dumps(report.model_dump(mode="json"), indent=2))
+
+
+@verb("pairs", "kanlm pairs runs/tiny-kan_glu/hf blimp.jsonl")
+@click.argument("model")
+@click.argument("file", type=click.Path())
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--device", default=None, help="Default: cuda if there is one, else cpu.")
+def pairs_verb(model: str, file: str, **settings) -> None:
+    """Zero-shot grammar: share of the minimal pairs in FILE (as BLiMP) of which MODEL prefers the good one."""
+    from kanlm.evaluation.minimal_pairs import evaluate_minimal_pairs
+
+    click.echo(json.dumps(dataclasses.asdict(evaluate_minimal_pairs(model, file, **settings)), indent=2))
 
 
 @verb("compare", "kanlm compare configs/demo.toml")
