@@ -96,7 +96,7 @@ def eval_verb(model: str, data: str, out: str | None, **settings) -> None:
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--device", default=None, help="Default: cuda if there is one, else cpu.")
 def pairs_verb(model: str, file: str, **settings) -> None:
-    """Zero-shot grammar: share of the minimal pairs in FILE (as BLiMP) of which MODEL prefers the good one."""
+    """Zero-shot grammar: share of the minimal pairs in FILE (BLiMP form) that MODEL gets right."""
     from kanlm.evaluation.minimal_pairs import evaluate_minimal_pairs
 
     click.echo(json.dumps(dataclasses.asdict(evaluate_minimal_pairs(model, file, **settings)), indent=2))

@@ -100,6 +100,11 @@ class RunRecord(BaseModel):
     final_validation: dict[str, float] | None = None
     parameters: int
     non_embedding_parameters: int
+    process_id: int | None = None
+    """Of the main process, while it runs."""
+    skipped_steps: int = 0
+    """Steps left out because of a NaN or Inf."""
+    failure: str | None = None
     provenance: dict[str, Any]
 
 
