@@ -138,7 +138,10 @@ def new_accelerator(config: RunConfig) -> Iterator[Accelerator]:
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
-        accelerator.free_memory()
+        if (
+            accelerator.device.type == "cuda"
+        ):  # the next run of this process needs the memory; on a CPU it can wait
+            accelerator.free_memory()
         AcceleratorState._reset_state()  # the next run of this process may choose another precision
 
 

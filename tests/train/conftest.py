@@ -47,7 +47,7 @@ def run_table(tmp_path, cache_dir):
             "data": {
                 "source": "stories",
                 "block_size": 32,
-                "max_documents": 300,
+                "max_documents": 150,
                 "cache_dir": str(cache_dir),
                 "num_workers": 1,
             },

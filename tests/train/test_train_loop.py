@@ -204,7 +204,7 @@ def test_parameter_that_never_gets_a_gradient_stops_the_run(run_config, monkeypa
         ("model.intermediate_size=32", "model.intermediate_size"),
         ("train.learning_rate=0.02", "train.learning_rate"),
         ("tokenizer.vocab_size=310", "tokenizer.vocab_size"),
-        ("data.max_documents=299", "data.max_documents"),
+        ("data.max_documents=149", "data.max_documents"),
         ("seed=3", "seed"),
     ],
 )
