@@ -185,7 +185,7 @@ class _Function:
         self.arguments = (channels, groups, kind, order, cells, low, inverse, int(silu))
 
     def tables(self, coefficients: Tensor | None) -> Tensor | None:
-        """coefficients [groups, K] as the kernel's tables, fp32: polynomials [groups, k + 1, G] of splines."""
+        """coefficients [groups, K] as the kernel's tables, fp32: splines as [groups, k + 1, G]."""
         if coefficients is None or self.basis is None:
             return None if coefficients is None else _wide(coefficients)
         windows = coefficients.float().unfold(-1, self.basis.order + 1, 1)  # [groups, G, k+1]
