@@ -180,9 +180,9 @@ def load_result(directory: CompareDir, trial: Trial, arm: PlannedArm) -> Result:
     )
 
 
-def load(directory: str | Path) -> Artifacts:
+def load(root: str | Path) -> Artifacts:
     """Read a comparison's folder; `UserError` where it holds none."""
-    directory = CompareDir(directory)
+    directory = CompareDir(root)
     for path in (directory.compare, directory.plan):
         if not path.is_file():
             raise UserError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kanlm.compare.artifacts import Artifacts
+from kanlm.compare.artifacts import Artifacts, Result
 from kanlm.compare.verdict import Judgement, best_mlp, finished, mean, tokens_to_loss
 from kanlm.stats import scaling_fits
 
@@ -72,7 +72,7 @@ def size_points(artifacts: Artifacts, arm: str) -> tuple[list[float], list[float
         done = finished(artifacts.at("parameters", size.name, arm))
         if done:
             sizes.append(float(artifacts.planned("parameters", size.name, arm).non_embedding_parameters))
-            losses.append(mean([result.eval.loss for result in done.values()]))
+            losses.append(mean([report.loss for report in done.values()]))
     return sizes, losses
 
 
@@ -148,11 +148,11 @@ def time_to_loss_claim(artifacts: Artifacts, size: str, arm: str, baseline: str 
         enough = min(len(r.curve.validation_loss) for r in (own[seed], other[seed])) >= 3
         if not enough or not all(map(math.isfinite, finals)):
             continue
-        reached = [tokens_to_loss(run, max(finals)) for run in (own[seed], other[seed])]
-        if None in reached:
+        tokens, mlp_tokens = (tokens_to_loss(run, max(finals)) for run in (own[seed], other[seed]))
+        if tokens is None or mlp_tokens is None:
             continue
-        rates = [seconds_per_token(run, steps) for run in (own[seed], other[seed])]
-        ratios.append(reached[0] * rates[0] / (reached[1] * rates[1]))
+        rate, mlp_rate = (seconds_per_token(run, steps) for run in (own[seed], other[seed]))
+        ratios.append(tokens * rate / (mlp_tokens * mlp_rate))
     if not ratios:
         return row("time_to_loss", arm, baseline, None, how)
     ratio = math.exp(mean([math.log(value) for value in ratios]))
@@ -162,7 +162,7 @@ def time_to_loss_claim(artifacts: Artifacts, size: str, arm: str, baseline: str 
     return row("time_to_loss", arm, baseline, ratio, text)
 
 
-def seconds_per_token(result, steps: dict[str, dict[str, Any]]) -> float:
+def seconds_per_token(result: Result, steps: dict[str, dict[str, Any]]) -> float:
     if result.trial.arm in steps:
         return 1 / steps[result.trial.arm]["tokens_per_second"]
     return result.curve.validation_seconds[-1] / result.curve.validation_tokens[-1]

@@ -4,7 +4,7 @@ files."""
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 from kanlm.compare.schema import (
     TOLERANCE,
@@ -34,7 +34,7 @@ def _matched(
     config: CompareConfig, matching: Matching, size: SizeConfig, vocab_size: int
 ) -> list[PlannedArm]:
     block_size = run_config(config, size, {}, config.name).data.block_size
-    measured = "flops" if matching == "flops" else "parameters"
+    measured: Literal["parameters", "flops"] = "flops" if matching == "flops" else "parameters"
 
     def amount(model: KanLMConfig) -> float:
         if measured == "flops":

@@ -41,7 +41,7 @@ def short(value: float, _position: int | None = None) -> str:
     return f"{value:.3g}"
 
 
-def smoothed(values: Sequence[float], window: int) -> np.ndarray:
+def smoothed(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
     """Trailing mean over `window` values, over fewer at the start."""
     sums = np.cumsum(np.concatenate([[0.0], np.asarray(values, dtype=float)]))
     ends = np.arange(1, len(values) + 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from kanlm.compare.claims import claims, size_points
 from kanlm.compare.schema import TOLERANCE, PlannedArm
 from kanlm.compare.verdict import (
     MATCHED,
+    Judgement,
     judgements,
     learned_nothing,
     mean,
@@ -57,7 +58,8 @@ def report_content(artifacts: Artifacts) -> dict[str, Any]:
     """report.json: verdict, tables, every run's EvalReport and RunRecord, claims, baselines, provenance."""
     config = artifacts.config
     margin = config.evaluation.equivalence_margin_nats
-    tables, judged = [], []
+    tables: list[dict[str, Any]] = []
+    judged: list[Judgement] = []
     for matching in config.matching:
         for size in config.sizes:
             here = judgements(artifacts, matching, size.name)
@@ -289,16 +291,14 @@ def report_pictures(artifacts: Artifacts) -> dict[str, dict[str, str]]:
             "Loss at several sizes, mean over seeds.",
         )
     for arm in config.arms:
-        shown = next(
-            (r for r in results if r.trial.arm == arm.name and r.functions and r.functions["curves"]), None
-        )
-        if shown:
-            curves = spread(shown.functions["curves"], DRAWN_FUNCTIONS)
+        shown = next((r.functions for r in results if r.trial.arm == arm.name and r.functions), None)
+        if shown and shown["curves"]:
+            curves = spread(shown["curves"], DRAWN_FUNCTIONS)
             add(
                 f"functions-{arm.name}",
                 "functions",
                 learned_functions_svg(curves, colour[arm.name], f"functions-{arm.name}"),
-                f"{arm.name}: {shown.functions['caption']}",
+                f"{arm.name}: {shown['caption']}",
             )
     return pictures
 
@@ -336,8 +336,8 @@ def importance_rows(artifacts: Artifacts) -> list[dict[str, Any]]:
     config = artifacts.config
     for arm in config.arms:
         results = artifacts.at(config.matching[0], config.sizes[-1].name, arm.name)
-        shown = next((result for result in results if result.functions), None)
-        rows += [{"arm": arm.name, **row} for row in (shown.functions["layers"] if shown else [])]
+        shown = next((result.functions for result in results if result.functions), None)
+        rows += [{"arm": arm.name, **row} for row in (shown["layers"] if shown else [])]
     return rows
 
 
@@ -350,17 +350,7 @@ def render(template: str, values: dict[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {
-        "short": plots.short,
-        "number": lambda value: "–" if value is None else f"{value:,.0f}",
-        "fixed": lambda value, digits=3: "–" if value is None else f"{value:.{digits}f}",
-        "percent": lambda value, digits=2: f"{100 * value:+.{digits}f}%",
-        "mebibytes": lambda value: "–" if value is None else f"{value / 2**20:,.0f} MiB",
-        "inline": Markup,
-        "code": lambda text: Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text)))),
-        "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
-        "fence": fence,
-    }
+    environment.filters.update(FILTERS)
     return environment.get_template(template).render(values)
 
 
@@ -370,6 +360,19 @@ def fence(text: str) -> str:
     while ticks in text:
         ticks += "`"
     return f"{ticks}\n{text}\n{ticks}"
+
+
+FILTERS: dict[str, Callable[..., Any]] = {
+    "short": plots.short,
+    "number": lambda value: "–" if value is None else f"{value:,.0f}",
+    "fixed": lambda value, digits=3: "–" if value is None else f"{value:.{digits}f}",
+    "percent": lambda value, digits=2: f"{100 * value:+.{digits}f}%",
+    "mebibytes": lambda value: "–" if value is None else f"{value / 2**20:,.0f} MiB",
+    "inline": Markup,
+    "code": lambda text: Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text)))),
+    "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
+    "fence": fence,
+}
 
 
 def summary(directory: str | Path) -> str:
@@ -403,9 +406,7 @@ def summary(directory: str | Path) -> str:
             rows.append((baseline["name"], "", "", f"{baseline['bits_per_byte']:.4f}", "", "", ""))
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         for row in rows:
-            cells = [row[0].ljust(widths[0])] + [
-                cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)
-            ]
-            lines.append("  " + "  ".join(cells).rstrip())
+            right = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+            lines.append("  " + "  ".join([row[0].ljust(widths[0]), *right]).rstrip())
     lines += ["", content["verdict"]["sentence"]]
     return "\n".join(lines)

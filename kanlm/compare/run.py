@@ -120,8 +120,8 @@ def start_folder(
                 for path in (run.heldout, run.samples, run.functions):
                     path.unlink(missing_ok=True)
     kept = ("source", "licence", "documents", "bytes", "words", "tokens", "sha256")
-    data = {split: {key: manifest[key] for key in kept} for split, manifest in manifests.items()}
-    data |= {"vocab_size": vocab_size, "block_size": block_size}
+    data: dict[str, Any] = {"vocab_size": vocab_size, "block_size": block_size}
+    data |= {split: {key: manifest[key] for key in kept} for split, manifest in manifests.items()}
     write_json(directory.compare, {"config": dumped, "provenance": provenance(), "data": data})
 
 
@@ -243,7 +243,7 @@ def sweep_choices(config: CompareConfig, directory: CompareDir, trials: list[Tri
     rows = []
     for size in config.sizes:
         for arm in config.arms:
-            tried = []
+            tried: list[dict[str, Any]] = []
             for trial in trials:
                 if (trial.size, trial.arm) == (size.name, arm.name):
                     run = directory.run(trial.name)

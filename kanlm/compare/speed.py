@@ -98,7 +98,8 @@ def autocast_dtype(run: RunConfig, device: torch.device) -> torch.dtype | None:
 def training_step(run: RunConfig, vocab_size: int, device: torch.device) -> Callable[[], float]:
     """A function that does one training step of `run`'s model and returns its seconds."""
     torch.manual_seed(run.seed)
-    model = KanLMForCausalLM(architecture(run, vocab_size)).to(device).train()
+    model = KanLMForCausalLM(architecture(run, vocab_size))
+    torch.nn.Module.to(model, device).train()
     kernels.select(model, run.train.kernels)
     if run.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from kanlm.compare.artifacts import Artifacts, Result
+from kanlm.runs import EvalReport
 from kanlm.stats import equivalence, paired_difference
 
 Outcome = Literal["better", "worse", "tie", "undecided", "learned nothing", "no result"]
@@ -58,9 +59,9 @@ class Judgement:
         return asdict(self)
 
 
-def finished(results: Sequence[Result]) -> dict[int, Result]:
-    """Evaluated results by seed."""
-    return {result.trial.seed: result for result in results if result.eval is not None}
+def finished(results: Sequence[Result]) -> dict[int, EvalReport]:
+    """Evaluations by seed."""
+    return {result.trial.seed: result.eval for result in results if result.eval is not None}
 
 
 def mean(values: Sequence[float]) -> float:
@@ -100,17 +101,17 @@ def judge(
     matching, size = results[0].trial.matching, results[0].trial.size
     own = finished([result for result in results if result.trial.arm == arm])
     mlp = best_mlp(results)
-    common = {"matching": matching, "size": size, "arm": arm, "baseline": mlp}
+    common: dict[str, Any] = {"matching": matching, "size": size, "arm": arm, "baseline": mlp}
     if mlp is None:
         return Judgement(**common, outcome="no result", seeds=len(own), reason="no MLP arm finished")
     other = finished([result for result in results if result.trial.arm == mlp])
     seeds = sorted(set(own) & set(other))
     if not seeds:
         return Judgement(**common, outcome="no result", seeds=0, reason=f"{arm} finished no seed with {mlp}")
-    losses = [own[seed].eval.loss for seed in seeds]
-    mlp_losses = [other[seed].eval.loss for seed in seeds]
-    arm_bits = mean([own[seed].eval.bits_per_byte for seed in seeds])
-    mlp_bits = mean([other[seed].eval.bits_per_byte for seed in seeds])
+    losses = [own[seed].loss for seed in seeds]
+    mlp_losses = [other[seed].loss for seed in seeds]
+    arm_bits = mean([own[seed].bits_per_byte for seed in seeds])
+    mlp_bits = mean([other[seed].bits_per_byte for seed in seeds])
     common |= {
         "seeds": len(seeds),
         "arm_bits_per_byte": arm_bits,
@@ -173,6 +174,7 @@ def sentence(judgement: Judgement, margin: float) -> str:
             f"{matched}, the KAN {arm} and the MLP {mlp} predicted unseen text equally well: {figures} over "
             f"{runs}, a difference surely smaller than {margin:g} nats per token."
         )
+    assert judgement.difference_nats is not None
     ahead = "ahead" if judgement.difference_nats < 0 else "behind"
     why = (
         "a single run each cannot tell a better model from luck"

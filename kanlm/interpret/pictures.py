@@ -23,7 +23,7 @@ WIDTH = 5.0
 @contextmanager
 def figure_svg(name: str, height: float) -> Iterator[tuple[Figure, list[str]]]:
     """A figure of WIDTH x height inches; its SVG text is appended to the list when the block ends."""
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "font.family": "sans-serif",

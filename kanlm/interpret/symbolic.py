@@ -62,13 +62,13 @@ def formula(x: Sequence[float], y: Sequence[float], density: Sequence[float] | N
 
     ValueError for points that are not finite, or fewer than 5.
     """
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    if len(x) < 5 or not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise ValueError(f"points: expected at least 5 finite ones, got {len(x)}")
-    weights = np.ones_like(x) if density is None else np.asarray(density, dtype=float) + 0.01
+    points, values = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if len(points) < 5 or not (np.isfinite(points).all() and np.isfinite(values).all()):
+        raise ValueError(f"points: expected at least 5 finite ones, got {len(points)}")
+    weights = np.ones_like(points) if density is None else np.asarray(density, dtype=float) + 0.01
     found = []
     for name in FUNCTIONS:
-        found.append(_fitted(name, x, y, weights))
+        found.append(_fitted(name, points, values, weights))
         if found[-1].r2 >= GOOD_ENOUGH:
             return found[-1]
     return max(found, key=lambda candidate: candidate.r2)
