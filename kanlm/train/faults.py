@@ -93,10 +93,11 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def first_nonfinite_layer(model: nn.Module, batch: dict[str, torch.Tensor]) -> str:
-    """Where NaN or Inf first appears when `batch` goes through `model`: a module's output, else a gradient.
+def first_nonfinite_layer(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> str:
+    """Where NaN or Inf first appears when `batches` go through `model`: a module's output, else a gradient.
 
-    Runs one forward pass without gradients; gradients of the failed step must still be in place.
+    Runs forward passes without gradients, as many in each process; gradients of the failed step must still be
+    in place.
     """
     found: list[str] = []
 
@@ -111,7 +112,8 @@ def first_nonfinite_layer(model: nn.Module, batch: dict[str, torch.Tensor]) -> s
     handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
     try:
         with torch.no_grad():
-            model(**batch, use_cache=False)
+            for batch in batches:
+                model(**batch, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -287,9 +287,7 @@ class Step:
 
 
 def run_steps(session: Session) -> None:
-    """Steps until the token budget is spent or a signal asks to stop, with logs, validations and
-    checkpoints.
-    """
+    """Steps until the token budget is spent or a signal asks to stop; logs, validations, checkpoints."""
     settings, state, accelerator = session.config.train, session.state, session.accelerator
     batches = iter(session.loader)
     session.model.train()
@@ -426,10 +424,10 @@ def accumulate_gradients(
 
 
 def squared_log_partition(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum over valid tokens of (ln Z)^2, Z the softmax denominator (z-loss,
-    https://arxiv.org/abs/2204.02311, sec. 5).
+    """Sum over valid tokens of (ln Z)^2, Z the softmax denominator.
 
-    logits [B, T, V]; labels [B, T], not yet shifted.
+    logits [B, T, V]; labels [B, T], not yet shifted. The z-loss of Chowdhery et al. 2022, sec. 5
+    (https://arxiv.org/abs/2204.02311).
     """
     log_partition = logits[:, :-1].float().logsumexp(dim=-1)  # [B, T - 1]
     return (log_partition.square() * (labels[:, 1:] != -100)).sum()
@@ -449,8 +447,7 @@ def validation_metrics(session: Session, max_tokens: int | None) -> dict[str, fl
 
 
 def health_metrics(session: Session, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Every measurement of `kan_health` on `batch`, and the worst of each kind over the KAN layers,
-    `kan_...`.
+    """Every measurement of `kan_health` on `batch`, and the largest of each kind as `kan_...`.
 
     Nothing for sharded parameters, which the measurement cannot read, and for models without KAN layers.
     """
@@ -504,8 +501,9 @@ def diverged(
     """Write what is known of the last non-finite step to nonfinite.json; the error to raise."""
     config, state = session.config, session.state
     first = state.step * config.train.batch_size
-    batch = {name: tensor.to(session.accelerator.device) for name, tensor in micro_batches[-1].items()}
-    layer = first_nonfinite_layer(session.model, batch)
+    device = session.accelerator.device
+    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in micro_batches]
+    layer = first_nonfinite_layer(session.model, batches)
     path = session.run.root / "nonfinite.json"
     if session.accelerator.is_main_process:
         write_json(

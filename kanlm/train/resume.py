@@ -100,8 +100,9 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
 
 @contextmanager
 def held_by_this_process(run: RunDir, accelerator: Accelerator) -> Iterator[None]:
-    """Make the run's folder and lock it; UserError where another process trains it. A killed one holds no
-    lock.
+    """Make the run's folder and lock it; UserError where another process trains it.
+
+    The lock goes with its process, so a killed one holds none.
     """
     if not accelerator.is_main_process:
         accelerator.wait_for_everyone()

@@ -44,8 +44,11 @@ def test_run_leaves_config_record_metrics_tokenizer_and_checkpoint(run_config, m
     assert record.provenance["wrapper"] == "none" and record.provenance["processes"] == 1
 
 
-def test_same_seed_gives_bit_identical_losses_and_another_seed_does_not(run_config, losses):
-    first, again, other = run_config(), run_config("name=again"), run_config("name=other", "seed=9")
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+def test_same_seed_gives_bit_identical_losses_and_another_seed_does_not(run_config, losses, kernels):
+    chosen = f"train.kernels={kernels}"
+    first, again = run_config(chosen), run_config(chosen, "name=again")
+    other = run_config(chosen, "name=other", "seed=9")
     for config in (first, again, other):
         loop.train(config)
     assert losses(first) == losses(again)
