@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -232,6 +233,9 @@ def one_line(error: BaseException) -> str:
 
 def main() -> None:
     """Run the command line and exit with its status."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("kanlm").setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # "metadata block was not found"
     if os.environ.get("KANLM_DEBUG") == "1":
         cli()
     try:

@@ -8,7 +8,6 @@ bits per byte = N / (B ln 2). The last two compare models with different tokeniz
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -38,7 +37,9 @@ def text_counts(document: str) -> TextCounts:
     perplexities agree; it counts an empty word at each end where the document starts or ends with white
     space. lines: newline characters (WikiText's published word perplexities count one `<eos>` a line).
     """
-    return TextCounts(1, len(document.encode("utf-8")), len(re.split(r"\s+", document)), document.count("\n"))
+    # What the split at white space counts, in a quarter of its time.
+    words = len(document.split()) + document[:1].isspace() + document[-1:].isspace() if document else 1
+    return TextCounts(1, len(document.encode("utf-8")), words, document.count("\n"))
 
 
 def total_counts(documents: Iterable[str]) -> TextCounts:

@@ -1,8 +1,11 @@
 import ast
 import math
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kanlm import metrics, stats
 
@@ -50,3 +53,8 @@ def test_metrics_and_statistics_need_no_torch(module):
     imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     assert "math" in imported
     assert not any(name.startswith(("torch", "transformers")) for name in imported)
+
+
+@given(st.text(alphabet=st.one_of(st.sampled_from(" \n\t\x0b\x1c\x85\u2003\u200b"), st.characters())))
+def test_words_are_those_of_a_split_at_white_space(document):
+    assert metrics.text_counts(document).words == len(re.split(r"\s+", document))
