@@ -24,7 +24,7 @@ FLOORS = {
     "cli": 7,
     "__main__": 8,
 }
-CAPSULE = {"configuration_kanlm", "basis", "refit", "kan", "ffn", "modeling_kanlm"}
+CAPSULE = {"configuration_kanlm", "basis", "refit", "learned_function", "kan", "ffn", "modeling_kanlm"}
 TORCH_FREE = ("config", "metrics", "stats")
 
 

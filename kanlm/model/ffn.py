@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .kan import KANLinear, LearnedFunction, normal_points
+from .kan import KANLinear
+from .learned_function import LearnedFunction
+from .refit import normal_points
 
 
 def relu2(x: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .basis import Basis, KnotSpline
+
 STORED_QUANTILES = 1025
 """Points of a rank's empirical quantile function that are exchanged; knots are read from their mixture."""
 
@@ -160,3 +162,41 @@ def whitening_map(second: Tensor, mean: Tensor, constant_scale: float) -> Tensor
     white = (identity - 2 * torch.outer(mirror, mirror) / mirror.dot(mirror)) @ root * axis[0]
     white[0] *= constant_scale
     return white
+
+
+def check_finer(grid_size: int, present: int, allow_coarsen: bool):
+    if grid_size < present and not allow_coarsen:
+        raise ValueError(
+            f"grid_size: {grid_size} is coarser than the present {present}, which loses detail; pass "
+            "allow_coarsen=True if that is meant"
+        )
+
+
+def basis_grid(basis: Basis | KnotSpline) -> Tensor:
+    """The ends of the grid intervals, fp64 [G + 1, I], or [G + 1, 1] where all inputs share them."""
+    if isinstance(basis, Basis):
+        return basis.grid_points()
+    return basis.knots[basis.order : len(basis.knots) - basis.order]
+
+
+def even_points(grid: Tensor) -> Tensor:
+    """16 points in every interval of grid [G + 1, I]: fp64 [16 G, I]."""
+    shares = (torch.arange(16, dtype=torch.float64, device=grid.device) + 0.5) / 16
+    return grid[:-1].unsqueeze(1).lerp(grid[1:].unsqueeze(1), shares.view(1, -1, 1)).flatten(0, 1)
+
+
+def assumed_points(grid: Tensor) -> tuple[Tensor, Tensor]:
+    """Points [n, I] and weights [n] of 0.9 N(0, 1) + 0.1 even on the intervals of grid [G + 1, I]."""
+    normal, weights = (tensor.to(grid.device) for tensor in normal_points())
+    even = even_points(grid)
+    points = torch.cat((normal.unsqueeze(-1).expand(-1, grid.shape[-1]), even))
+    return points, torch.cat(
+        (weights * (1 - EVEN_SHARE), weights.new_full((len(even),), EVEN_SHARE / len(even)))
+    )
+
+
+def normal_points(limit: float = 6.0, count: int = 1201) -> tuple[Tensor, Tensor]:
+    """Points [count] fp64 on the CPU and their weights under N(0, 1), which sum to one."""
+    points = torch.linspace(-limit, limit, count, dtype=torch.float64, device="cpu")
+    weights = torch.exp(-points.square() / 2)
+    return points, weights / weights.sum()

@@ -8,8 +8,8 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from kanlm.model.basis import BASES
-from kanlm.model.kan import KANLinear, _assumed_points
-from kanlm.model.refit import adapted_knots, mixture_quantiles
+from kanlm.model.kan import KANLinear
+from kanlm.model.refit import adapted_knots, assumed_points, mixture_quantiles
 
 
 def random_inputs(*shape, seed=0, scale=1.5) -> torch.Tensor:
@@ -28,7 +28,7 @@ def change(layer: KANLinear, x: torch.Tensor, before: torch.Tensor) -> float:
 @pytest.mark.parametrize("grid_size", [3, 8])
 def test_features_are_white_under_the_assumed_inputs(basis, grid_size):
     layer = KANLinear(9, 2, basis, grid_size=grid_size, conditioning="whitened", dtype=torch.float64)
-    points, weights = _assumed_points(layer.basis.grid_points())
+    points, weights = assumed_points(layer.basis.grid_points())
     assert float(weights.sum()) == pytest.approx(1)
     features = layer.features(points.expand(-1, 9))[..., 0]  # [points, K]
     mean = weights @ features

@@ -1,0 +1,108 @@
+"""How well KANs fit known functions: least-squares optima and the published series under grid refinement."""
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import scipy.special
+import torch
+
+from kanlm.model.kan import KANLinear
+
+GRID_SIZES = (5, 10, 20, 50, 100)
+OPTIMA = {
+    "J0(20x)": (
+        lambda x: torch.tensor(scipy.special.j0(20 * x.numpy())),
+        (2.81e-1, 1.91e-1, 8.09e-3, 9.00e-5, 4.76e-6),
+    ),
+    "sin(pi x)": (lambda x: torch.sin(math.pi * x), (2.66e-3, 1.17e-4, 6.54e-6, 1.61e-7, 1.00e-8)),
+    "exp(sin(pi x))": (
+        lambda x: torch.exp(torch.sin(math.pi * x)),
+        (3.06e-2, 1.57e-3, 4.82e-5, 9.91e-7, 6.00e-8),
+    ),
+}
+
+
+@pytest.mark.parametrize("conditioning", ["none", "whitened"])
+@pytest.mark.parametrize("name", list(OPTIMA))
+def test_least_squares_optimum_of_one_edge(name, conditioning):
+    function, expected = OPTIMA[name]
+    x = torch.linspace(-1, 1, 5001, dtype=torch.float64).unsqueeze(-1)
+    y = torch.as_tensor(function(x))
+    for grid_size, error in zip(GRID_SIZES, expected, strict=True):
+        layer = KANLinear(
+            1,
+            1,
+            grid_size=grid_size,
+            grid_min=-1.0,
+            grid_max=1.0,
+            base=None,
+            conditioning=conditioning,
+            dtype=torch.float64,
+        )
+        with torch.no_grad():
+            features = layer.features(x).flatten(1)
+            layer.spline.weight.copy_(torch.linalg.lstsq(features, y).solution.t())
+            reached = float((layer(x) - y).square().mean().sqrt())
+        assert reached == pytest.approx(error, rel=0.05), grid_size
+
+
+def fit_functions():
+    """scripts/fit_functions.py as a module."""
+    path = Path(__file__).parents[2] / "scripts" / "fit_functions.py"
+    spec = importlib.util.spec_from_file_location("fit_functions", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["fit_functions"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_gradient_descent_converges_in_white_coordinates():
+    """One edge, sin(pi x), 15 intervals, from zero, 200 steps; plain coefficients are badly conditioned."""
+    x = torch.linspace(-1, 1, 400, dtype=torch.float64).unsqueeze(-1)
+    y = torch.sin(math.pi * x)
+    errors = {}
+    for conditioning in ("none", "whitened"):
+        layer = KANLinear(
+            1,
+            1,
+            grid_size=15,
+            grid_min=-1.0,
+            grid_max=1.0,
+            base=None,
+            conditioning=conditioning,
+            dtype=torch.float64,
+        )
+        if conditioning == "whitened":
+            layer.whiten(x)
+        torch.nn.init.zeros_(layer.spline.weight)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.3)
+        for _ in range(200):
+            optimizer.zero_grad()
+            (layer(x) - y).square().mean().backward()
+            optimizer.step()
+        errors[conditioning] = float((layer(x) - y).square().mean().sqrt().detach())
+    assert errors["whitened"] < 1e-4 and errors["none"] > 5e-3
+
+
+def test_mlp_and_kan_interpolation_of_parameters_for_equal_error():
+    module = fit_functions()
+    fits = [module.Fit(10, 0, 1e-1), module.Fit(1000, 0, 1e-3), module.Fit(2000, 0, 2e-3)]
+    assert module.parameters_for(fits, 0.2) == 10
+    assert module.parameters_for(fits, 1e-2) == pytest.approx(100)
+    assert module.parameters_for(fits, 1e-3) == pytest.approx(1000)
+    assert module.parameters_for(fits, 1e-4) == math.inf
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1], ids=["[2,1,1]", "[4,2,1,1]"])
+def test_errors_keep_falling_under_grid_refinement(index):
+    module = fit_functions()
+    series = module.SERIES[index]
+    fits = module.kan_fits(series.target, 6, 300)
+    errors = [fit.test_rmse for fit in fits]
+    assert all(fine < coarse for coarse, fine in zip(errors, errors[1:], strict=False)), errors
+    for grid_size, error, published in zip(series.target.grid_sizes, errors, series.published, strict=True):
+        assert error <= published, (grid_size, errors)
