@@ -16,7 +16,7 @@ from kanlm.interpret.functions import (
 from kanlm.interpret.inspect import layer_table
 from kanlm.interpret.pictures import learned_functions_svg, spread
 from kanlm.model import KanLMConfig, KanLMForCausalLM
-from kanlm.model.kan import KANLinear, LearnedFunction
+from kanlm.model.kan import KANLinear
 
 
 class Letters:
@@ -110,7 +110,7 @@ def test_an_mlp_has_no_learned_functions():
 def test_drawn_channel_function_is_the_layers_own():
     network = model("kan_glu")
     found = learned_functions(network, Letters(), TEXT, per_module=4)
-    layer = next(module for module in network.modules() if isinstance(module, LearnedFunction))
+    layer = next(iter(kan_layers(network).values()))
     for curve in found["curves"][:4]:
         group = int(curve["label"].split()[-1])
         x = torch.tensor(curve["x"]).unsqueeze(1).expand(-1, layer.channels)
