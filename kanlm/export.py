@@ -164,7 +164,7 @@ def model_card(model: KanLMForCausalLM, facts: dict[str, Any]) -> ModelCard:
         datasets=facts.get("datasets") or None,
         eval_results=_eval_results(reports),
     )
-    embedding = model.get_input_embeddings().weight.numel() * (1 if config.tie_word_embeddings else 2)
+    embedding = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     ffn = f"`{config.ffn_type}`"
     if config.ffn_type.startswith("kan"):

@@ -32,7 +32,9 @@ from .kan import KANLinear, LearnedFunction
 class KanLMRotaryEmbedding(nn.Module):
     """Cosines and sines of position * frequency; transformers' scaled forms (`rope_parameters`) work."""
 
-    def __init__(self, config: KanLMConfig):
+    inv_freq: torch.Tensor
+
+    def __init__(self, config):
         super().__init__()
         self.config = config
         self.rope_type = config.rope_parameters["rope_type"]
@@ -44,7 +46,7 @@ class KanLMRotaryEmbedding(nn.Module):
         self.register_buffer("original_inv_freq", frequencies.clone(), persistent=False)
 
     @staticmethod
-    def compute_default_rope_parameters(config: KanLMConfig, **kwargs) -> tuple[torch.Tensor, float]:
+    def compute_default_rope_parameters(config, **kwargs) -> tuple[torch.Tensor, float]:
         """Frequencies theta^(-2i/E), i < E/2 (Su et al. 2021, eq. 15), fp32 [E/2]; cos and sin unscaled."""
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         return config.rope_parameters["rope_theta"] ** -exponents, 1.0
@@ -75,7 +77,7 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: "KanLMAttention",
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -102,7 +104,7 @@ def eager_attention_forward(
 class KanLMAttention(nn.Module):
     """Causal attention with rotary positions; the implementation is config._attn_implementation."""
 
-    def __init__(self, config: KanLMConfig, layer_idx: int):
+    def __init__(self, config, layer_idx):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -195,7 +197,7 @@ class KanLMPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": KanLMDecoderLayer, "attentions": KanLMAttention}
     # Every key of a checkpoint must fit, but a base model may be read from under a head, or get a new head.
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
-    _required_prefixes = ("model.", "lm_head.")
+    _required_prefixes: tuple[str, ...] = ("model.", "lm_head.")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -274,13 +276,13 @@ class KanLMModel(KanLMPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(
+    def forward(  # type: ignore[misc]
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
@@ -345,7 +347,7 @@ class KanLMForCausalLM(KanLMPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: KanLMConfig):
@@ -356,14 +358,14 @@ class KanLMForCausalLM(KanLMPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
