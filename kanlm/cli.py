@@ -233,8 +233,8 @@ def one_line(error: BaseException) -> str:
 
 def main() -> None:
     """Run the command line and exit with its status."""
-    logging.basicConfig(format="%(message)s")
     logging.getLogger("kanlm").setLevel(logging.INFO)
+    logging.getLogger("kanlm").addHandler(logging.StreamHandler())
     logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # "metadata block was not found"
     if os.environ.get("KANLM_DEBUG") == "1":
         cli()
