@@ -344,13 +344,17 @@ def samples(model: Any, tokenizer: Any, texts: list[str], settings: Any, seed: i
         sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": settings.top_k}
     for number, prompt in enumerate(prompts):
         ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
-        room = model.config.max_position_embeddings - ids.shape[1]
+        positions = model.config.max_position_embeddings
+        length = min(settings.sample_tokens, positions - 1)
+        if ids.shape[1] > positions - length:
+            ids = ids[:, : positions - length]
+            prompt = tokenizer.decode(ids[0])
         with torch.random.fork_rng(), torch.inference_mode():
             torch.manual_seed(seed + number)
             output = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=min(settings.sample_tokens, room),
+                max_new_tokens=length,
                 pad_token_id=tokenizer.pad_token_id
                 if tokenizer.pad_token_id is not None
                 else tokenizer.eos_token_id,

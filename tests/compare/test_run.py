@@ -165,3 +165,31 @@ def test_the_sweep_picks_the_best_rate_and_says_when_it_lies_on_the_edge(tmp_pat
     }
     assert {arm for arm, row in chosen.items() if row["on_edge"]} == {"swiglu"}
     assert [row["state"] for row in chosen["kan_glu"]["trials"]] == ["finished", "finished", "diverged"]
+
+
+def test_a_prompt_longer_than_the_model_is_cut_and_shown_cut():
+    from transformers import GenerationConfig
+
+    from kanlm.compare.run import samples
+    from kanlm.compare.schema import EvaluationConfig
+    from kanlm.data.tokenizer import trained_tokenizer
+    from kanlm.model import KanLMConfig, KanLMForCausalLM
+
+    text = "the old harbour was quiet and the boats lay still in the rain " * 4
+    tokenizer = trained_tokenizer(iter([text] * 50), 280)
+    config = KanLMConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = KanLMForCausalLM(config).eval()
+    model.generation_config = GenerationConfig(eos_token_id=None)
+    settings = EvaluationConfig(prompts=(text, "the"), sample_tokens=6)
+    long, short = samples(model, tokenizer, [text], settings, seed=0)
+    assert text.startswith(long["prompt"]) and 0 < len(long["prompt"]) < len(text)
+    assert short["prompt"] == "the" and long["text"]
+    assert samples(model, tokenizer, [text], settings, seed=0) == [long, short]
