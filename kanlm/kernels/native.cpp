@@ -307,6 +307,8 @@ struct Fixed {
     void reduce(int, double*) const {}
 };
 
+constexpr int64_t SMALL = 1 << 14;  // vector lanes of work for which waking a second thread does not pay
+
 constexpr int64_t ROWS = 32;    // rows whose values stay in the second-level cache while all groups visit them
 constexpr int64_t BLOCKS = 16;  // blocks of rows accumulated in fp32 before the sum goes on in fp64
 
@@ -355,6 +357,7 @@ void elementwise_rows(const Elementwise& k, int64_t begin, int64_t end, double* 
 template <typename F>
 void elementwise(const Elementwise& k, int threads) {
     const int64_t rows = ROWS * BLOCKS;
+    if (k.N * k.C < SMALL) threads = 1;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t piece = 0; piece < threads; ++piece) {
         const int64_t begin = piece * k.N / threads, end = (piece + 1) * k.N / threads;
@@ -394,7 +397,8 @@ inline void evaluate(const float* x, int64_t n, float lo, float inv_h, int G, fl
     }
 }
 
-constexpr int64_t TOKENS = 32;    // rows of a tile
+constexpr int64_t TOKENS = 128;   // rows of a tile: coefficients beyond the second-level cache are read once for all
+constexpr int64_t PANEL = 64;     // inputs whose basis values are alive at once
 constexpr int64_t TILE_VECS = 8;  // output vectors of a tile
 
 // Coefficients are packed in column tiles [I, K, TILE_VECS * V] one after the other (the last one narrower), so that
@@ -405,21 +409,29 @@ struct Tile {
 };
 inline int64_t tiles_of(int64_t P) { return (P / V + TILE_VECS - 1) / TILE_VECS; }
 
+template <int T, bool SLOPE>
+inline void evaluate_panel(const Edge& k, int64_t row, int64_t tokens, int64_t i, float* b, int32_t* cell) {
+    for (int64_t t = 0; t < tokens; ++t)
+        evaluate<T, SLOPE>(k.x + (row + t) * k.I + i, std::min(PANEL, k.I - i), k.lo, k.inv_h, k.G, b + t * T * PANEL, PANEL,
+                           cell + t * PANEL);
+}
+
 template <int T, int NV>
-inline void forward_tile(const Edge& k, int64_t tokens, int64_t row, int64_t o, const float* b, const int32_t* cell,
-                         int64_t stride) {
+inline void forward_tile(const Edge& k, int64_t tokens, int64_t row, int64_t first, int64_t o, const float* b,
+                         const int32_t* cell) {
     constexpr int64_t INPUTS = T == 2 ? 8 : 4;  // their rows of w stay in the first-level cache
     const float* tile = k.w + k.I * k.K * o;
-    for (int64_t i0 = 0; i0 < k.I; i0 += INPUTS) {
-        const int64_t i1 = std::min(k.I, i0 + INPUTS);
+    const int64_t last = std::min(k.I, first + PANEL);
+    for (int64_t i0 = first; i0 < last; i0 += INPUTS) {
+        const int64_t i1 = std::min(last, i0 + INPUTS);
         for (int64_t t = 0; t < tokens; ++t) {
             float* y = k.y + (row + t) * k.P + o;
             vec acc[NV];
             for (int v = 0; v < NV; ++v) acc[v] = load(y + v * V);
             for (int64_t i = i0; i < i1; ++i) {
-                const float* w = tile + (i * k.K + cell[t * stride + i]) * (NV * V);
+                const float* w = tile + (i * k.K + cell[t * PANEL + i - first]) * (NV * V);
                 for (int j = 0; j < T; ++j) {
-                    const float f = b[(t * T + j) * stride + i];
+                    const float f = b[(t * T + j) * PANEL + i - first];
                     for (int v = 0; v < NV; ++v) acc[v] += f * load(w + (j * NV + v) * V);
                 }
             }
@@ -442,22 +454,23 @@ inline vec sums(vec a, vec b, vec c, vec d) {
 }
 
 template <int T, int NV>
-inline void input_gradient_tile(const Edge& k, int64_t tokens, int64_t row, int64_t o, const float* b,
-                                const int32_t* cell, int64_t stride) {
+inline void input_gradient_tile(const Edge& k, int64_t tokens, int64_t row, int64_t first, int64_t o, const float* b,
+                                const int32_t* cell) {
     const float* tile = k.w + k.I * k.K * o;
-    for (int64_t i0 = 0; i0 < k.I; i0 += 4) {
-        const int64_t inputs = std::min<int64_t>(4, k.I - i0);
+    const int64_t last = std::min(k.I, first + PANEL);
+    for (int64_t i0 = first; i0 < last; i0 += 4) {
+        const int64_t inputs = std::min<int64_t>(4, last - i0);
         for (int64_t t = 0; t < tokens; ++t) {
             const float* g = k.g + (row + t) * k.P + o;
             vec grad[NV], total[4] = {};
             for (int v = 0; v < NV; ++v) grad[v] = load(g + v * V);
             for (int64_t n = 0; n < inputs; ++n) {
                 const int64_t i = i0 + n;
-                const float* w = tile + (i * k.K + cell[t * stride + i]) * (NV * V);
+                const float* w = tile + (i * k.K + cell[t * PANEL + i - first]) * (NV * V);
                 vec even = splat(0.0f), odd = splat(0.0f);
                 for (int v = 0; v < NV; ++v) {
-                    vec s = b[t * T * stride + i] * load(w + v * V);
-                    for (int j = 1; j < T; ++j) s += b[(t * T + j) * stride + i] * load(w + (j * NV + v) * V);
+                    vec s = b[t * T * PANEL + i - first] * load(w + v * V);
+                    for (int j = 1; j < T; ++j) s += b[(t * T + j) * PANEL + i - first] * load(w + (j * NV + v) * V);
                     (v % 2 ? odd : even) += s * grad[v];
                 }
                 total[n] = even + odd;
@@ -483,24 +496,25 @@ inline void input_gradient_tile(const Edge& k, int64_t tokens, int64_t row, int6
 
 template <int T>
 void edge_forward(const Edge& k, int threads) {
-    const int64_t stride = whole(k.I), rows = (k.N + TOKENS - 1) / TOKENS, columns = tiles_of(k.P);
+    const int64_t rows = (k.N + TOKENS - 1) / TOKENS, columns = tiles_of(k.P);
     // With few rows (decoding) the columns are divided among the threads too, and each evaluates the basis.
     const int64_t parts = rows >= threads ? 1 : columns;
+    if (k.N * k.I * k.P < SMALL) threads = 1;
 #pragma omp parallel num_threads(threads)
     {
-        Scratch<float> b(TOKENS * T * stride);
-        Scratch<int32_t> cell(TOKENS * stride);
+        Scratch<float> b(TOKENS * T * PANEL);
+        Scratch<int32_t> cell(TOKENS * PANEL);
 #pragma omp for schedule(static)
         for (int64_t job = 0; job < rows * parts; ++job) {
             const int64_t row = job / parts * TOKENS, part = job % parts, n = std::min(TOKENS, k.N - row);
-            for (int64_t t = 0; t < n; ++t)
-                evaluate<T, false>(k.x + (row + t) * k.I, k.I, k.lo, k.inv_h, k.G, b.data + t * T * stride, stride,
-                                   cell.data + t * stride);
-            for (int64_t c = part; c < columns; c += parts) {
-                const Tile tile(c, k.P);
-#define CALL(NV) forward_tile<T, NV>(k, n, row, tile.first * V, b.data, cell.data, stride)
-                FOR_WIDTH(tile.vecs, CALL)
+            for (int64_t i = 0; i < k.I; i += PANEL) {
+                evaluate_panel<T, false>(k, row, n, i, b.data, cell.data);
+                for (int64_t c = part; c < columns; c += parts) {
+                    const Tile tile(c, k.P);
+#define CALL(NV) forward_tile<T, NV>(k, n, row, i, tile.first * V, b.data, cell.data)
+                    FOR_WIDTH(tile.vecs, CALL)
 #undef CALL
+                }
             }
         }
     }
@@ -508,23 +522,23 @@ void edge_forward(const Edge& k, int threads) {
 
 template <int T>
 void edge_input_gradient(const Edge& k, int threads) {
-    const int64_t stride = whole(k.I), rows = (k.N + TOKENS - 1) / TOKENS, columns = tiles_of(k.P);
+    const int64_t rows = (k.N + TOKENS - 1) / TOKENS, columns = tiles_of(k.P);
 #pragma omp parallel num_threads(threads)
     {
-        Scratch<float> b(TOKENS * T * stride);
-        Scratch<int32_t> cell(TOKENS * stride);
+        Scratch<float> b(TOKENS * T * PANEL);
+        Scratch<int32_t> cell(TOKENS * PANEL);
 #pragma omp for schedule(static)
         for (int64_t job = 0; job < rows; ++job) {
             const int64_t row = job * TOKENS, n = std::min(TOKENS, k.N - row);
-            for (int64_t t = 0; t < n; ++t)
-                evaluate<T, true>(k.x + (row + t) * k.I, k.I, k.lo, k.inv_h, k.G, b.data + t * T * stride, stride,
-                                  cell.data + t * stride);
             std::fill(k.dx + row * k.I, k.dx + (row + n) * k.I, 0.0f);
-            for (int64_t c = 0; c < columns; ++c) {
-                const Tile tile(c, k.P);
-#define CALL(NV) input_gradient_tile<T, NV>(k, n, row, tile.first * V, b.data, cell.data, stride)
-                FOR_WIDTH(tile.vecs, CALL)
+            for (int64_t i = 0; i < k.I; i += PANEL) {
+                evaluate_panel<T, true>(k, row, n, i, b.data, cell.data);
+                for (int64_t c = 0; c < columns; ++c) {
+                    const Tile tile(c, k.P);
+#define CALL(NV) input_gradient_tile<T, NV>(k, n, row, i, tile.first * V, b.data, cell.data)
+                    FOR_WIDTH(tile.vecs, CALL)
 #undef CALL
+                }
             }
         }
     }
