@@ -101,7 +101,7 @@ def test_mlp_and_kan_interpolation_of_parameters_for_equal_error():
 def test_errors_keep_falling_under_grid_refinement(index):
     module = fit_functions()
     series = module.SERIES[index]
-    fits = module.kan_fits(series.target, 6, 300)
+    fits = module.kan_fits(series.target, series.starts, series.iterations)
     errors = [fit.test_rmse for fit in fits]
     assert all(fine < coarse for coarse, fine in zip(errors, errors[1:], strict=False)), errors
     for grid_size, error, published in zip(series.target.grid_sizes, errors, series.published, strict=True):

@@ -225,3 +225,42 @@ def test_autocast_and_bf16_run(arm):
 def test_unknown_type_is_named():
     with pytest.raises(ValueError, match="ffn_type.*'mlp'.*gelu.*kan_glu"):
         build_ffn(config("mlp"))
+
+
+@pytest.mark.parametrize("arm", ["kan", "kan_mixed"])
+def test_inputs_of_edge_functions_are_on_the_grid_and_train_beyond_it(arm):
+    """On a grid of [-1, 1] a third of a normed layer's inputs would be off it, without a gradient."""
+    block = initialised(arm, hidden_size=64, kan_grid_min=-3.0, kan_grid_max=3.0, kan_base="none")
+    seen = []
+    for module in block.modules():
+        if isinstance(module, KANLinear):
+            module.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    block(normed_inputs(500, 64))
+    assert len(seen) == {"kan": 2, "kan_mixed": 1}[arm]
+    for x in seen:
+        assert float((x.abs() > 3).float().mean()) < 0.01
+    far = torch.full((1, 48), 9.0).requires_grad_()
+    block.down_proj(far).sum().backward()
+    assert (far.grad != 0).all()
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_layer_of_a_model_counts(arm):
+    """A loop over the layers that keeps only the last one's output would pass every test of a single block."""
+    from kanlm.model import KanLMConfig, KanLMForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3}
+    model = KanLMForCausalLM(KanLMConfig(**sizes, ffn_type=arm, kan_grid_size=5)).eval()
+    tokens = torch.randint(0, 64, (2, 12))
+    model(tokens, labels=tokens).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    with torch.no_grad():
+        before = model(tokens).logits
+        for layer in model.model.layers:
+            down = next(iter(layer.mlp.down_proj.parameters()))
+            kept = down.clone()
+            down += torch.randn_like(down)
+            assert not torch.allclose(model(tokens).logits, before, atol=1e-3)
+            down.copy_(kept)
