@@ -26,7 +26,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_kanlm import KanLMConfig
 from .ffn import XIELU, FeedForward, PolyNorm, build_ffn
-from .kan import KANLinear, LearnedFunction
+from .kan import KANLinear
+from .learned_function import LearnedFunction
 
 
 class KanLMRotaryEmbedding(nn.Module):
