@@ -105,6 +105,14 @@ inline void segments(vec r, vec* p, vec* d) {
     }
 }
 
+// The derivative of sum_j c_j p_j is a spline of one order less in c_{j+1} - c_j: its T - 1 functions at r.
+template <int T>
+inline void slope_segments(vec r, vec* q) {
+    vec unused[T];
+    if constexpr (T == 2) q[0] = splat(1.0f);
+    else segments<T - 1>(r, q, unused);
+}
+
 // Elementwise: y = phi(a) * u
 
 struct Elementwise {
@@ -385,14 +393,19 @@ struct Edge {
     float lo, inv_h;
 };
 
-// Values (or slopes) and cells of n points: b [T, n], cell [n]; n is padded up to whole vectors in the scratch.
+// Values b [T, n] (or the T - 1 terms of a slope) and cells of n points; n is padded up to whole vectors in the scratch.
 template <int T, bool SLOPE>
 inline void evaluate(const float* x, int64_t n, float lo, float inv_h, int G, float* b, int64_t stride, int32_t* cell) {
     for (int64_t i = 0; i < n; i += V) {
         Place s = place(load_part(x + i, int(std::min<int64_t>(V, n - i))), lo, inv_h, G);
         vec p[T], d[T];
-        segments<T>(s.r, p, d);
-        for (int j = 0; j < T; ++j) store(b + j * stride + i, SLOPE ? d[j] * inv_h : p[j] + s.e * d[j]);
+        if constexpr (SLOPE) {
+            slope_segments<T>(s.r, p);
+            for (int j = 0; j < T - 1; ++j) store(b + j * stride + i, p[j] * inv_h);
+        } else {
+            segments<T>(s.r, p, d);
+            for (int j = 0; j < T; ++j) store(b + j * stride + i, p[j] + s.e * d[j]);
+        }
         *reinterpret_cast<ivec*>(cell + i) = s.cell;
     }
 }
@@ -470,7 +483,7 @@ inline void input_gradient_tile(const Edge& k, int64_t tokens, int64_t row, int6
                 vec even = splat(0.0f), odd = splat(0.0f);
                 for (int v = 0; v < NV; ++v) {
                     vec s = b[t * T * PANEL + i - first] * load(w + v * V);
-                    for (int j = 1; j < T; ++j) s += b[(t * T + j) * PANEL + i - first] * load(w + (j * NV + v) * V);
+                    for (int j = 1; j < T - 1; ++j) s += b[(t * T + j) * PANEL + i - first] * load(w + (j * NV + v) * V);
                     (v % 2 ? odd : even) += s * grad[v];
                 }
                 total[n] = even + odd;
@@ -520,8 +533,25 @@ void edge_forward(const Edge& k, int threads) {
     }
 }
 
+// Differences of neighbouring coefficients of an input, packed as they are; the last of an input is not used.
+void differences(const Edge& k, float* to, int threads) {
+    for (int64_t c = 0; c < tiles_of(k.P); ++c) {
+        const Tile tile(c, k.P);
+        const int64_t width = tile.vecs * V, start = k.I * k.K * tile.first * V;
+#pragma omp parallel for schedule(static) num_threads(threads)
+        for (int64_t i = 0; i < k.I; ++i) {
+            const float* w = k.w + start + i * k.K * width;
+            float* d = to + start + i * k.K * width;
+            for (int64_t at = 0; at < (k.K - 1) * width; ++at) d[at] = w[at + width] - w[at];
+        }
+    }
+}
+
 template <int T>
-void edge_input_gradient(const Edge& k, int threads) {
+void edge_input_gradient(Edge k, int threads) {
+    Scratch<float> steps(k.I * k.K * k.P);
+    differences(k, steps.data, threads);
+    k.w = steps.data;
     const int64_t rows = (k.N + TOKENS - 1) / TOKENS, columns = tiles_of(k.P);
 #pragma omp parallel num_threads(threads)
     {
