@@ -246,7 +246,7 @@ def test_inputs_of_edge_functions_are_on_the_grid_and_train_beyond_it(arm):
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_layer_of_a_model_counts(arm):
-    """A loop over the layers that keeps only the last one's output would pass every test of a single block."""
+    """A loop over the layers that keeps only the last one's output passes all tests of single blocks."""
     from kanlm.model import KanLMConfig, KanLMForCausalLM
 
     torch.manual_seed(0)
