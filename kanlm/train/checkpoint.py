@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -75,6 +75,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def gathered(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Full state dicts of the model and of the optimisers, by parameter name."""
+    return cast(tuple[dict[str, Any], dict[str, Any]], get_state_dict(model, optimizers, options=FULL))
+
+
 def snapshot(
     step: int,
     model: nn.Module,
@@ -85,7 +92,7 @@ def snapshot(
     """The state of `model` and `optimizers` on the CPU; all processes call it, the main one holds the
     result.
     """
-    weights, states = get_state_dict(model, optimizers, options=FULL)
+    weights, states = gathered(model, optimizers)
     tied = tied_names(config)
     on_cpu = (
         next(model.parameters()).device.type == "cpu"
@@ -114,11 +121,9 @@ def restore(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimiz
     checkpoint.
     """
     config = KanLMConfig.from_dict(read_json(folder / "model.json"))
-    weights = with_tied(load_file(folder / "model.safetensors"), config)
-    _, states = get_state_dict(
-        model, optimizers, options=FULL
-    )  # for the structure: groups and parameter names
-    state: dict[str, dict[str, torch.Tensor]] = {}
+    weights: dict[str, Any] = with_tied(load_file(folder / "model.safetensors"), config)
+    _, states = gathered(model, optimizers)  # for the structure: groups and parameter names
+    state: dict[str, Any] = {}
     for name, tensor in load_file(folder / "optimizer.safetensors").items():
         parameter, _, key = name.rpartition("/")
         state.setdefault(parameter, {})[key] = tensor
@@ -154,7 +159,7 @@ def checkpoint_folders(run: RunDir) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    return int(FOLDER.fullmatch(folder.name)[1])
+    return int(folder.name.removeprefix("step-"))
 
 
 def verify(folder: Path) -> None:

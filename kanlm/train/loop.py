@@ -144,16 +144,16 @@ def prepare(config: RunConfig, run: RunDir, accelerator: Accelerator) -> Session
         config, len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     torch.manual_seed(config.seed)
-    model = KanLMForCausalLM(model_config)
+    built = KanLMForCausalLM(model_config)
     if settings.gradient_checkpointing:
         with warnings.catch_warnings():  # the new name came after the oldest transformers that is supported
             warnings.simplefilter("ignore", FutureWarning)
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            built.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.compile:
-        for layer in model.model.layers:
+        for layer in built.model.layers:
             layer.compile()
     model, wrapped_optimizers, wrapper = prepared(
-        accelerator, model, lambda module: optimizers(module, settings, accelerator.device)
+        accelerator, built, lambda module: optimizers(module, settings, accelerator.device)
     )
     chosen_kernels = kernels.select(accelerator.unwrap_model(model), settings.kernels)
     counts = parameter_counts(model_config)

@@ -18,12 +18,13 @@ import torch
 from torch import nn
 
 from kanlm.config import TrainConfig
+from kanlm.model import KanLMForCausalLM
 from kanlm.model.kan import kan_coefficient_names
 
 GROUPS = ("matrices", "kan", "embeddings", "vectors")
 
 
-def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+def parameter_groups(model: KanLMForCausalLM) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Every trainable parameter of a KanLM model, exactly once, as (name, parameter) under its group's
     name.
     """
@@ -46,7 +47,9 @@ def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter
     return groups
 
 
-def optimizers(model: nn.Module, config: TrainConfig, device: torch.device) -> list[torch.optim.Optimizer]:
+def optimizers(
+    model: KanLMForCausalLM, config: TrainConfig, device: torch.device
+) -> list[torch.optim.Optimizer]:
     """AdamW alone, or Muon for the matrices and AdamW for the rest.
 
     Each torch group carries `name` (of the table above) and `peak_lr`; the loop sets `lr` = `peak_lr` *

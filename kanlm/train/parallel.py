@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from kanlm.config import RunConfig, UserError
+from kanlm.model import KanLMForCausalLM
 from kanlm.train.tracking import log_with
 
 COLLECTIVE_TIMEOUT = timedelta(hours=3)
@@ -37,8 +38,8 @@ def fsdp_requested() -> bool:
 
 def prepared(
     accelerator: Accelerator,
-    model: nn.Module,
-    make_optimizers: Callable[[nn.Module], list[torch.optim.Optimizer]],
+    model: KanLMForCausalLM,
+    make_optimizers: Callable[[KanLMForCausalLM], list[torch.optim.Optimizer]],
 ) -> tuple[nn.Module, list[AcceleratedOptimizer], str]:
     """The model and its optimisers as this launch runs them, and "none", "ddp" or "fsdp2": what was really
     done.

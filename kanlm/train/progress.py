@@ -61,7 +61,7 @@ class Progress:
 
     def log(self, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, the same to the trackers, and a readable form of it."""
-        if not self.main:
+        if self.file is None:
             return
         self.file.write(json.dumps(values) + "\n")
         self.file.flush()
