@@ -12,7 +12,8 @@ only inputs are kept for backward. Each function here takes the module as the fi
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from contextlib import nullcontext
+from functools import cache, partial, wraps
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,17 @@ VECTOR = 16
 SPLINE, RATIONAL = 0, 1
 ACTIVATIONS = {"silu": 2, "gelu": 3, "relu2": 4}
 """Kinds of kanlm_elementwise."""
+
+
+def opaque(function: Callable) -> Callable:
+    """`function`, which a compiler must not look into; without one it is called directly, which is faster."""
+    disabled = torch.compiler.disable(function)
+
+    @wraps(function)
+    def called(*arguments):
+        return disabled(*arguments) if torch.compiler.is_compiling() else function(*arguments)
+
+    return called
 
 
 def supports_edge(layer: KANLinear) -> bool:
@@ -130,7 +142,7 @@ class _Edge(torch.autograd.Function):
         return grad_x, grad_weight, grad_base, None
 
 
-@torch.compiler.disable
+@opaque
 def edge(layer: KANLinear, x: Tensor) -> Tensor:
     """KANLinear: x [..., I] to [..., O].
 
@@ -144,7 +156,8 @@ def edge(layer: KANLinear, x: Tensor) -> Tensor:
     dtype = product_dtype(x, weight)
     base = None if layer.base is None else layer.base.weight
     flat = x.reshape(-1, layer.in_features)
-    with torch.autocast("cpu", enabled=False):
+    plain = torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
+    with plain:
         if torch.is_grad_enabled():
             layer.__dict__.pop("_packed", None)
             y = _Edge.apply(flat, layer.plain_weight(), base, layer.basis)
@@ -155,20 +168,24 @@ def edge(layer: KANLinear, x: Tensor) -> Tensor:
 
 
 def _kept(layer: KANLinear) -> Tensor:
-    """The layer's packed coefficients, kept between calls without gradients (decoding).
+    """The layer's packed coefficients."""
+    sources = [layer.spline.weight] + ([] if layer.whitening is None else [layer.whitening])
+    return kept(layer, sources, lambda: packed_coefficients(layer.plain_weight(), layer.in_features))
 
-    They are packed again when a parameter is another tensor or was written in place. A write through
-    `.data` moves no version counter: call the layer once with gradients enabled, or `kernels.select` again,
-    after one.
+
+def kept(layer: nn.Module, sources: list[Tensor], made: Callable[[], Tensor]) -> Tensor:
+    """`made()`, kept between calls without gradients (decoding) as long as `sources` do not change.
+
+    It is made again when a source is another tensor or was written in place. A write through `.data` moves no
+    version counter: call the layer once with gradients enabled, or `kernels.select` again, after one.
     """
-    tensors = [layer.spline.weight] + ([] if layer.whitening is None else [layer.whitening])
-    if layer.training or any(tensor.is_inference() for tensor in tensors):
-        return packed_coefficients(layer.plain_weight(), layer.in_features)
-    mark = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors]
-    kept = layer.__dict__.get("_packed")
-    if kept is None or kept[0] != mark:
-        kept = layer.__dict__["_packed"] = mark, packed_coefficients(layer.plain_weight(), layer.in_features)
-    return kept[1]
+    if layer.training or any(tensor.is_inference() for tensor in sources):
+        return made()
+    mark = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in sources]
+    found = layer.__dict__.get("_packed")
+    if found is None or found[0] != mark:
+        found = layer.__dict__["_packed"] = mark, made()
+    return found[1]
 
 
 class _Function:
@@ -249,21 +266,30 @@ class _Elementwise(torch.autograd.Function):
         return grad_a.to(a.dtype), None if u is None else grad_u.to(u.dtype), grad_coefficients, None
 
 
-def _applied(function: _Function, a: Tensor, u: Tensor | None, coefficients: Tensor | None) -> Tensor:
+def _applied(
+    function: _Function,
+    a: Tensor,
+    u: Tensor | None,
+    coefficients: Tensor | None,
+    tables: Tensor | None = None,
+) -> Tensor:
     if torch.is_grad_enabled():
         return _Elementwise.apply(a, u, coefficients, function)
-    tables = function.tables(coefficients)
     return function.value(_wide(a), None if u is None else _wide(u), tables).to(a.dtype)
 
 
-@torch.compiler.disable
+@opaque
 def learned(layer: LearnedFunction, a: Tensor, u: Tensor | None) -> Tensor:
     """LearnedFunction: phi(a) * u, or phi(a) where u is None; [..., C]."""
     if torch.float64 in (a.dtype, layer.coefficients.dtype):
         return layer.reference(a, u)
     kind, basis = (RATIONAL, None) if layer.is_rational else (SPLINE, layer.basis)
     function = _function(kind, layer.channels, layer.groups, basis, layer.base is not None)
-    return _applied(function, a, u, layer.coefficients)
+    if torch.is_grad_enabled():
+        layer.__dict__.pop("_packed", None)
+        return _applied(function, a, u, layer.coefficients)
+    tables = kept(layer, [layer.coefficients], lambda: function.tables(layer.coefficients))
+    return _applied(function, a, u, layer.coefficients, tables)
 
 
 def activation(function: Callable) -> Callable | None:
@@ -275,7 +301,7 @@ def activation(function: Callable) -> Callable | None:
     return name and partial(_activated, ACTIVATIONS[name])
 
 
-@torch.compiler.disable
+@opaque
 def _activated(kind: int, module: nn.Module, a: Tensor, u: Tensor | None) -> Tensor:
     if a.dtype == torch.float64:
         return module.activation(a) if u is None else module.activation(a) * u

@@ -186,6 +186,17 @@ def test_packed_coefficients_follow_the_parameter():
         assert torch.allclose(layer(x), 6 * before, rtol=1e-5)
 
 
+@pytest.mark.parametrize("basis", ["bspline", "rational"])
+def test_tables_of_a_learned_function_follow_the_parameter(basis):
+    layer = LearnedFunction(9, 3, basis).eval()
+    kernels.select(layer, "cpu")
+    x = points(4, 9)
+    with torch.no_grad():
+        layer(x)
+        layer.coefficients += 0.1
+        close(layer(x), layer.reference(x, None), 1e-5, "output")
+
+
 def test_two_runs_are_equal_bit_for_bit():
     results = []
     for _ in range(2):
