@@ -369,10 +369,11 @@ between the fitted sizes; the last row of a function is the best error that both
 The layers of the first three KANs were chosen knowing the function, as in the KAN papers; those of the others
 of several inputs have n + 1 hidden units, whatever the function is.
 
-How to read it: large ratios stand where one KAN function per input can follow a fast oscillation or where the
-layers repeat the function's own structure; small ones where n + 1 sums of functions do not. An MLP whose curve
-is flat in its width is held back by the optimiser at this number of iterations, not by its size, so that its
-ratio bounds what the KAN saves from above. An RMSE near the function's deviation means that nothing was learned.
+How to read it: large ratios stand where one KAN function per input can follow a fast oscillation or where
+the layers repeat the function's own structure; small ones where n + 1 sums of functions do not. An MLP whose
+curve is flat in its width is held back by the optimiser at this number of iterations, not by its size, so that
+its ratio bounds what the KAN saves from above. An RMSE near the function's deviation means that nothing was
+learned.
 
 {table(kan, mlp)}
 
