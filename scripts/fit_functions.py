@@ -371,8 +371,8 @@ of several inputs have n + 1 hidden units, whatever the function is.
 
 How to read it: large ratios stand where one KAN function per input can follow a fast oscillation or where
 the layers repeat the function's own structure; small ones where n + 1 sums of functions do not. An MLP whose
-curve is flat in its width is held back by the optimiser at this number of iterations, not by its size, so that
-its ratio bounds what the KAN saves from above. An RMSE near the function's deviation means that nothing was
+curve is flat in its width is held back by the optimiser at this number of iterations, not by its size: its
+ratio bounds what the KAN saves from above. An RMSE near the function's deviation means that nothing was
 learned.
 
 {table(kan, mlp)}

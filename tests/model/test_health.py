@@ -17,7 +17,7 @@ def inputs(*shape, scale=1.0, seed=0) -> torch.Tensor:
 
 def test_healthy_layers():
     torch.manual_seed(0)
-    model = nn.Sequential(KANLinear(4, 6), LearnedFunction(6, 2, grid_size=5))
+    model = nn.Sequential(KANLinear(4, 6), LearnedFunction(6, 2, grid_size=2))
     health = kan_health(model, inputs(3000, 4))
     assert set(health) == {"0", "1"}
     for layer in health.values():
