@@ -515,8 +515,8 @@ void edge_forward(const Edge& k, int threads) {
     if (k.N * k.I * k.P < SMALL) threads = 1;
 #pragma omp parallel num_threads(threads)
     {
-        Scratch<float> b(TOKENS * T * PANEL);
-        Scratch<int32_t> cell(TOKENS * PANEL);
+        Scratch<float> b(std::min(TOKENS, k.N) * T * PANEL);
+        Scratch<int32_t> cell(std::min(TOKENS, k.N) * PANEL);
 #pragma omp for schedule(static)
         for (int64_t job = 0; job < rows * parts; ++job) {
             const int64_t row = job / parts * TOKENS, part = job % parts, n = std::min(TOKENS, k.N - row);
@@ -555,8 +555,8 @@ void edge_input_gradient(Edge k, int threads) {
     const int64_t rows = (k.N + TOKENS - 1) / TOKENS, columns = tiles_of(k.P);
 #pragma omp parallel num_threads(threads)
     {
-        Scratch<float> b(TOKENS * T * PANEL);
-        Scratch<int32_t> cell(TOKENS * PANEL);
+        Scratch<float> b(std::min(TOKENS, k.N) * T * PANEL);
+        Scratch<int32_t> cell(std::min(TOKENS, k.N) * PANEL);
 #pragma omp for schedule(static)
         for (int64_t job = 0; job < rows; ++job) {
             const int64_t row = job * TOKENS, n = std::min(TOKENS, k.N - row);
