@@ -231,13 +231,27 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def complaint(error: BaseException) -> str | None:
+    """The line for a user's mistake or a full disk; None for what is our own fault."""
+    if isinstance(error, UserError):
+        return one_line(error)
+    if isinstance(error, FileNotFoundError):
+        return f"{error.filename or one_line(error)}: no such file or folder"
+    if isinstance(error, OSError):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+            return None
+        where = Path(error.filename).resolve() if error.filename else "output"
+        return f"{where}: {error.strerror}; free some space or choose another folder"
+    if isinstance(error, ValueError):
+        return f"{one_line(error)} (KANLM_DEBUG=1 shows where)"
+    return None
+
+
 def main() -> None:
     """Run the command line and exit with its status."""
     logging.getLogger("kanlm").setLevel(logging.INFO)
     logging.getLogger("kanlm").addHandler(logging.StreamHandler())
     logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # "metadata block was not found"
-    if os.environ.get("KANLM_DEBUG") == "1":
-        cli()
     try:
         sys.exit(cli.main(standalone_mode=False) or 0)
     except click.ClickException as error:
@@ -245,20 +259,13 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.exceptions.Abort:
         sys.exit(130)
-    except UserError as error:
-        click.echo(f"kanlm: error: {one_line(error)}", err=True)
-    except FileNotFoundError as error:
-        click.echo(f"kanlm: error: {error.filename or ''}: no such file or folder", err=True)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+    except (OSError, ValueError) as error:
+        line = complaint(error)
+        if line is None or os.environ.get("KANLM_DEBUG") == "1":
             raise
-        where = Path(error.filename).resolve() if error.filename else "output"
-        click.echo(
-            f"kanlm: error: {where}: {error.strerror}; free some space or choose another folder", err=True
-        )
-    except ValueError as error:
-        click.echo(f"kanlm: error: {one_line(error)} (KANLM_DEBUG=1 shows where)", err=True)
-    sys.exit(2)
+        if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+            click.echo(f"kanlm: error: {line}", err=True)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
