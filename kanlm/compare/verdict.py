@@ -175,14 +175,14 @@ def sentence(judgement: Judgement, margin: float) -> str:
             f"{runs}, a difference surely smaller than {margin:g} nats per token."
         )
     assert judgement.difference_nats is not None
-    ahead = "ahead" if judgement.difference_nats < 0 else "behind"
+    ahead = "ahead of" if judgement.difference_nats < 0 else "behind"
     why = (
         "a single run each cannot tell a better model from luck"
         if n < 2
         else f"the difference over {runs} is no larger than chance makes it"
     )
     return (
-        f"Undecided: {matched[0].lower()}{matched[1:]}, the KAN {arm} came out {ahead} of the MLP {mlp} "
+        f"Undecided: {matched[0].lower()}{matched[1:]}, the KAN {arm} came out {ahead} the MLP {mlp} "
         f"({figures} of unseen text, lower is better), but {why}."
     )
 
