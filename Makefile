@@ -3,7 +3,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Tests and benchmarks run with a fixed number of threads.
 THREADS ?= 2
 
 .PHONY: demo smoke test test-slow test-hf check lint types clean

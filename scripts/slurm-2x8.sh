@@ -11,8 +11,8 @@
 #SBATCH --output=%x-%j.log
 # Usage: sbatch scripts/slurm-2x8.sh CONFIG.toml [section.key=value ...]
 #
-# SLURM sends SIGTERM five minutes before the time limit: the run finishes its step, writes a checkpoint and ends
-# with status 0; the same sbatch command goes on from there. Launching the same file with `--nodes=N` changes the
+# SLURM sends SIGTERM five minutes before the time limit: the run finishes its step and writes a checkpoint, and the
+# same sbatch command goes on from there. (torchrun ends with a status other than 0 after any signal.) Launching the same file with `--nodes=N` changes the
 # number of machines. For FSDP2 set ACCELERATE_CONFIG=configs/accelerate/8-gpus-fsdp2.yaml.
 set -euo pipefail
 
