@@ -24,7 +24,7 @@ here = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="runs in t
 @pytest.mark.skipif(HAS_GPU or INTERPRETED, reason="the kernels run in this process")
 def test_kernels_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
