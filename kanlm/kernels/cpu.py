@@ -11,6 +11,7 @@ only inputs are kept for backward. Each function here takes the module as the fi
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, partial, wraps
@@ -19,12 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kanlm.kernels.native import MAX_ORDER, library, pointer
+from kanlm.kernels.native import MAX_ORDER, Few, Function, library, pointer
 from kanlm.model.basis import BSpline, uniform_pieces
 from kanlm.model.ffn import relu2
-from kanlm.model.kan import KANLinear, LearnedFunction, product_dtype
+from kanlm.model.kan import KANLinear, LearnedFunction, is_plain_linear, product_dtype
 
 VECTOR = 16
+FEW = 16
+"""Up to so many rows (decoding) a full-edge layer without gradients is one call, its base branch included."""
 SPLINE, RATIONAL = 0, 1
 ACTIVATIONS = {"silu": 2, "gelu": 3, "relu2": 4}
 """Kinds of kanlm_elementwise."""
@@ -60,10 +63,12 @@ def _wide(x: Tensor) -> Tensor:
     return x.float().contiguous()
 
 
-def _edge_arguments(basis: BSpline, rows: int, inputs: int, outputs: int) -> tuple:
-    """What all edge kernels end with: N, I, P, K, order, G, lo, 1 / step, threads."""
+def _edge_arguments(
+    basis: BSpline, rows: int, inputs: int, outputs: int, functions: int | None = None
+) -> tuple:
+    """What all edge kernels end with: N, I, P, K (or `functions`), order, G, lo, 1 / step, threads."""
     return (
-        *(rows, inputs, outputs, basis.num_functions, basis.order, basis.grid_size),
+        *(rows, inputs, outputs, functions or basis.num_functions, basis.order, basis.grid_size),
         *(basis.grid_min, 1 / basis.step, torch.get_num_threads()),
     )
 
@@ -82,8 +87,15 @@ def packed_coefficients(weight: Tensor, inputs: int) -> Tensor:
     return packed
 
 
-def _edge_output(x: Tensor, packed: Tensor, base: Tensor | None, basis: BSpline, outputs: int) -> Tensor:
-    """y [N, O] fp32 of x [N, I] fp32."""
+def _edge_output(
+    x: Tensor,
+    packed: Tensor,
+    base: Tensor | None,
+    basis: BSpline,
+    outputs: int,
+    functions: int | None = None,
+) -> Tensor:
+    """y [N, O] fp32 of x [N, I] fp32; `packed` has `functions` rows an input, K unless it is given."""
     rows, inputs = x.shape
     y = x.new_empty(rows, _rounded(outputs))
     if base is None:
@@ -92,7 +104,7 @@ def _edge_output(x: Tensor, packed: Tensor, base: Tensor | None, basis: BSpline,
         torch.mm(F.silu(x), base.t(), out=y)
     else:
         y[:, :outputs] = F.silu(x) @ base.t()
-    arguments = _edge_arguments(basis, rows, inputs, y.shape[1])
+    arguments = _edge_arguments(basis, rows, inputs, y.shape[1], functions)
     library().kanlm_edge_forward(pointer(x), pointer(packed), pointer(y), *arguments)
     return y if y.shape[1] == outputs else y[:, :outputs].contiguous()
 
@@ -149,31 +161,78 @@ def edge(layer: KANLinear, x: Tensor) -> Tensor:
     A layer with an adaptive grid or fp64 tensors, or whose children an adapter has replaced, uses its
     reference.
     """
-    weight = layer.spline.weight
-    children = {type(child) for child in (layer.spline, layer.base) if child is not None}
-    if layer.knots is not None or children != {nn.Linear} or torch.float64 in (weight.dtype, x.dtype):
+    spline, base_layer = layer.spline, layer.base
+    weight = spline.weight
+    plain_children = is_plain_linear(spline) and (base_layer is None or is_plain_linear(base_layer))
+    if layer.knots is not None or not plain_children or torch.float64 in (weight.dtype, x.dtype):
         return layer.reference(x)
+    rows = x.numel() // layer.in_features
+    if (
+        rows <= FEW
+        and not (torch.is_grad_enabled() or layer.training or torch.is_autocast_enabled("cpu"))
+        and x.dtype == weight.dtype == torch.float32
+        and x.is_cpu
+    ):
+        return _few_rows(layer, x, rows)
     dtype = product_dtype(x, weight)
-    base = None if layer.base is None else layer.base.weight
+    base = None if base_layer is None else base_layer.weight
     flat = x.reshape(-1, layer.in_features)
-    plain = torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
-    with plain:
+    exact = torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
+    with exact:
         if torch.is_grad_enabled():
             layer.__dict__.pop("_packed", None)
             y = _Edge.apply(flat, layer.plain_weight(), base, layer.basis)
         else:
             base = None if base is None else base.float()
-            y = _edge_output(_wide(flat), _kept(layer), base, layer.basis, layer.out_features)
+            _, few, packed = _kept_layer(layer)
+            y = _edge_output(_wide(flat), packed, base, layer.basis, layer.out_features, few.K)
     return y.to(dtype).view(*x.shape[:-1], layer.out_features)
 
 
-def _kept(layer: KANLinear) -> Tensor:
-    """The layer's packed coefficients."""
-    sources = [layer.spline.weight] + ([] if layer.whitening is None else [layer.whitening])
-    return kept(layer, sources, lambda: packed_coefficients(layer.plain_weight(), layer.in_features))
+def _few_rows(layer: KANLinear, x: Tensor, rows: int) -> Tensor:
+    """`edge` for a few rows in fp32 without gradients."""
+    address, *_ = _kept_layer(layer)
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], layer.out_features)
+    library().kanlm_edge_few(address, x.data_ptr(), y.data_ptr(), rows, torch.get_num_threads())
+    return y
 
 
-def kept(layer: nn.Module, sources: list[Tensor], made: Callable[[], Tensor]) -> Tensor:
+def _kept_layer(layer: KANLinear) -> tuple[int, Few, Tensor]:
+    base, whitening = layer.base, layer.whitening
+    sources = [layer.spline.weight]
+    if base is not None:
+        sources.append(base.weight)
+    if whitening is not None:
+        sources.append(whitening)
+    return kept(layer, sources, lambda: _packed_layer(layer))
+
+
+def _packed_layer(layer: KANLinear) -> tuple[int, Few, Tensor]:
+    """Address of what `kanlm_edge_few` reads of the layer, and what must live as long."""
+    weight, basis = layer.plain_weight(), layer.basis
+    if layer.base is not None:
+        weight = torch.cat((weight, layer.base.weight), dim=1)  # one function more
+    functions = weight.shape[1] // layer.in_features
+    packed = packed_coefficients(weight, layer.in_features)
+    few = Few(
+        *(packed.data_ptr(), layer.in_features, layer.out_features, functions),
+        *(basis.order, basis.grid_size, layer.base is not None, basis.grid_min, 1 / basis.step),
+    )
+    return ctypes.addressof(few), few, packed
+
+
+class Kept:
+    """A value and what it was made from. A copy of the layer, or one read from a file, makes its own."""
+
+    def __init__(self, mark: list | None = None, value: tuple = ()):
+        self.mark, self.value = mark, value
+
+    def __reduce__(self):
+        return Kept, ()
+
+
+def kept(layer: nn.Module, sources: list[Tensor], made: Callable[[], tuple]) -> tuple:
     """`made()`, kept between calls without gradients (decoding) as long as `sources` do not change.
 
     It is made again when a source is another tensor or was written in place. A write through `.data` moves no
@@ -183,9 +242,9 @@ def kept(layer: nn.Module, sources: list[Tensor], made: Callable[[], Tensor]) ->
         return made()
     mark = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in sources]
     found = layer.__dict__.get("_packed")
-    if found is None or found[0] != mark:
-        found = layer.__dict__["_packed"] = mark, made()
-    return found[1]
+    if found is None or found.mark != mark:
+        found = layer.__dict__["_packed"] = Kept(mark, made())
+    return found.value
 
 
 class _Function:
@@ -219,16 +278,26 @@ class _Function:
             total[:, j : j + cells] += by_function[:, j]
         return total.to(coefficients.dtype)
 
-    def value(self, a: Tensor, u: Tensor | None, tables: Tensor | None) -> Tensor:
-        """phi(a) * u, fp32, of contiguous fp32 tensors [..., C]."""
-        y = torch.empty_like(a)
-        none = (None, None)
-        rows = a.numel() // self.channels
-        library().kanlm_elementwise(
-            *(pointer(a), pointer(u), None, pointer(y), *none, pointer(tables), None),
-            *(rows, *self.arguments, torch.get_num_threads()),
-        )
-        return y
+    def prepared(self, tables: Tensor | None) -> Prepared:
+        """What `value` needs beside a and u; tables from `tables`."""
+        needed = Function(pointer(tables), *self.arguments)
+        return ctypes.addressof(needed), self.channels, needed, tables
+
+
+Prepared = tuple[int, int, Function, Tensor | None]
+"""Address of a Function, its channels, and what must live as long."""
+
+
+def value(prepared: Prepared, a: Tensor, u: Tensor | None) -> Tensor:
+    """phi(a) * u, fp32, of fp32 tensors [..., C]."""
+    address, channels, *_ = prepared
+    a, u = _wide(a), None if u is None else _wide(u)
+    y = torch.empty_like(a)
+    library().kanlm_elementwise_value(
+        *(address, a.data_ptr(), None if u is None else u.data_ptr(), y.data_ptr()),
+        *(a.numel() // channels, torch.get_num_threads()),
+    )
+    return y
 
 
 _function = cache(_Function)
@@ -240,7 +309,7 @@ class _Elementwise(torch.autograd.Function):
         tables = function.tables(coefficients)
         ctx.save_for_backward(a, u, coefficients, tables)
         ctx.function = function
-        return function.value(_wide(a), None if u is None else _wide(u), tables).to(a.dtype)
+        return value(function.prepared(tables), a, u).to(a.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -266,30 +335,26 @@ class _Elementwise(torch.autograd.Function):
         return grad_a.to(a.dtype), None if u is None else grad_u.to(u.dtype), grad_coefficients, None
 
 
-def _applied(
-    function: _Function,
-    a: Tensor,
-    u: Tensor | None,
-    coefficients: Tensor | None,
-    tables: Tensor | None = None,
-) -> Tensor:
-    if torch.is_grad_enabled():
-        return _Elementwise.apply(a, u, coefficients, function)
-    return function.value(_wide(a), None if u is None else _wide(u), tables).to(a.dtype)
-
-
 @opaque
 def learned(layer: LearnedFunction, a: Tensor, u: Tensor | None) -> Tensor:
     """LearnedFunction: phi(a) * u, or phi(a) where u is None; [..., C]."""
-    if torch.float64 in (a.dtype, layer.coefficients.dtype):
+    coefficients = layer.coefficients
+    if torch.float64 in (a.dtype, coefficients.dtype):
         return layer.reference(a, u)
-    kind, basis = (RATIONAL, None) if layer.is_rational else (SPLINE, layer.basis)
-    function = _function(kind, layer.channels, layer.groups, basis, layer.base is not None)
     if torch.is_grad_enabled():
         layer.__dict__.pop("_packed", None)
-        return _applied(function, a, u, layer.coefficients)
-    tables = kept(layer, [layer.coefficients], lambda: function.tables(layer.coefficients))
-    return _applied(function, a, u, layer.coefficients, tables)
+        return _Elementwise.apply(a, u, coefficients, _function_of(layer))
+    return value(kept(layer, [coefficients], lambda: _prepared(layer)), a, u).to(a.dtype)
+
+
+def _function_of(layer: LearnedFunction) -> _Function:
+    kind, basis = (RATIONAL, None) if layer.is_rational else (SPLINE, layer.basis)
+    return _function(kind, layer.channels, layer.groups, basis, layer.base is not None)
+
+
+def _prepared(layer: LearnedFunction) -> Prepared:
+    function = _function_of(layer)
+    return function.prepared(function.tables(layer.coefficients))
 
 
 def activation(function: Callable) -> Callable | None:
@@ -305,4 +370,11 @@ def activation(function: Callable) -> Callable | None:
 def _activated(kind: int, module: nn.Module, a: Tensor, u: Tensor | None) -> Tensor:
     if a.dtype == torch.float64:
         return module.activation(a) if u is None else module.activation(a) * u
-    return _applied(_function(kind, a.shape[-1]), a, u, None)
+    if torch.is_grad_enabled():
+        return _Elementwise.apply(a, u, None, _function(kind, a.shape[-1]))
+    return value(_without_table(kind, a.shape[-1]), a, u).to(a.dtype)
+
+
+@cache
+def _without_table(kind: int, channels: int) -> Prepared:
+    return _function(kind, channels).prepared(None)

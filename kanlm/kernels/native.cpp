@@ -125,6 +125,15 @@ struct Elementwise {
     int64_t size;  // floats of one group's table
 };
 
+// What a call of kanlm_elementwise_value needs beside a, u and y.
+struct Function {
+    const float* tables;
+    int64_t C, groups;
+    int kind, order, cells;
+    float lo, inv_h;
+    int silu;
+};
+
 // Loads or stores n <= V floats; the rest reads as zero.
 inline vec load_part(const float* p, int n) {
     if (n == V) return load(p);
@@ -159,8 +168,8 @@ struct Spline {
     ivec offset;  // of each lane's group, in floats
     Place s;
 
-    Spline(const Elementwise& k, int64_t c, bool narrow) : k(k), offset{}, sums(int64_t(k.cells) * T * V) {
-        std::fill(sums.data, sums.data + int64_t(k.cells) * T * V, 0.0f);
+    Spline(const Elementwise& k, int64_t c, bool narrow) : k(k), offset{}, sums(k.g ? int64_t(k.cells) * T * V : 0) {
+        if (k.g) std::fill(sums.data, sums.data + int64_t(k.cells) * T * V, 0.0f);
         lowest = ivec{} + int32_t(k.cells);
         highest = ivec{} - 1;
         const int64_t width = k.C / k.groups, group = c / width;
@@ -366,7 +375,7 @@ template <typename F>
 void elementwise(const Elementwise& k, int threads) {
     const int64_t rows = ROWS * BLOCKS;
     if (k.N * k.C < SMALL) threads = 1;
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t piece = 0; piece < threads; ++piece) {
         const int64_t begin = piece * k.N / threads, end = (piece + 1) * k.N / threads;
         for (int64_t row = begin; row < end; row += rows) {
@@ -530,6 +539,58 @@ void edge_forward(const Edge& k, int threads) {
                 }
             }
         }
+    }
+}
+
+// What a call for a few rows (decoding) needs beside x and y. w [I, K, P] is packed; with a base branch its weights are
+// the last of the K rows of an input.
+struct Few {
+    const float* w;
+    int64_t I, O, K;
+    int order, G, base;
+    float lo, inv_h;
+};
+
+// Columns [o, o + NV * V) of one row, of which `columns` are written.
+template <int T, int NV, bool BASE>
+inline void few_tile(const Few& k, const float* x, int64_t o, int64_t columns, float* y) {
+    alignas(64) float b[(T + 1) * PANEL];
+    alignas(64) int32_t cell[PANEL];
+    const float* tile = k.w + k.I * k.K * o;
+    vec acc[NV] = {};
+    for (int64_t first = 0; first < k.I; first += PANEL) {
+        const int64_t n = std::min(PANEL, k.I - first);
+        evaluate<T, false>(x + first, n, k.lo, k.inv_h, k.G, b, PANEL, cell);
+        if constexpr (BASE)
+            for (int64_t i = 0; i < n; i += V) {
+                vec value = splat(0.0f), slope = splat(0.0f);
+                add_silu(load_part(x + first + i, int(std::min<int64_t>(V, n - i))), value, slope);
+                store(b + T * PANEL + i, value);
+            }
+        for (int64_t i = 0; i < n; ++i) {
+            const float* rows = tile + (first + i) * k.K * (NV * V);
+            const float* w = rows + cell[i] * (NV * V);
+            for (int j = 0; j < T; ++j)
+                for (int v = 0; v < NV; ++v) acc[v] += b[j * PANEL + i] * load(w + (j * NV + v) * V);
+            if constexpr (BASE)
+                for (int v = 0; v < NV; ++v) acc[v] += b[T * PANEL + i] * load(rows + ((k.K - 1) * NV + v) * V);
+        }
+    }
+    for (int v = 0; v < NV && v * V < columns; ++v)
+        store_part(y + o + v * V, acc[v], int(std::min<int64_t>(V, columns - v * V)));
+}
+
+template <int T, bool BASE>
+void edge_few(const Few& k, const float* x, float* y, int64_t N, int threads) {
+    const int64_t P = whole(k.O), tiles = tiles_of(P);
+    if (N * k.I * P < SMALL) threads = 1;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t job = 0; job < N * tiles; ++job) {
+        const Tile tile(job % tiles, P);
+        const int64_t row = job / tiles, o = tile.first * V;
+#define CALL(NV) few_tile<T, NV, BASE>(k, x + row * k.I, o, std::min<int64_t>(NV * V, k.O - o), y + row * k.O)
+        FOR_WIDTH(tile.vecs, CALL)
+#undef CALL
     }
 }
 
@@ -703,6 +764,25 @@ void kanlm_elementwise(const float* a, const float* u, const float* g, float* y,
     } else {
         elementwise<Fixed<2>>(k, threads);
     }
+}
+
+// y = phi(a) * u without gradients: kanlm_elementwise whose unchanging arguments are in `k`.
+void kanlm_elementwise_value(const Function* k, const float* a, const float* u, float* y, int64_t N, int threads) {
+    kanlm_elementwise(a, u, nullptr, y, nullptr, nullptr, k->tables, nullptr, N, k->C, k->groups, k->kind, k->order,
+                      k->cells, k->lo, k->inv_h, k->silu, threads);
+}
+
+// y [N, O] of a few rows x [N, I], the base branch included.
+void kanlm_edge_few(const Few* k, const float* x, float* y, int64_t N, int threads) {
+    if (k->base) {
+#define CALL(T) edge_few<T, true>(*k, x, y, N, threads)
+        FOR_ORDER(k->order, CALL)
+    } else {
+#undef CALL
+#define CALL(T) edge_few<T, false>(*k, x, y, N, threads)
+        FOR_ORDER(k->order, CALL)
+    }
+#undef CALL
 }
 
 // y [N, P] is added to.

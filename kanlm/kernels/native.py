@@ -27,6 +27,8 @@ MAX_ORDER = 3
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
     "kanlm_elementwise": "pppppppp lll iii ff ii",
+    "kanlm_elementwise_value": "pppp l i",
+    "kanlm_edge_few": "ppp l i",
     "kanlm_edge_pack": "pp llll i",
     "kanlm_edge_unpack": "pp llll i",
     "kanlm_edge_forward": "ppp llll ii ff i",
@@ -34,6 +36,29 @@ _SIGNATURES = {
     "kanlm_edge_coefficient_gradient": "ppp llll ii ff i",
 }
 _KINDS = {"p": _POINTER, "l": _INT64, "i": _INT, "f": _FLOAT}
+
+
+class Few(ctypes.Structure):
+    """struct Few of native.cpp."""
+
+    _fields_ = [
+        ("w", _POINTER),
+        *((name, _INT64) for name in ("I", "O", "K")),
+        *((name, _INT) for name in ("order", "G", "base")),
+        *((name, _FLOAT) for name in ("lo", "inv_h")),
+    ]
+
+
+class Function(ctypes.Structure):
+    """struct Function of native.cpp."""
+
+    _fields_ = [
+        ("tables", _POINTER),
+        *((name, _INT64) for name in ("C", "groups")),
+        *((name, _INT) for name in ("kind", "order", "cells")),
+        *((name, _FLOAT) for name in ("lo", "inv_h")),
+        ("silu", _INT),
+    ]
 
 
 class NativeUnavailable(RuntimeError):

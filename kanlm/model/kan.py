@@ -107,9 +107,9 @@ class KANLinear(nn.Module):
     """y_o = sum_i phi_oi(x_i), phi_oi(x) = w_oi b(x) + sum_m c_oim B_m(x): x [..., I] to y [..., O].
 
     The coefficients c are the weight of the child `spline`, an nn.Linear(K*I -> O) whose input has the
-    inputs of
-    one basis function side by side: `spline.weight.view(O, K, I)`. The weights w are those of the child
-    `base`, an nn.Linear(I -> O), absent with base=None. Parameters: O I (K + 1), or O I K without a base.
+    inputs of one basis function side by side: `spline.weight.view(O, K, I)`. The weights w are those of the
+    child `base`, an nn.Linear(I -> O), absent with base=None. Parameters: O I (K + 1), or O I K without a
+    base.
 
     Whitened layers have the same functions in other coordinates: features psi = W B(x), W the buffer
     `whitening` [K, K], of mean zero, variance one and uncorrelated under the assumed input, 0.9 N(0, 1) +
@@ -337,8 +337,8 @@ class KANLinear(nn.Module):
         Grids and coefficients are equal on every rank. A whitened layer is whitened under the samples.
 
         Raises:
-            ValueError: a layer with a uniform grid, grid_eps outside (0, 1], samples that are not finite,
-                or none.
+            ValueError: a layer with a uniform grid, grid_eps outside (0, 1] or so small that repeated
+                samples leave intervals of no length, samples that are not finite, or none.
         """
         if self.knots is None:
             raise ValueError("grid: a 'uniform' grid does not move; build the layer with grid='adaptive'")
@@ -361,8 +361,8 @@ class KANLinear(nn.Module):
         else on those points. `spline.weight` becomes a new parameter: build optimisers anew.
 
         Raises:
-            ValueError: fewer intervals without `allow_coarsen`, grid_size < 1, samples that are not finite,
-                or none.
+            ValueError: fewer intervals without `allow_coarsen`, grid_size < 1, more intervals than the
+                knots' dtype can hold apart, samples that are not finite, or none.
         """
         check_finer(grid_size, self.basis.grid_size, allow_coarsen)
         old = self.basis
@@ -381,6 +381,11 @@ class KANLinear(nn.Module):
 
     def _refit(self, basis: Basis, knots: Tensor | None, samples: Tensor | None) -> float:
         """Change to `basis` and `knots`, refit the coefficients on samples [N, I] and return the drift."""
+        if knots is not None and not (knots.diff(dim=0) > 0).all():
+            raise ValueError(
+                f"knots: some would lie closer than {str(knots.dtype).removeprefix('torch.')} can tell; use "
+                "a larger grid_eps or fewer intervals"
+            )
         weight = self.spline.weight
         old, plain = self._wide_basis(), self._plain_coefficients()
         new = basis if knots is None else KnotSpline(knots.double(), basis.order)

@@ -98,13 +98,15 @@ def mixture_quantiles(samples: Tensor, levels: Tensor) -> Tensor:
 def adapted_knots(samples: Tensor, grid_size: int, grid_eps: float, least_span: float) -> Tensor:
     """Knots [G + 1, I] from the smallest to the largest sample: quantiles mixed with `grid_eps` uniform ones.
 
-    Strictly ascending also for repeated and constant samples: a range below `least_span` is widened to it.
+    Strictly ascending also for repeated and constant samples: a range below `least_span`, or too narrow at
+    its magnitude for knots in fp32, is widened.
     Liu et al. 2024, arXiv:2404.19756, section 2.2 (grid extension from samples).
     """
     levels = torch.linspace(0, 1, grid_size + 1, dtype=torch.float64, device=samples.device)
     quantiles = mixture_quantiles(samples, levels)
     low, high = quantiles[0], quantiles[-1]
-    margin = (least_span - (high - low)).clamp(min=0) / 2
+    magnitude = torch.maximum(low.abs(), high.abs())
+    margin = ((1e-5 * grid_size * magnitude).clamp(min=least_span) - (high - low)).clamp(min=0) / 2  # [I]
     uniform = (low - margin).lerp(high + margin, levels.unsqueeze(-1))
     # Where the range was widened the quantiles would not reach its ends.
     share = torch.where(margin > 0, 1.0, grid_eps).to(uniform.dtype)

@@ -1,6 +1,7 @@
 """The CPU kernels against the reference: forward and every gradient."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -142,6 +143,19 @@ def test_blocks_equal_their_reference(ffn_type):
     compared(block, [points(3, 37, 24, spread=1.0)], 1e-4)
 
 
+def test_kan_glu_starts_as_swiglu_bit_for_bit():
+    config = {"hidden_size": 24, "intermediate_size": 41 * 8, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    kan_glu = build_ffn(KanLMConfig(**config, ffn_type="kan_glu", kan_glu_form="residual"))
+    swiglu = build_ffn(KanLMConfig(**config, ffn_type="swiglu"))
+    swiglu.load_state_dict({name: p for name, p in kan_glu.state_dict().items() if "phi" not in name})
+    for block in (kan_glu, swiglu):
+        assert set(kernels.select(block, "cpu").values()) == {"cpu"}
+    x = 20 * points(40, 24)  # gates on and off the grid
+    assert torch.equal(kan_glu(x), swiglu(x))
+    assert not torch.equal(kan_glu(x), torch.zeros_like(x))
+
+
 @pytest.mark.parametrize("kind", ["edge", "learned"])
 def test_not_a_number_comes_out_as_one(kind):
     layer = KANLinear(6, 5) if kind == "edge" else LearnedFunction(6, 2)
@@ -173,6 +187,24 @@ def test_result_does_not_depend_on_the_number_of_rows_in_a_call():
         assert torch.equal(layer(x)[70:71], layer(x[70:71]))
 
 
+@pytest.mark.parametrize("form", [{}, {"order": 1}, {"order": 2, "base": None}, {"conditioning": "whitened"}])
+@pytest.mark.parametrize("rows, inputs, outputs", [(1, 5, 3), (1, 130, 57), (3, 64, 300), (16, 17, 128)])
+def test_edge_layer_without_gradients_equals_the_reference(rows, inputs, outputs, form):
+    """A few rows (decoding) take a way of their own."""
+    torch.manual_seed(1)
+    layer = KANLinear(inputs, outputs, **form).eval()
+    exact = copy.deepcopy(layer).double()
+    kernels.select(layer, "cpu")
+    x = points(2, rows, inputs)
+    with torch.no_grad():
+        expected = exact(x.double()).float()
+        for at in (x[0], x[1:], x, x.expand(40, -1, -1, -1)[:, 0], points(inputs, rows).t()):
+            want = exact(at.double()).float()
+            close(layer(at), want, 2e-4 if form.get("conditioning") else 3e-5, "output")
+        with torch.inference_mode():
+            close(layer(x[:1]).clone(), expected[:1], 2e-4, "output in inference mode")
+
+
 def test_packed_coefficients_follow_the_parameter():
     layer = KANLinear(9, 11).eval()
     kernels.select(layer, "cpu")
@@ -184,6 +216,20 @@ def test_packed_coefficients_follow_the_parameter():
         assert torch.allclose(layer(x), 2 * before, rtol=1e-5)
         layer.load_state_dict({name: 3 * value for name, value in layer.state_dict().items()})
         assert torch.allclose(layer(x), 6 * before, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["edge", "learned"])
+def test_copies_after_decoding_pack_their_own_coefficients(kind):
+    layer = (KANLinear(6, 5) if kind == "edge" else LearnedFunction(6, 2)).eval()
+    kernels.select(layer, "cpu")
+    x = points(4, 6)
+    with torch.no_grad():
+        before = layer(x)
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(twin(x), before)
+            next(twin.parameters()).mul_(3)
+            assert not torch.allclose(twin(x), before)
+        assert torch.equal(layer(x), before)
 
 
 @pytest.mark.parametrize("basis", ["bspline", "rational"])

@@ -37,13 +37,25 @@ def test_splines_on_random_knots_equal_scipys(order, seed):
     low, high = knots[order], knots[len(knots) - order - 1]
     generator = torch.Generator().manual_seed(seed + 10)
     x = low + torch.rand(300, 2, generator=generator, dtype=torch.float64) * (high - low)
-    x = torch.cat((x, low.unsqueeze(0)))  # and the left edge
+    x = torch.cat((x, low.unsqueeze(0), high.unsqueeze(0)))  # and both edges
     values, slopes = spline_values(x, knots, order)
+    torch.testing.assert_close(values.sum(-2), torch.ones_like(x), atol=1e-12, rtol=0)
     for i in range(2):
         for m, spline in enumerate(scipy_basis(knots[:, i].numpy(), order)):
             np.testing.assert_allclose(values[:, m, i], spline(x[:, i]), atol=1e-12, rtol=0)
             if order > 0:
                 np.testing.assert_allclose(slopes[:, m, i], spline.derivative()(x[:, i]), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_splines_on_random_knots_go_on_linearly_outside_the_grid(order):
+    knots = random_knots(order, 4)
+    for edge, distance in ((knots[order], -2.5), (knots[len(knots) - order - 1], 4.0)):
+        at_edge, slopes = spline_values(edge.unsqueeze(0), knots, order)
+        values, outside_slopes = spline_values(edge.unsqueeze(0) + distance, knots, order)
+        torch.testing.assert_close(values, at_edge + distance * slopes, atol=1e-11, rtol=1e-12)
+        assert torch.equal(outside_slopes, slopes)
+        assert order == 0 or slopes.abs().max() > 0.1
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -131,9 +143,11 @@ def test_splines_sum_to_one_everywhere(order, grid_size, low, span, at):
     assert abs(float(basis.derivatives(x).sum())) < 1e-9 * grid_size / span + 1e-9
 
 
-@pytest.mark.parametrize("name", list(BASES))
-def test_derivatives_are_those_of_the_values(name):
-    basis = make_basis(name, 6, 4, -2.0, 2.5)
+@pytest.mark.parametrize(
+    ("name", "order"), [("bspline", order) for order in ORDERS] + [(name, 3) for name in BASES]
+)
+def test_derivatives_are_those_of_the_values(name, order):
+    basis = make_basis(name, 6, order, -2.0, 2.5)
     x = (torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).double() * 2).requires_grad_()
     assert torch.autograd.gradcheck(basis.values, (x,))
     slopes = basis.derivatives(x)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kanlm.model.ffn import XIELU, FeedForward, PolyNorm, build_ffn
+from kanlm.model.health import kan_health
 from kanlm.model.kan import KANLinear, LearnedFunction
 
 KAN_ARMS = ("kan", "kan_mixed", "kan_grouped", "kan_glu")
@@ -242,6 +243,18 @@ def test_inputs_of_edge_functions_are_on_the_grid_and_train_beyond_it(arm):
     far = torch.full((1, 48), 9.0).requires_grad_()
     block.down_proj(far).sum().backward()
     assert (far.grad != 0).all()
+
+
+@pytest.mark.parametrize("arm", KAN_ARMS)
+def test_inputs_of_a_model_as_configured_by_default_are_on_the_grid(arm):
+    from kanlm.model import KanLMConfig, KanLMForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2}
+    health = kan_health(KanLMForCausalLM(KanLMConfig(**sizes, ffn_type=arm)), torch.arange(64).view(2, 32))
+    shares = [layer["outside_grid"] for layer in health.values() if "outside_grid" in layer]
+    assert len(shares) == {"kan": 4, "kan_mixed": 2, "kan_grouped": 4, "kan_glu": 2}[arm]
+    assert max(shares) < 0.01
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -145,6 +145,7 @@ DEGENERATE = {
     "two values": random_inputs(60, 3).sign(),
     "repeated": random_inputs(5, 3).repeat(40, 1),
     "far outside the grid": random_inputs(30, 3) * 1e3 + 1e4,
+    "constant, far outside the grid": torch.full((50, 3), 3e5, dtype=torch.float64),
     "one outlier": torch.cat((random_inputs(200, 3), torch.full((1, 3), 1e5, dtype=torch.float64))),
     "tiny": random_inputs(30, 3) * 1e-12,
 }
@@ -173,6 +174,8 @@ def test_bad_refits_are_named():
     cases = [
         (lambda: uniform.update_grid(good), "grid: a 'uniform' grid"),
         (lambda: adaptive.update_grid(good, grid_eps=0), "grid_eps.*got 0"),
+        (lambda: adaptive.update_grid(good[:2].repeat(9, 1), grid_eps=1e-12), "knots: .*closer than float32"),
+        (lambda: KANLinear(3, 2, knots=[1e6, 1e6 + 1]).refine(100), "knots: .*closer than float32"),
         (lambda: adaptive.update_grid(torch.randn(10, 4)), r"samples.*in_features 3.*\(10, 4\)"),
         (lambda: adaptive.update_grid(good * float("nan")), "samples: 30 of 30 values are not finite"),
         (lambda: adaptive.refine(9, good * float("inf")), "samples: 30 of 30 values are not finite"),

@@ -125,13 +125,15 @@ def relative_error(y: torch.Tensor, expected: torch.Tensor) -> float:
     return float(((y.double() - expected).norm() / expected.norm()).detach())
 
 
+@pytest.mark.parametrize("share", [0.05, 1.0], ids=lambda share: f"spline_share={share}")
 @pytest.mark.parametrize("cast", ["bf16", "autocast"])
 @pytest.mark.parametrize("form", FORMS, ids=form_name)
-def test_half_precision_error_is_within_twice_a_linear_layers(form, cast):
+def test_half_precision_error_is_within_twice_a_linear_layers(form, cast, share):
+    """Also where all of the output comes from the splines."""
     torch.manual_seed(0)
     x = random_inputs(512, 96, dtype=torch.float32, scale=1)
     errors = []
-    for layer in (nn.Linear(96, 96, bias=False), KANLinear(96, 96, **form)):
+    for layer in (nn.Linear(96, 96, bias=False), KANLinear(96, 96, **form, spline_share=share)):
         if cast == "bf16":
             layer = layer.bfloat16()
             y, exact_input = layer(x.bfloat16()), x.bfloat16().double()

@@ -129,6 +129,14 @@ def test_start(initial, form, tolerance):
     assert float((layer(x) - target).detach().abs().max()) < tolerance
 
 
+@pytest.mark.parametrize(("initial", "error"), [("silu", 1.2e-5), ("gelu", 2.4e-3), ("identity", 1e-12)])
+def test_rational_fits_are_as_good_as_stated(initial, error):
+    layer = LearnedFunction(2, 1, "rational", initial=initial, dtype=torch.float64)
+    x = torch.linspace(-4, 4, 4001, dtype=torch.float64).unsqueeze(-1).expand(-1, 2)
+    target = {"silu": F.silu, "gelu": F.gelu, "identity": lambda x: x}[initial](x)
+    assert float((layer(x) - target).detach().abs().max()) < 1.05 * error
+
+
 def test_zero_correction_is_silu_bit_for_bit():
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         layer = LearnedFunction(6, 2, base="silu", initial="zero", dtype=dtype)
