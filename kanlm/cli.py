@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import click
+from safetensors import SafetensorError
 
 from kanlm import __version__
 from kanlm.config import UserError, load_run_config
@@ -80,14 +81,18 @@ def export_verb(run: str, out: str | None) -> None:
 )
 @click.option("--device", default=None, help="Default: cuda if there is one, else cpu.")
 @click.option("--out", type=click.Path(), help="Also write the report as JSON to this file.")
-def eval_verb(model: str, data: str, out: str | None, **settings) -> None:
+@click.option("--card", is_flag=True, help="Also show the report in the card of the exported folder MODEL.")
+def eval_verb(model: str, data: str, out: str | None, card: bool, **settings) -> None:
     """Perplexity report of any causal language MODEL (a folder or hub id)."""
     from kanlm.evaluation.perplexity import evaluate_spec
+    from kanlm.export import update_card
     from kanlm.runs import write_json
 
     report = evaluate_spec(model, data, **settings)
     if out:
         write_json(out, report)
+    if card:
+        update_card(model, [report])
     click.echo(json.dumps(report.model_dump(mode="json"), indent=2))
 
 
@@ -242,6 +247,8 @@ def complaint(error: BaseException) -> str | None:
             return None
         where = Path(error.filename).resolve() if error.filename else "output"
         return f"{where}: {error.strerror}; free some space or choose another folder"
+    if isinstance(error, SafetensorError) and "os error" in str(error):
+        return f"model file: {one_line(error)}; free some space or choose another folder"
     if isinstance(error, ValueError):
         return f"{one_line(error)} (KANLM_DEBUG=1 shows where)"
     return None
@@ -259,7 +266,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.exceptions.Abort:
         sys.exit(130)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         line = complaint(error)
         if line is None or os.environ.get("KANLM_DEBUG") == "1":
             raise

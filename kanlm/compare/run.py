@@ -6,6 +6,7 @@ where it stopped.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -29,15 +30,18 @@ from kanlm.compare.schema import CompareConfig, PlannedArm, Trial, load_compare_
 from kanlm.compare.speed import measured_speed
 from kanlm.compare.tracking import track_table
 from kanlm.config import RunConfig, UserError
-from kanlm.data import documents, text_documents, token_cache, tokenizer_for
+from kanlm.data import TokenLoader, documents, text_documents, token_cache, tokenizer_for
 from kanlm.evaluation.baselines import kneser_ney_bits_per_byte, xz_bits_per_byte
 from kanlm.evaluation.perplexity import evaluate_model, load_causal_lm
-from kanlm.export import export
+from kanlm.export import export, update_card
 from kanlm.interpret.functions import learned_functions
 from kanlm.runs import provenance, read_json, write_json, write_text
+from kanlm.train.status import held
 
-FAILURE_LINES = 12
-"""Last lines of a dead training process that are kept."""
+FAILURE_LINES = 40
+"""Last lines of a dead training process that are kept; the launcher adds a traceback of its own to them."""
+MISTAKE = "kanlm: error: "
+"""What a training process writes before the one line that says what its user can mend."""
 
 
 def compare(toml_path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Path:
@@ -61,10 +65,14 @@ def compare(toml_path: str | Path, overrides: tuple[str, ...] | list[str] = ()) 
             f"  {arm.arm}: {arm.ffn_type}, width {arm.intermediate_size}, {arm.non_embedding_parameters:,} "
             f"parameters without embeddings ({arm.mismatch:+.2%}), equal {arm.matching}, size {arm.size}"
         )
-    manifests = {split: token_cache(base, tokenizer, split).manifest for split in ("train", "validation")}
+    manifests = {
+        "train": TokenLoader(base, tokenizer).manifest,
+        "validation": token_cache(base, tokenizer, "validation").manifest,
+    }
+    size = "streamed text" if base.data.streaming else f"{manifests['train']['tokens']:,} training tokens"
     say(
-        f"  text: {manifests['train']['source']}, {manifests['train']['tokens']:,} training tokens and "
-        f"{manifests['validation']['tokens']:,} held out, vocabulary {vocab_size:,}"
+        f"  text: {manifests['train']['source']}, {size} and {manifests['validation']['tokens']:,} held out, "
+        f"vocabulary {vocab_size:,}"
     )
     check_same_trials(config, directory, arms)
     start_folder(config, directory, manifests, vocab_size, base.data.block_size)
@@ -119,9 +127,10 @@ def start_folder(
             for run in map(TrialDir, directory.arms.glob("*")):
                 for path in (run.heldout, run.samples, run.functions):
                     path.unlink(missing_ok=True)
-    kept = ("source", "licence", "documents", "bytes", "words", "tokens", "sha256")
+    kept = ("source", "licence", "documents", "bytes", "words", "tokens", "text_tokens", "sha256")
     data: dict[str, Any] = {"vocab_size": vocab_size, "block_size": block_size}
-    data |= {split: {key: manifest[key] for key in kept} for split, manifest in manifests.items()}
+    # of a streamed text the counts are not known: null
+    data |= {split: {key: manifest.get(key) for key in kept} for split, manifest in manifests.items()}
     write_json(directory.compare, {"config": dumped, "provenance": provenance(), "data": data})
 
 
@@ -159,15 +168,28 @@ def config_text(config: CompareConfig, arm: PlannedArm, trial: Trial) -> str:
 def train_trial(
     config: CompareConfig, directory: CompareDir, arm: PlannedArm, trial: Trial, place: str
 ) -> bool:
-    """Train `trial` unless it is finished; whether there is a finished run afterwards."""
-    run = directory.run(trial.name)
+    """Train `trial` unless it is finished; whether there is a finished run afterwards.
+
+    UserError for a mistake that the training process complains of, after a signal, and where a finished run
+    was trained with another configuration.
+    """
+    run, path = directory.run(trial.name), directory.config(trial.name)
+    text = config_text(config, arm, trial)
+    if held(run):  # of a comparison that was killed, a training process can be left
+        say(f"{place}: {trial.name} is being trained by another process; waiting for it")
+        while held(run):
+            time.sleep(0.5)
     state, reason = state_of(run)
-    if state == "diverged":
-        say(f"{place}: {trial.name} diverged before: {reason}")
     if state in ("finished", "diverged"):
+        if path.is_file() and path.read_text(encoding="utf-8") != text:
+            raise UserError(
+                f"{run.root}: trained with another configuration than this file's ({path} has it); choose "
+                f"another name, or delete {run.root}"
+            )
+        if state == "diverged":
+            say(f"{place}: {trial.name} diverged before: {reason}")
         return state == "finished"
-    path = directory.config(trial.name)
-    write_text(path, config_text(config, arm, trial))
+    write_text(path, text)
     run.failure.unlink(missing_ok=True)
     say(f"{place}: {trial.name}, learning rate {trial.learning_rate:g}, {trial.max_tokens:,} tokens")
     returncode, tail = run_process(
@@ -176,11 +198,13 @@ def train_trial(
     state, reason = state_of(run)
     if state == "interrupted" and returncode == 0:
         raise UserError(f"{trial.name}: interrupted; run the same command again to go on")
-    if returncode == 2:
-        raise UserError(f"{trial.name}: {tail[-1] if tail else 'training refused its configuration'}")
     if state == "finished":
         return True
     if state != "diverged":
+        # `accelerate launch` ends with status 1 whatever the status of its process.
+        mistake = next((line for line in reversed(tail) if line.startswith(MISTAKE)), None)
+        if mistake is not None:
+            raise UserError(f"{trial.name}: {mistake.removeprefix(MISTAKE)}")
         message = tail[-1] if tail else "no output"
         write_json(run.failure, {"returncode": returncode, "message": message, "lines": tail})
         reason = f"exit status {returncode}: {message}"
@@ -203,10 +227,11 @@ def run_process(command: list[str], log: Path, prefix: str) -> tuple[int, list[s
     """Run `command`, its output into `log` and line by line to ours; (exit status, last lines).
 
     SIGINT and SIGTERM are passed on to the whole process group, which then finishes its step and writes a
-    checkpoint.
+    checkpoint; UserError when that is done. (The launcher dies of the signal, so its status says nothing.)
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     tail: list[str] = []
+    received: list[int] = []
     with open(log, "a", encoding="utf-8") as file:
         process = subprocess.Popen(
             command,
@@ -218,7 +243,9 @@ def run_process(command: list[str], log: Path, prefix: str) -> tuple[int, list[s
         )
 
         def forward(number: int, _frame: Any) -> None:
-            os.killpg(process.pid, number)
+            received.append(number)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.killpg(process.pid, number)
 
         before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -229,10 +256,14 @@ def run_process(command: list[str], log: Path, prefix: str) -> tuple[int, list[s
                 if line.strip():
                     tail = [*tail, line.rstrip()][-FAILURE_LINES:]
                     say(f"  [{prefix}] {line.rstrip()}")
-            return process.wait(), tail
+            returncode = process.wait()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+    if received:
+        name = signal.Signals(received[0]).name
+        raise UserError(f"{prefix}: stopped by {name}; run the same command again to go on")
+    return returncode, tail
 
 
 def sweep_choices(config: CompareConfig, directory: CompareDir, trials: list[Trial]) -> list[dict[str, Any]]:
@@ -324,6 +355,7 @@ def judge_trial(config: CompareConfig, run: TrialDir, base: RunConfig, trial: Tr
     )
     write_json(run.functions, learned_functions(model, tokenizer, texts, settings.functions_per_module))
     write_json(run.samples, samples(model, tokenizer, texts, settings, trial.seed))
+    update_card(run.hf, [result])
     write_json(run.heldout, result)
     say(
         f"  {trial.arm} seed {trial.seed}: {result.bits_per_byte:.4f} bits per byte, perplexity "
@@ -370,7 +402,9 @@ def ensure_baselines(config: CompareConfig, directory: CompareDir, base: RunConf
     if directory.baselines.is_file():
         return
     rows: list[dict[str, Any]] = []
-    if config.evaluation.baselines:
+    if config.evaluation.baselines and base.data.streaming and base.data.max_documents is None:
+        say("baselines: none; they would read the whole of a streamed text (data.max_documents bounds it)")
+    elif config.evaluation.baselines:
         say("baselines: 5-gram Kneser-Ney and xz -9 on the same text")
         training = list(documents(base, "train"))
         held_out = list(held_out_documents(config, base))

@@ -128,7 +128,7 @@ def cached(
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise
                 shutil.rmtree(partial, ignore_errors=True)
                 raise UserError(

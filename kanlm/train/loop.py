@@ -66,6 +66,8 @@ def train(config: RunConfig) -> RunRecord:
     run = RunDir(config.run_dir)
     check_same_run(config, run)
     if (done := finished_record(run)) is not None:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{run.root}: finished before, {done.step:,} steps; nothing is left to do", flush=True)
         return done
     with new_accelerator(config) as accelerator:
         session = prepare(config, run, accelerator)
@@ -261,11 +263,14 @@ def start(session: Session) -> None:
     )
     for line in found:
         session.progress.say(line)
+    device = accelerator.device.type
+    if device == "cpu":
+        device += f" ({torch.get_num_threads()} thread(s) each)"
     session.progress.say(
         f"{config.name}: {record.parameters:,} parameters ({record.non_embedding_parameters:,} without "
         f"embeddings), "
         f"{session.total_steps:,} steps of {config.train.batch_size} x {config.data.block_size} tokens, "
-        f"{accelerator.num_processes} process(es) on {accelerator.device.type}, "
+        f"{accelerator.num_processes} process(es) on {device}, "
         f"wrapper {record.provenance['wrapper']}, precision {accelerator.mixed_precision}"
     )
     if folder is not None:
@@ -304,7 +309,9 @@ def run_steps(session: Session) -> None:
         session.progress.step_done()
 
         last = state.step == session.total_steps
-        validate = not last and settings.eval_every > 0 and state.step % settings.eval_every == 0
+        validate = settings.eval_every > 0 and (last or state.step % settings.eval_every == 0)
+        if last and settings.eval_tokens is None:
+            validate = False  # finish() is about to do the same
         health = state.step % settings.health_every == 0 if settings.health_every else validate or last
         if state.step % settings.log_every == 0 or state.step == 1 or last or validate or health:
             speed = (state.tokens - logged_tokens) / (state.seconds - logged_seconds)
@@ -335,6 +342,7 @@ def run_steps(session: Session) -> None:
     if saved_step != state.step:
         save(session)
     session.writer.finish()
+    session.accelerator.wait_for_everyone()  # a launcher ends all processes when the first one has ended
 
 
 def one_step(session: Session, batches: Any) -> Step:

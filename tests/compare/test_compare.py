@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kanlm.compare import run as running
+from kanlm.compare.artifacts import load_curve
 from kanlm.compare.run import compare
 from kanlm.config import load_run_config
 from kanlm.data import documents, tokenizer_for
@@ -116,6 +117,7 @@ def test_arms_are_matched_and_judged_on_their_exported_folders(studied):
         exported = folder / judged["model"]
         assert (exported / "modeling_kanlm.py").is_file() and (exported / "model.safetensors").is_file()
         assert run["record"]["non_embedding_parameters"] == judged["non_embedding_parameters"]
+        assert f"| stories (held out) | {judged['tokens']:,} |" in (exported / "README.md").read_text()
 
 
 def test_every_held_out_token_is_scored(studied, monkeypatch):
@@ -127,6 +129,19 @@ def test_every_held_out_token_is_scored(studied, monkeypatch):
     tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
     size = sum(len(text.encode()) for text in texts)
     assert {(run["eval"]["tokens"], run["eval"]["bytes"]) for run in content["runs"]} == {(tokens, size)}
+    held_out = content["data"]["validation"]
+    assert (held_out["text_tokens"], held_out["bytes"]) == (tokens, size)
+
+
+def test_points_of_a_validation_curve_are_of_one_text(studied):
+    folder, _, _ = studied
+    run = folder / "runs/study/arms/parameters-base-kan-seed0"
+    curve = load_curve(run / "metrics.jsonl")
+    assert curve.validation_tokens == [256, 512, 768]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    judged = [row for row in rows if "validation_tokens" in row]
+    assert [row["validation_tokens"] for row in judged[:-1]] == [256] * 3 < [judged[-1]["validation_tokens"]]
+    assert curve.validation_loss == [row["validation_loss"] for row in judged[:-1]]
 
 
 def test_wall_clock_budgets_follow_the_measured_speed(studied):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -100,9 +101,38 @@ def test_a_diverged_run_is_a_result_and_not_tried_again(study, monkeypatch):
 
 def test_a_users_mistake_in_training_ends_the_comparison(study, monkeypatch):
     config, directory, arm, trial = study
-    stand_in(monkeypatch, directory, trial, "print('kanlm: error: data.source: none'); raise SystemExit(2)")
-    with pytest.raises(UserError, match="data.source: none"):
+    code = "print('kanlm: error: data.source: none'); raise RuntimeError('the launcher: returned 2')"
+    stand_in(monkeypatch, directory, trial, code)
+    with pytest.raises(UserError, match=f"{trial.name}: data.source: none"):
         train_trial(config, directory, arm, trial, "run 1/1")
+    code = record("failed", failure="Diverged: loss not finite") + "print('kanlm: error: x'); sys.exit(1)"
+    stand_in(monkeypatch, directory, trial, code)
+    assert not train_trial(config, directory, arm, trial, "run 1/1"), "a result, not a mistake"
+
+
+def test_a_finished_trial_of_another_configuration_is_refused(study, monkeypatch):
+    config, directory, arm, trial = study
+    stand_in(monkeypatch, directory, trial, record("finished"))
+    assert train_trial(config, directory, arm, trial, "run 1/1")
+    other = trial.model_copy(update={"learning_rate": 5e-3})
+    with pytest.raises(UserError, match="trained with another configuration"):
+        train_trial(config, directory, arm, other, "run 1/1")
+
+
+def test_a_process_left_by_a_killed_comparison_is_waited_for(study, monkeypatch, capsys):
+    config, directory, arm, trial = study
+    run = directory.run(trial.name)
+    write_json(run.record, synthetic.run_record("running", 3.9, 1_000_000))
+    left = (
+        "import fcntl, json, pathlib, sys, time; root = pathlib.Path(sys.argv[1])\n"
+        "lock = open(root / '.lock', 'w')\n"
+        "fcntl.flock(lock, fcntl.LOCK_EX); print('held', flush=True); time.sleep(1.5)\n" + record("finished")
+    )
+    process = subprocess.Popen([sys.executable, "-c", left, str(run.root)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    given = stand_in(monkeypatch, directory, trial, "raise SystemExit('trained twice')")
+    assert train_trial(config, directory, arm, trial, "run 1/1") and not given
+    assert "waiting for it" in capsys.readouterr().out and process.wait() == 0
 
 
 def test_an_interrupted_run_ends_the_comparison_and_is_resumed(study, monkeypatch):
@@ -130,7 +160,9 @@ def test_signals_reach_the_training_process(tmp_path):
     watcher = threading.Thread(target=stop_when_ready, daemon=True)
     watcher.start()
     before = signal.getsignal(signal.SIGTERM)
-    assert run_process([sys.executable, "-c", code], log, "arm") == (0, ["ready", "saved"])
+    with pytest.raises(UserError, match="arm: stopped by SIGTERM; run the same command again"):
+        run_process([sys.executable, "-c", code], log, "arm")
+    assert log.read_text() == "ready\nsaved\n"
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -32,7 +32,7 @@ def test_run_leaves_config_record_metrics_tokenizer_and_checkpoint(run_config, m
     assert json.loads(run.config.read_text()) == config.model_dump(mode="json")
     lines = metrics(config)
     assert [line["step"] for line in lines] == [*range(1, 13), 12]
-    assert [line["step"] for line in lines if "validation_bits_per_byte" in line] == [6, 12]
+    assert [line["step"] for line in lines if "validation_bits_per_byte" in line] == [6, 12, 12]
     assert lines[-1]["validation_loss"] == record.final_validation["loss"]
     assert lines[11]["loss"] < lines[0]["loss"] - 0.1
     assert all(line["seconds"] > 0 and line["tokens_per_second"] > 0 for line in lines[:12])

@@ -73,6 +73,9 @@ def test_two_processes_train_as_one(kind, run_table, run_config, tmp_path, losse
     loop.train(muon)
     masked = {"table": run_table("name=alone-masked", "train.max_tokens=128"), "masked": True}
     worker.train(masked)
+    in_parts = {"table": run_table("name=alone-in-parts", "train.max_tokens=128", "train.micro_batch_size=2")}
+    in_parts["masked"] = True
+    worker.train(in_parts)
     with monkeypatch.context() as patch:
         begun = run_config("name=begun-by-one")
         real = loop.accumulate_gradients
@@ -126,14 +129,15 @@ def test_two_processes_train_as_one(kind, run_table, run_config, tmp_path, losse
         for name in files - {"model.safetensors", "README.md"}:
             assert (two / name).read_bytes() == (one / name).read_bytes(), name
 
-    # gradients of sequences with unequal numbers of targets
+    # gradients of sequences with unequal numbers of targets: 1 process x 4 = 2 processes x 2 = 2 parts x 2
     single = load_file(parsed(RunConfig, masked["table"], "job").run_dir / "gradients.safetensors")
-    double = load_file(run_config(f"name={kind}-masked").run_dir / "gradients.safetensors")
-    assert single.keys() == double.keys()
-    for name, gradient in single.items():
-        assert gradient.abs().max() > 0, name
-        scale = gradient.abs().max().item()
-        torch.testing.assert_close(double[name], gradient, rtol=0, atol=2e-6 * max(1.0, scale), msg=name)
+    for other in (f"{kind}-masked", "alone-in-parts"):
+        found = load_file(run_config(f"name={other}").run_dir / "gradients.safetensors")
+        assert single.keys() == found.keys()
+        for name, gradient in single.items():
+            assert gradient.abs().max() > 0, name
+            limit = 2e-6 * max(1.0, gradient.abs().max().item())
+            torch.testing.assert_close(found[name], gradient, rtol=0, atol=limit, msg=f"{other} {name}")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
