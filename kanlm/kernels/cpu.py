@@ -15,6 +15,7 @@ import ctypes
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, partial, wraps
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,11 +57,11 @@ def supports_learned(layer: LearnedFunction) -> bool:
 
 def _wide(x: Tensor) -> Tensor:
     """x in fp32, contiguous."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         raise RuntimeError(
             f"the cpu kernel got a tensor on {x.device}; call kernels.select after moving the model"
         )
-    return x.float().contiguous()
+    return (x if x.dtype is torch.float32 else x.float()).contiguous()
 
 
 def _edge_arguments(
@@ -161,19 +162,22 @@ def edge(layer: KANLinear, x: Tensor) -> Tensor:
     A layer with an adaptive grid or fp64 tensors, or whose children an adapter has replaced, uses its
     reference.
     """
-    spline, base_layer = layer.spline, layer.base
-    weight = spline.weight
+    # In decoding, every look-up of an attribute by nn.Module counts: these go to its dictionaries.
+    children, buffers = layer._modules, layer._buffers
+    spline, base_layer = children["spline"], children.get("base")
     plain_children = is_plain_linear(spline) and (base_layer is None or is_plain_linear(base_layer))
-    if layer.knots is not None or not plain_children or torch.float64 in (weight.dtype, x.dtype):
+    if not plain_children or buffers["knots"] is not None:
         return layer.reference(x)
-    rows = x.numel() // layer.in_features
+    weight = spline._parameters["weight"]
     if (
-        rows <= FEW
-        and not (torch.is_grad_enabled() or layer.training or torch.is_autocast_enabled("cpu"))
-        and x.dtype == weight.dtype == torch.float32
+        weight.dtype is x.dtype is torch.float32
         and x.is_cpu
+        and not (torch.is_grad_enabled() or layer.training or torch.is_autocast_enabled("cpu"))
+        and x.numel() <= FEW * layer.in_features
     ):
-        return _few_rows(layer, x, rows)
+        return _few_rows(layer, x)
+    if torch.float64 in (weight.dtype, x.dtype):
+        return layer.reference(x)
     dtype = product_dtype(x, weight)
     base = None if base_layer is None else base_layer.weight
     flat = x.reshape(-1, layer.in_features)
@@ -189,23 +193,24 @@ def edge(layer: KANLinear, x: Tensor) -> Tensor:
     return y.to(dtype).view(*x.shape[:-1], layer.out_features)
 
 
-def _few_rows(layer: KANLinear, x: Tensor, rows: int) -> Tensor:
+def _few_rows(layer: KANLinear, x: Tensor) -> Tensor:
     """`edge` for a few rows in fp32 without gradients."""
     address, *_ = _kept_layer(layer)
     x = x.contiguous()
-    y = x.new_empty(*x.shape[:-1], layer.out_features)
-    library().kanlm_edge_few(address, x.data_ptr(), y.data_ptr(), rows, torch.get_num_threads())
+    shape = x.shape[:-1]
+    y = x.new_empty((*shape, layer.out_features))
+    library().kanlm_edge_few(address, x.data_ptr(), y.data_ptr(), shape.numel(), torch.get_num_threads())
     return y
 
 
 def _kept_layer(layer: KANLinear) -> tuple[int, Few, Tensor]:
-    base, whitening = layer.base, layer.whitening
-    sources = [layer.spline.weight]
-    if base is not None:
-        sources.append(base.weight)
+    children, whitening = layer._modules, layer._buffers["whitening"]
+    sources = [children["spline"]._parameters["weight"]]
+    if base := children.get("base"):
+        sources.append(base._parameters["weight"])
     if whitening is not None:
         sources.append(whitening)
-    return kept(layer, sources, lambda: _packed_layer(layer))
+    return kept(layer, sources, _packed_layer)
 
 
 def _packed_layer(layer: KANLinear) -> tuple[int, Few, Tensor]:
@@ -232,18 +237,22 @@ class Kept:
         return Kept, ()
 
 
-def kept(layer: nn.Module, sources: list[Tensor], made: Callable[[], tuple]) -> tuple:
-    """`made()`, kept between calls without gradients (decoding) as long as `sources` do not change.
+def kept(layer: nn.Module, sources: list[Tensor], made: Callable[[Any], tuple]) -> tuple:
+    """`made(layer)`, kept between calls without gradients (decoding) as long as `sources` do not change.
 
     It is made again when a source is another tensor or was written in place. A write through `.data` moves no
     version counter: call the layer once with gradients enabled, or `kernels.select` again, after one.
     """
-    if layer.training or any(tensor.is_inference() for tensor in sources):
-        return made()
-    mark = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in sources]
+    mark = []
+    for tensor in sources:
+        if tensor.is_inference():  # without a version counter
+            return made(layer)
+        mark.append((id(tensor), tensor.data_ptr(), tensor._version))
+    if layer.training:
+        return made(layer)
     found = layer.__dict__.get("_packed")
     if found is None or found.mark != mark:
-        found = layer.__dict__["_packed"] = Kept(mark, made())
+        found = layer.__dict__["_packed"] = Kept(mark, made(layer))
     return found.value
 
 
@@ -338,13 +347,14 @@ class _Elementwise(torch.autograd.Function):
 @opaque
 def learned(layer: LearnedFunction, a: Tensor, u: Tensor | None) -> Tensor:
     """LearnedFunction: phi(a) * u, or phi(a) where u is None; [..., C]."""
-    coefficients = layer.coefficients
+    coefficients = layer._parameters["coefficients"]
     if torch.float64 in (a.dtype, coefficients.dtype):
         return layer.reference(a, u)
     if torch.is_grad_enabled():
         layer.__dict__.pop("_packed", None)
         return _Elementwise.apply(a, u, coefficients, _function_of(layer))
-    return value(kept(layer, [coefficients], lambda: _prepared(layer)), a, u).to(a.dtype)
+    y = value(kept(layer, [coefficients], _prepared), a, u)
+    return y if y.dtype is a.dtype else y.to(a.dtype)
 
 
 def _function_of(layer: LearnedFunction) -> _Function:

@@ -49,7 +49,7 @@ def is_plain_linear(layer: nn.Module) -> bool:
 
     It is more with an adapter (LoRA), a quantised or sharded weight, a hook, or weights that are offloaded.
     """
-    if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
+    if type(layer) is not nn.Linear or type(layer._parameters.get("weight")) is not nn.Parameter:
         return False
     return "forward" not in vars(layer) and not (layer._forward_pre_hooks or layer._forward_hooks)
 
