@@ -109,7 +109,16 @@ def card_facts(run: RunDir) -> dict[str, Any]:
     data = config.get("data", {})
     sources = [source["source"] for source in data.get("mixture") or [data]]
     training = {"Data": ", ".join(f"`{source}`" for source in sources)}
+    if settings := config.get("train"):
+        training |= {
+            "Batch": f"{settings['batch_size']} sequences of {data['block_size']} tokens",
+            "Optimiser": f"{settings['optimizer']}, peak learning rate {settings['learning_rate']:g}, "
+            f"{settings['kan_lr_multiplier']:g} times that for KAN coefficients, {settings['schedule']}",
+            "Seed": str(config["seed"]),
+        }
     if record:
+        if licence := record.get("provenance", {}).get("data", {}).get("licence"):
+            training["Licence of the data"] = str(licence)
         training |= {
             "Tokens seen": f"{record['tokens']:,}",
             "Steps": f"{record['step']:,}",

@@ -141,6 +141,7 @@ def test_card_before_and_after_evaluation(run):
     assert card.data.pipeline_tag == "text-generation" and {"kanlm", "kan_glu"} <= set(card.data.tags)
     assert card.data.eval_results is None and "Not evaluated yet." in card.text
     assert "`stories`" in card.text and "AutoModelForCausalLM.from_pretrained" in card.text
+    assert "Licence of the data: " in card.text and "peak learning rate" in card.text
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert f"{sum(parameter.numel() for parameter in model.parameters()):,}" in card.text
 
