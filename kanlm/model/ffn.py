@@ -221,6 +221,7 @@ class EdgeKAN(FeedForward):
         super().__init__(config)
         width, hidden = config.hidden_size, config.intermediate_size
         self.eps = config.rms_norm_eps
+        self.up_proj: nn.Module
         if mixed:
             self.up_proj = nn.Linear(width, hidden, bias=False)
         else:

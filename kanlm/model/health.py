@@ -3,6 +3,8 @@
 Shapes: N rows, I inputs or channels, K basis functions.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -75,13 +77,16 @@ def kan_health(model: nn.Module, batch) -> dict[str, dict[str, float]]:
 
 
 def _layer_health(
-    layer: KANLinear | LearnedFunction, x: Tensor, parameters: list[Tensor], gradients: list[Tensor | None]
+    layer: KANLinear | LearnedFunction,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
 ) -> dict[str, float]:
     """x [N, I]; the gradients of the parameters, None where there is none."""
     if isinstance(layer, KANLinear) and layer.knots is not None:
-        low, high = layer.knots[0], layer.knots[-1]
+        outside = (x < layer.knots[0]) | (x > layer.knots[-1])
     else:
-        low, high = layer.basis.grid_min, layer.basis.grid_max
+        outside = (x < layer.basis.grid_min) | (x > layer.basis.grid_max)
     elements = sum(parameter.numel() for parameter in parameters)
     zeros = broken = 0
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -89,7 +94,7 @@ def _layer_health(
         broken += int((~parameter.isfinite()).sum())
         broken += 0 if gradient is None else int((~gradient.isfinite()).sum())
     return {
-        "outside_grid": float(((x < low) | (x > high)).float().mean()),
+        "outside_grid": float(outside.float().mean()),
         "dead_functions": _dead_share(layer, x),
         "zero_gradients": zeros / max(elements, 1),
         "nonfinite": float(broken),

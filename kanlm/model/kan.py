@@ -183,6 +183,8 @@ class KANLinear(nn.Module):
         factory = {"bias": False, "device": device, "dtype": dtype}
         self.spline = nn.Linear(self.num_functions * in_features, out_features, **factory)
         self.base = nn.Linear(in_features, out_features, **factory) if base else None
+        self.knots: Tensor | None
+        self.whitening: Tensor | None
         self.register_buffer("knots", None)
         self.register_buffer("whitening", None)
         wide = {"device": device, "dtype": at_least_fp32(self.spline.weight[:0]).dtype}
@@ -435,7 +437,7 @@ class KANLinear(nn.Module):
         return white.to(at_least_fp32(weight[:0]).dtype)
 
     def _whitening_under(self, batches, basis: Basis | KnotSpline, over_ranks: bool = False) -> Tensor:
-        second = mean = 0
+        second = mean = torch.zeros((), dtype=torch.float64, device="cpu")  # joins tensors of any device
         for points, weights in batches:
             values = basis.values(points)  # [n, K, I]
             weighted = values * (weights / values.shape[-1]).view(-1, 1, 1)

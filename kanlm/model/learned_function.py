@@ -181,9 +181,10 @@ class LearnedFunction(nn.Module):
         """
         order = self.basis.order
         c = at_least_fp32(self.coefficients)
-        factory = {"dtype": c.dtype, "device": c.device}
-        pieces = torch.tensor(uniform_pieces(order), **factory)  # [k+1, k+1]
-        slopes = torch.tensor([slope_of(piece) for piece in uniform_pieces(order)], **factory)  # [k+1, k]
+        pieces = torch.tensor(uniform_pieces(order), dtype=c.dtype, device=c.device)  # [k+1, k+1]
+        slopes = torch.tensor(
+            [slope_of(piece) for piece in uniform_pieces(order)], dtype=c.dtype, device=c.device
+        )  # [k+1, k]
         inner = c.unfold(-1, order + 1, 1) @ pieces  # [groups, G, k+1]
         first, last = c[:, : order + 1], c[:, -order - 1 :]
         left = torch.stack((first @ pieces[:, 0], first @ slopes[:, 0]), dim=-1)
@@ -261,10 +262,11 @@ class LearnedFunction(nn.Module):
         else:
             c = self._per_channel(coefficients)  # [K, C]
             value = (self.basis.values(x) * c).sum(-2)
-            derivative = (self.basis.derivatives(x) * c).sum(-2) if slope else None
+            if slope:
+                derivative = (self.basis.derivatives(x) * c).sum(-2)
         if self.base is not None:
             value = value + F.silu(x)
-            if slope:
+            if derivative is not None:
                 gate = torch.sigmoid(x)
                 derivative = derivative + gate * (1 + x * (1 - gate))
         return value, derivative

@@ -121,7 +121,7 @@ def refit_map(batches) -> Tensor:
     ridge of 1e-14 on c', far below what a double resolves in the function, so that any data have one
     solution.
     """
-    gram = cross = 0
+    gram = cross = torch.zeros((), dtype=torch.float64, device="cpu")  # joins tensors of any device
     for new, old, weights in batches:
         weighted = new * weights.view(-1, 1, 1)
         gram = gram + torch.einsum("nai,nbi->iab", weighted, new)
