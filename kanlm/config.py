@@ -96,6 +96,9 @@ class TrainConfig(Section):
     """Learning rate of KAN coefficients over that of the matrices."""
     kan_betas: tuple[float, float] | None = Field(None, strict=False)
     """Adam betas of the KAN coefficients; default: `betas`."""
+    kan_optimizer: Literal["adamw", "muon"] = "adamw"
+    """What trains the KAN coefficients. To Muon a layer of edge functions is one matrix over the features of
+    all its inputs, which suits whitened features."""
     betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)

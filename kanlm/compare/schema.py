@@ -26,7 +26,7 @@ from kanlm.config import RunConfig, Section, SourceConfig, parsed, toml_table, w
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 MLP_FFN = ("gelu", "relu2", "swiglu", "geglu")
 CONTROL_FFN = ("polynorm", "xielu")
-ARM_TRAIN_KEYS = ("learning_rate", "kan_lr_multiplier", "kan_betas", "kernels")
+ARM_TRAIN_KEYS = ("learning_rate", "kan_lr_multiplier", "kan_betas", "kan_optimizer", "kernels")
 TOLERANCE = {"parameters": 0.005, "flops": 0.01, "wallclock": 0.005}
 """Largest relative mismatch; wall-clock arms have the parameter-matched widths."""
 
@@ -41,7 +41,7 @@ class ArmConfig(Section):
     model: dict[str, Any] = {}
     """`kan_*` fields of `KanLMConfig`; the reference arm may also give `intermediate_size`."""
     train: dict[str, Any] = {}
-    """Of `TrainConfig`: learning_rate, kan_lr_multiplier, kan_betas, kernels."""
+    """Of `TrainConfig`: learning_rate, kan_lr_multiplier, kan_betas, kan_optimizer, kernels."""
     learning_rates: tuple[float, ...] = Field((), strict=False)
     """Sweep of this arm instead of `sweep.learning_rates`, with the same number of trials."""
 

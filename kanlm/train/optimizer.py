@@ -9,7 +9,8 @@
 
 `muon` gives the matrices to torch.optim.Muon (Jordan et al. 2024,
 https://kellerjordan.github.io/posts/muon/) with updates scaled to AdamW's RMS (Liu et al. 2025,
-https://arxiv.org/abs/2502.16982), so that one learning rate serves both; everything else stays with AdamW.
+https://arxiv.org/abs/2502.16982), so that one learning rate serves both, and with `kan_optimizer` "muon" the
+coefficients, a matrix [O, K*I] in a layer of edge functions; everything else stays with AdamW.
 """
 
 from __future__ import annotations
@@ -70,17 +71,24 @@ def optimizers(
             "weight_decay": config.weight_decay if name == "matrices" else 0.0,
         }
 
-    adam_names = [
-        name for name in GROUPS if groups[name] and not (config.optimizer == "muon" and name == "matrices")
-    ]
+    muon_names = {"matrices"} if config.optimizer == "muon" else set()
+    if config.kan_optimizer == "muon":
+        muon_names.add("kan")
+    present = [group(name) for name in GROUPS if groups[name]]
     fused = device.type in ("cuda", "cpu")
     made: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
-            [group(name) for name in adam_names], lr=config.learning_rate, eps=config.eps, fused=fused
+            [of for of in present if of["name"] not in muon_names],
+            lr=config.learning_rate,
+            eps=config.eps,
+            fused=fused,
         )
     ]
-    if config.optimizer == "muon":
-        matrices = group("matrices")
-        del matrices["betas"]
-        made.insert(0, torch.optim.Muon([matrices], lr=config.learning_rate, adjust_lr_fn="match_rms_adamw"))
+    for_muon = [
+        {key: value for key, value in of.items() if key != "betas"}
+        for of in present
+        if of["name"] in muon_names
+    ]
+    if for_muon:
+        made.insert(0, torch.optim.Muon(for_muon, lr=config.learning_rate, adjust_lr_fn="match_rms_adamw"))
     return made

@@ -114,3 +114,37 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
     groups = parameter_groups(built)
     assert {id(p) for p in muon.param_groups[0]["params"]} == {id(p) for _, p in groups["matrices"]}
     assert [group["name"] for group in adamw.param_groups] == ["kan", "embeddings", "vectors"]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kan_optimizer", "of_muon"),
+    [
+        ("adamw", "adamw", set()),
+        ("muon", "adamw", {"matrices"}),
+        ("adamw", "muon", {"kan"}),
+        ("muon", "muon", {"matrices", "kan"}),
+    ],
+)
+def test_coefficients_have_an_optimizer_of_their_own(optimizer, kan_optimizer, of_muon):
+    built = model("kan", tied=True)
+    wanted = settings(
+        optimizer=optimizer,
+        kan_optimizer=kan_optimizer,
+        learning_rate=1e-3,
+        kan_lr_multiplier=0.5,
+        weight_decay=0.1,
+    )
+    made = optimizers(built, wanted, torch.device("cpu"))
+    groups = {group["name"]: (type(one), group) for one in made for group in one.param_groups}
+    assert {name for name, (kind, _) in groups.items() if kind is torch.optim.Muon} == of_muon
+    kan = groups["kan"][1]
+    assert kan["lr"] == pytest.approx(5e-4) and kan["weight_decay"] == 0
+    before = built.model.layers[0].mlp.up_proj.spline.weight.detach().clone()
+    built(torch.arange(20).unsqueeze(0), labels=torch.arange(20).unsqueeze(0)).loss.backward()
+    for one in made:
+        one.step()
+    step = built.model.layers[0].mlp.up_proj.spline.weight.detach() - before
+    # An orthogonal step has singular values of one size; Adam's first is +-lr everywhere, so of low rank.
+    singular = torch.linalg.svdvals(step)
+    spread = float(singular[0] / singular[len(singular) // 2])
+    assert (spread < 2) == ("kan" in of_muon), spread
