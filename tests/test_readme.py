@@ -64,8 +64,9 @@ def test_the_commands_for_own_text_run_in_their_order(tmp_path):
     )
     (tmp_path / "my.txt").write_text(text * 3, encoding="utf-8")
     small = (
-        "model.hidden_size=32 model.num_hidden_layers=1 model.num_attention_heads=2 model.intermediate_size=64 "
-        "tokenizer.vocab_size=300 data.block_size=128 train.max_tokens=4096 train.batch_size=4 train.eval_every=0"
+        "model.hidden_size=32 model.num_hidden_layers=1 model.num_attention_heads=2 "
+        "model.intermediate_size=64 tokenizer.vocab_size=300 data.block_size=128 train.max_tokens=4096 "
+        "train.batch_size=4 train.eval_every=0"
     ).split()
     environment = {
         **os.environ,
