@@ -209,15 +209,12 @@ def test_grids_and_whitening_stay_fp32_in_half_precision(dtype):
     assert layer.double().knots.dtype == torch.float64
 
 
-COMPILED = [
-    ("aot_eager", form) for form in ({"basis": "rbf"}, {}, {"conditioning": "whitened"}, {"grid": "adaptive"})
-]
-COMPILED += [
-    pytest.param("inductor", form, marks=pytest.mark.slow) for form in ({}, {"conditioning": "whitened"})
-]
+COMPILED = [{"basis": name} for name in BASES]
+COMPILED += [{"conditioning": "whitened"}, {"grid": "adaptive"}, {"base": None}]
 
 
-@pytest.mark.parametrize(("backend", "form"), COMPILED, ids=str)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", COMPILED, ids=form_name)
 def test_compiled_without_graph_breaks(backend, form):
     torch.compiler.reset()
     layer = KANLinear(6, 5, **form)

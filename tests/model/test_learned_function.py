@@ -167,21 +167,32 @@ def test_every_coefficient_has_a_gradient_at_the_start(form):
     assert (layer.coefficients.grad != 0).all()
 
 
+def relative_error(y: torch.Tensor, expected: torch.Tensor) -> float:
+    return float(((y.double() - expected).norm() / expected.norm().clamp_min(1e-12)).detach())
+
+
+@pytest.mark.parametrize("cast", ["bf16", "autocast"])
 @pytest.mark.parametrize("form", FORMS, ids=form_name)
-def test_half_precision(form):
-    layer = perturbed(96, 8, dtype=torch.float32, **form).bfloat16()
+def test_half_precision(form, cast):
+    """No worse than twice a linear layer; under autocast, coefficients in fp32 and inputs in bf16."""
+    layer = perturbed(96, 8, dtype=torch.float32, **form)
+    linear = torch.nn.Linear(96, 96, bias=False)
+    if cast == "bf16":
+        layer, linear = layer.bfloat16(), linear.bfloat16()
     exact = copy.deepcopy(layer).double()
     a, u = (random_inputs(50, 96, seed=seed, scale=1).bfloat16().requires_grad_() for seed in (0, 1))
     wide = [tensor.detach().double().requires_grad_() for tensor in (a, u)]
-    y, expected = layer.gated(a, u), exact.gated(*wide)
-    assert y.dtype == torch.bfloat16
-    assert float(((y.double() - expected).norm() / expected.norm()).detach()) < 4e-3
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast == "autocast"):
+        y, product = layer.gated(a, u), linear(a)
+    expected = exact.gated(*wide)
+    assert y.dtype == product.dtype == torch.bfloat16
+    assert relative_error(y, expected) <= 2 * relative_error(product, copy.deepcopy(linear).double()(wide[0]))
     y.backward(torch.ones_like(y))
     expected.backward(torch.ones_like(expected))
     pairs = [(a, wide[0]), (u, wide[1]), (layer.coefficients, exact.coefficients)]
     for one, other in pairs:
-        assert one.grad.dtype == torch.bfloat16
-        assert float((one.grad.double() - other.grad).norm() / other.grad.norm().clamp_min(1e-12)) < 1e-2
+        assert one.grad.dtype == one.dtype
+        assert relative_error(one.grad, other.grad) < 1e-2
 
 
 @pytest.mark.parametrize("form", FORMS, ids=form_name)
@@ -193,13 +204,12 @@ def test_nan_inf_and_empty(form):
     assert layer(torch.empty(0, 3, 4)).shape == (0, 3, 4)
 
 
-@pytest.mark.parametrize(
-    "form", [{}, {"basis": "linear"}, {"basis": "rational"}, {"basis": "rbf"}], ids=form_name
-)
-def test_compiled_without_graph_breaks(form):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", [{"basis": name} for name in (*BASES, "rational")], ids=form_name)
+def test_compiled_without_graph_breaks(form, backend):
     torch.compiler.reset()
     layer = perturbed(4, 2, dtype=torch.float32, **form)
-    compiled = torch.compile(layer.gated, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(layer.gated, fullgraph=True, backend=backend)
     results = []
     for function in (layer.gated, compiled):
         layer.zero_grad()
