@@ -257,38 +257,30 @@ def kept(layer: nn.Module, sources: list[Tensor], made: Callable[[Any], tuple]) 
 
 
 class _Function:
-    """What the elementwise kernel needs to know of a function beside its table."""
+    """What the elementwise kernel needs to know of a function beside its coefficients."""
 
     def __init__(
         self, kind: int, channels: int, groups: int = 1, basis: BSpline | None = None, silu: bool = False
     ):
-        self.channels, self.groups, self.kind, self.basis = channels, groups, kind, basis
+        self.channels, self.groups, self.basis = channels, groups, basis
         order, cells, low, inverse = (0, 0, 0.0, 0.0)
         if basis is not None:
             order, cells, low, inverse = basis.order, basis.grid_size, basis.grid_min, 1 / basis.step
-            self.pieces = torch.tensor(uniform_pieces(order))  # [k+1 functions, k+1 powers]
         self.arguments = (channels, groups, kind, order, cells, low, inverse, int(silu))
 
-    def tables(self, coefficients: Tensor | None) -> Tensor | None:
-        """coefficients [groups, K] as the kernel's tables, fp32: splines as [groups, k + 1, G]."""
-        if coefficients is None or self.basis is None:
-            return None if coefficients is None else _wide(coefficients)
-        windows = coefficients.float().unfold(-1, self.basis.order + 1, 1)  # [groups, G, k+1]
-        return (windows @ self.pieces).transpose(1, 2).contiguous()
-
-    def coefficient_gradient(self, sums: Tensor, coefficients: Tensor) -> Tensor:
-        """The gradient of the tables [groups, size] fp64 as that of the coefficients."""
+    def tables(self, coefficients: Tensor) -> Tensor:
+        """coefficients [groups, K] as the kernel reads them, fp32."""
+        wide = _wide(coefficients)
         if self.basis is None:
-            return sums.to(coefficients.dtype)
+            return wide
         order, cells = self.basis.order, self.basis.grid_size
-        by_function = self.pieces.double() @ sums.view(self.groups, order + 1, cells)  # [groups, k+1, G]
-        total = sums.new_zeros(coefficients.shape)
-        for j in range(order + 1):
-            total[:, j : j + cells] += by_function[:, j]
-        return total.to(coefficients.dtype)
+        tables = wide.new_empty(self.groups, order + 1, _rounded(cells))
+        library().kanlm_tables(wide.data_ptr(), tables.data_ptr(), self.groups, order, cells)
+        return tables
 
-    def prepared(self, tables: Tensor | None) -> Prepared:
-        """What `value` needs beside a and u; tables from `tables`."""
+    def prepared(self, coefficients: Tensor | None) -> Prepared:
+        """What the kernels need beside a and u."""
+        tables = None if coefficients is None else self.tables(coefficients)
         needed = Function(pointer(tables), *self.arguments)
         return ctypes.addressof(needed), self.channels, needed, tables
 
@@ -298,11 +290,11 @@ Prepared = tuple[int, int, Function, Tensor | None]
 
 
 def value(prepared: Prepared, a: Tensor, u: Tensor | None) -> Tensor:
-    """phi(a) * u, fp32, of fp32 tensors [..., C]."""
+    """phi(a) * u, fp32, of tensors [..., C]."""
     address, channels, *_ = prepared
     a, u = _wide(a), None if u is None else _wide(u)
     y = torch.empty_like(a)
-    library().kanlm_elementwise_value(
+    library().kanlm_elementwise(
         *(address, a.data_ptr(), None if u is None else u.data_ptr(), y.data_ptr()),
         *(a.numel() // channels, torch.get_num_threads()),
     )
@@ -315,33 +307,28 @@ _function = cache(_Function)
 class _Elementwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, u, coefficients, function):
-        tables = function.tables(coefficients)
-        ctx.save_for_backward(a, u, coefficients, tables)
-        ctx.function = function
-        return value(function.prepared(tables), a, u).to(a.dtype)
+        ctx.save_for_backward(a, u, coefficients)
+        ctx.prepared = function.prepared(coefficients)
+        return value(ctx.prepared, a, u).to(a.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        a, u, coefficients, tables = ctx.saved_tensors
-        function, threads = ctx.function, torch.get_num_threads()
+        a, u, coefficients = ctx.saved_tensors
+        address, channels, *_ = ctx.prepared
         wide_a, wide_u, grad = _wide(a), None if u is None else _wide(u), _wide(grad)
         grad_a = torch.empty_like(wide_a)
         grad_u = None if u is None else torch.empty_like(wide_u)
-        sums = None
-        if tables is not None:
-            sums = torch.zeros(
-                threads, function.groups, tables.numel() // function.groups, dtype=torch.float64
-            )
-        rows = grad.numel() // function.channels
-        library().kanlm_elementwise(
-            *(pointer(wide_a), pointer(wide_u), pointer(grad), None, pointer(grad_a), pointer(grad_u)),
-            *(pointer(tables), pointer(sums), rows, *function.arguments, threads),
+        grad_c = None
+        if ctx.needs_input_grad[2]:
+            grad_c = torch.empty(coefficients.shape, dtype=torch.float32)
+        library().kanlm_elementwise_gradient(
+            *(address, pointer(wide_a), pointer(wide_u), pointer(grad)),
+            *(pointer(grad_a), pointer(grad_u), pointer(grad_c)),
+            *(grad.numel() // channels, torch.get_num_threads()),
         )
-        grad_coefficients = None
-        if sums is not None and ctx.needs_input_grad[2]:
-            grad_coefficients = function.coefficient_gradient(sums.sum(0), coefficients)
-        return grad_a.to(a.dtype), None if u is None else grad_u.to(u.dtype), grad_coefficients, None
+        grad_u = None if u is None else grad_u.to(u.dtype)
+        return grad_a.to(a.dtype), grad_u, None if grad_c is None else grad_c.to(coefficients.dtype), None
 
 
 @opaque
@@ -363,8 +350,7 @@ def _function_of(layer: LearnedFunction) -> _Function:
 
 
 def _prepared(layer: LearnedFunction) -> Prepared:
-    function = _function_of(layer)
-    return function.prepared(function.tables(layer.coefficients))
+    return _function_of(layer).prepared(layer.coefficients)
 
 
 def activation(function: Callable) -> Callable | None:

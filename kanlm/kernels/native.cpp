@@ -37,12 +37,24 @@ inline vec to_float(ivec v) { return __builtin_convertvector(v, vec); }
 
 inline int64_t whole(int64_t n) { return (n + V - 1) / V * V; }
 
+int poison = 0;  // tests set it: scratch then starts as NaN (floats) and -1 (integers)
+
 template <typename X>
 struct Scratch {  // uninitialised, aligned to a vector
     X* data;
-    explicit Scratch(int64_t n) : data(static_cast<X*>(std::aligned_alloc(64, whole(n) * sizeof(X)))) {}
+    explicit Scratch(int64_t n) : data(static_cast<X*>(std::aligned_alloc(64, whole(n) * sizeof(X)))) {
+        if (poison) std::memset(data, 0xff, whole(n) * sizeof(X));
+    }
     Scratch(const Scratch&) = delete;
     ~Scratch() { std::free(data); }
+};
+
+template <typename X, int64_t n>
+struct Local {  // the same on the stack
+    alignas(64) X data[n];
+    Local() {
+        if (poison) std::memset(data, 0xff, sizeof(data));
+    }
 };
 
 inline vec vexp(vec x) {  // 2^n * e^f with |f| <= ln2 / 2; relative error below 2e-7 in [-87, 88]
@@ -115,23 +127,26 @@ inline void slope_segments(vec r, vec* q) {
 
 // Elementwise: y = phi(a) * u
 
-struct Elementwise {
-    const float *a, *u, *g, *tables;  // u may be null
-    float *y, *da, *du;
-    double* sums;  // gradient of the tables, [threads, groups, size]
-    int64_t N, C, groups;
-    int cells;
-    float lo, inv_h;
-    int64_t size;  // floats of one group's table
-};
-
-// What a call of kanlm_elementwise_value needs beside a, u and y.
+// A function, as native.py's Function. tables [groups, size]: see `size_of_table`.
 struct Function {
     const float* tables;
     int64_t C, groups;
     int kind, order, cells;
     float lo, inv_h;
     int silu;
+};
+enum Kind { SPLINE, RATIONAL, SILU, GELU, RELU2 };
+
+// Splines: order + 1 rows of `cells` coefficients of powers of r, each row padded with zeros to whole vectors.
+inline int64_t size_of_table(const Function& f) {
+    return f.kind == SPLINE ? (f.order + 1) * whole(f.cells) : f.kind == RATIONAL ? 10 : 0;
+}
+
+struct Elementwise {
+    const Function& f;
+    const float *a, *u, *g;  // u may be null, g is null in forward
+    float *y, *da, *du;
+    int64_t N;
 };
 
 // Loads or stores n <= V floats; the rest reads as zero.
@@ -154,34 +169,107 @@ inline void add_silu(vec a, vec& value, vec& slope) {
     slope += sigmoid * (1.0f + a * (1.0f - sigmoid));
 }
 
-// A function is built for the channels [c, c + V) of one group, or of several groups where those are narrower than a
-// vector (NARROW). `accumulate` adds w * d phi / d table over the
-// lanes [from, to); `flush` ends that.
+inline float sum_of_lanes(vec v) {
+    v += __builtin_shuffle(v, lane_numbers ^ 8);
+    v += __builtin_shuffle(v, lane_numbers ^ 4);
+    v += __builtin_shuffle(v, lane_numbers ^ 2);
+    return v[0] + v[1];
+}
 
-// A spline's table holds T rows of `cells` coefficients of powers of r. With at most 32 cells a row stays in two
-// registers and a lookup is one permutation; otherwise (REGISTERS = 0) it reads memory.
-template <int T, int REGISTERS, bool SILU>
+// Below, a function is built for the channels [c, c + V): all of one group, or of several groups where those are narrower
+// than a vector (`narrow`). `accumulate` adds w * d phi / d table over the lanes [from, to) to what waits in the buffer,
+// `finish` adds that to fp32 `sums` [sums_size], and `reduce` adds those to the fp64 gradients of the tables.
+
+// Of each lane, the place of its group's table.
+inline ivec table_of_lane(const Function& f, int64_t c, int64_t size) {
+    const int64_t width = f.C / f.groups;
+    ivec at;
+    for (int l = 0; l < V; ++l) at[l] = int32_t(std::min(c + l, f.C - 1) / width * size);
+    return at;
+}
+
+typedef float quad __attribute__((vector_size(16), may_alias));
+
+// Terms of the coefficient sums of splines, which wait for `flush`.
+template <int T>
+struct Waiting {
+    static constexpr int MOST = 32;
+    static constexpr int MASKED = 26;  // vectors read for one that waits, above which scattering is faster; measured
+    ivec cell[MOST];
+    vec part[MOST][T];  // by power
+    int count = 0;
+
+    Waiting() {
+        if (poison) std::memset(cell, 0xff, sizeof(cell)), std::memset(part, 0xff, sizeof(part));
+    }
+
+    // The sums over equal cells: by_cell [cells, T, V] and by_lane [V, cells, 4].
+    // Where few cells occur, masked sums in registers; else a lane adds to a table of its own, so that two terms of one
+    // vector never meet in memory.
+    __attribute__((noinline)) void flush(float* by_cell, float* by_lane, int cells) {
+        ivec lowest = cell[0], highest = cell[0];
+        for (int n = 1; n < count; ++n) {
+            lowest = cell[n] < lowest ? cell[n] : lowest;
+            highest = cell[n] > highest ? cell[n] : highest;
+        }
+        for (int half = V / 2; half; half /= 2) {
+            ivec low = __builtin_shuffle(lowest, lane_numbers ^ half), high = __builtin_shuffle(highest, lane_numbers ^ half);
+            lowest = low < lowest ? low : lowest;
+            highest = high > highest ? high : highest;
+        }
+        const int first = lowest[0], last = highest[0];
+        if ((last - first + 1) * (T + 1) > MASKED) {
+            for (int n = 0; n < count; ++n) scatter(n, by_lane, cells);
+        } else {
+            for (int c = first; c <= last; ++c) {
+                vec total[T];
+                for (int j = 0; j < T; ++j) total[j] = load(by_cell + (int64_t(c) * T + j) * V);
+                for (int n = 0; n < count; ++n) {
+                    ivec here = cell[n] == c;
+                    for (int j = 0; j < T; ++j) total[j] += here ? part[n][j] : splat(0.0f);
+                }
+                for (int j = 0; j < T; ++j) store(by_cell + (int64_t(c) * T + j) * V, total[j]);
+            }
+        }
+        count = 0;
+    }
+    void scatter(int n, float* by_lane, int cells) {
+        const ivec low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+        const ivec pair = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+        vec third = T > 2 ? part[n][T > 2 ? 2 : 0] : splat(0.0f), fourth = T > 3 ? part[n][T > 3 ? 3 : 0] : splat(0.0f);
+        vec a = __builtin_shuffle(part[n][0], part[n][1], low), b = __builtin_shuffle(third, fourth, low);
+        vec c = __builtin_shuffle(part[n][0], part[n][1], low + 2), d = __builtin_shuffle(third, fourth, low + 2);
+        vec turned[4] = {__builtin_shuffle(a, b, pair), __builtin_shuffle(a, b, pair + 2), __builtin_shuffle(c, d, pair),
+                         __builtin_shuffle(c, d, pair + 2)};  // lane l's powers are quad l / 4 of turned[l % 4]
+        const quad* powers = reinterpret_cast<const quad*>(turned);
+        for (int l = 0; l < V; ++l) {
+            quad* total = reinterpret_cast<quad*>(by_lane + (int64_t(l) * cells + cell[n][l]) * 4);
+            *total += powers[l % 4 * 4 + l / 4];
+        }
+    }
+};
+
+// A spline. With at most 32 cells a row of its table stays in two registers and a lookup is one permutation; otherwise
+// (REGISTERS = 0) it reads memory.
+template <int T, int REGISTERS, bool WITH_SILU>
 struct Spline {
-    const Elementwise& k;
+    const Function& f;
     const float* rows;
+    const int64_t stride;
     vec low[T], high[T];
     ivec offset;  // of each lane's group, in floats
     Place s;
 
-    Spline(const Elementwise& k, int64_t c, bool narrow) : k(k), offset{}, sums(k.g ? int64_t(k.cells) * T * V : 0) {
-        if (k.g) std::fill(sums.data, sums.data + int64_t(k.cells) * T * V, 0.0f);
-        lowest = ivec{} + int32_t(k.cells);
-        highest = ivec{} - 1;
-        const int64_t width = k.C / k.groups, group = c / width;
-        rows = k.tables + group * k.size;
-        if (narrow)
-            for (int l = 0; l < V; ++l)
-                offset[l] = int32_t((std::min(c + l, k.C - 1) / width - group) * k.size);
-        for (int j = 0; j < T; ++j) {
-            float padded[2 * V] = {};
-            if (REGISTERS) std::memcpy(padded, rows + j * k.cells, k.cells * sizeof(float));
-            low[j] = load(padded);
-            high[j] = load(padded + V);
+    using Buffer = Waiting<T>;
+
+    Spline(const Function& f, int64_t c, bool narrow) : f(f), rows(f.tables), stride(whole(f.cells)) {
+        if (REGISTERS) {
+            rows += c / (f.C / f.groups) * (T * stride);
+            for (int j = 0; j < T; ++j) low[j] = load(rows + j * stride);
+            if (REGISTERS == 2)
+                for (int j = 0; j < T; ++j) high[j] = load(rows + j * stride + V);
+        } else {
+            offset = narrow ? table_of_lane(f, c, T * stride) : ivec{} + int32_t(c / (f.C / f.groups) * (T * stride));
         }
     }
     vec at(int j) const {
@@ -189,11 +277,11 @@ struct Spline {
         if constexpr (REGISTERS == 2) return __builtin_shuffle(low[j], high[j], s.cell);
         ivec index = offset + s.cell;
         vec out;
-        for (int l = 0; l < V; ++l) out[l] = rows[j * k.cells + index[l]];
+        for (int l = 0; l < V; ++l) out[l] = rows[j * stride + index[l]];
         return out;
     }
     void evaluate(vec a, vec& value, vec& slope) {
-        s = place(a, k.lo, k.inv_h, k.cells);
+        s = place(a, f.lo, f.inv_h, f.cells);
         value = at(T - 1);
         slope = splat(0.0f);
         for (int j = T - 2; j >= 0; --j) {
@@ -201,65 +289,59 @@ struct Spline {
             value = value * s.r + at(j);
         }
         value += s.e * slope;
-        slope *= k.inv_h;
-        if (SILU) add_silu(a, value, slope);
+        slope *= f.inv_h;
+        if (WITH_SILU) add_silu(a, value, slope);
     }
-    // d phi / d coefficient_j = r^j + e j r^(j-1). Terms wait in a small buffer, which `flush` sums cell by cell with
-    // masked additions, only over the cells that occur.
-    void accumulate(vec, vec w, int from, int to) {
-        waiting_cell[waiting] = lane_numbers >= from && lane_numbers < to ? s.cell : -1;
-        lowest = s.cell < lowest ? s.cell : lowest;
-        highest = s.cell > highest ? s.cell : highest;
+    static int64_t sums_size(const Function& f) { return f.cells * (T + 4) * V; }
+    static float* by_lane(const Function& f, float* sums) { return sums + f.cells * T * V; }
+
+    // d phi / d coefficient_j = r^j + e j r^(j-1)
+    void accumulate(Buffer& waiting, float* sums, vec, vec w, int from, int to) {
+        if (from != 0 || to != V) w = lane_numbers >= from && lane_numbers < to ? w : splat(0.0f);
+        waiting.cell[waiting.count] = s.cell;
         vec power = w, below = splat(0.0f);
         for (int j = 0; j < T; ++j) {
-            part[waiting][j] = power + s.e * (float(j) * below);
+            waiting.part[waiting.count][j] = power + s.e * (float(j) * below);
             below = power;
             power *= s.r;
         }
-        if (++waiting == BUFFER) flush();
+        if (++waiting.count == Buffer::MOST) waiting.flush(sums, by_lane(f, sums), f.cells);
     }
-    void flush() {
-        int first = k.cells, last = -1;
-        for (int l = 0; l < V; ++l) {
-            first = std::min(first, int(lowest[l]));
-            last = std::max(last, int(highest[l]));
-        }
-        for (int cell = first; cell <= last; ++cell) {
-            vec total[T];
-            for (int j = 0; j < T; ++j) total[j] = load(sums.data + (int64_t(cell) * T + j) * V);
-            for (int n = 0; n < waiting; ++n) {
-                ivec here = waiting_cell[n] == cell;
-                for (int j = 0; j < T; ++j) total[j] += here ? part[n][j] : splat(0.0f);
+    void finish(Buffer& waiting, float* sums) {
+        if (waiting.count) waiting.flush(sums, by_lane(f, sums), f.cells);
+    }
+    static void reduce(const Function& f, float* sums, int64_t c, bool narrow, double* gradient) {
+        const int64_t stride = whole(f.cells), width = f.C / f.groups;
+        for (int cell = 0; cell < f.cells; ++cell)
+            for (int j = 0; j < T; ++j) {
+                vec total = load(sums + (int64_t(cell) * T + j) * V);
+                for (int l = 0; l < V; ++l) total[l] += by_lane(f, sums)[(int64_t(l) * f.cells + cell) * 4 + j];
+                const int64_t at = j * stride + cell;
+                if (!narrow) gradient[c / width * (T * stride) + at] += sum_of_lanes(total);
+                else
+                    for (int64_t l = 0; l < std::min<int64_t>(V, f.C - c); ++l)
+                        gradient[(c + l) / width * (T * stride) + at] += total[l];
             }
-            for (int j = 0; j < T; ++j) store(sums.data + (int64_t(cell) * T + j) * V, total[j]);
-        }
-        waiting = 0;
-        lowest = ivec{} + int32_t(k.cells);
-        highest = ivec{} - 1;
     }
-    // Adds lane l's gradient to `total` [size].
-    void reduce(int l, double* total) const {
-        for (int cell = 0; cell < k.cells; ++cell)
-            for (int j = 0; j < T; ++j) total[j * k.cells + cell] += sums.data[(int64_t(cell) * T + j) * V + l];
-    }
-
-    static constexpr int BUFFER = 32;
-    ivec waiting_cell[BUFFER], lowest, highest;
-    vec part[BUFFER][T];
-    int waiting = 0;
-    Scratch<float> sums;  // [cells, T, V]
 };
 
 // P(x) / Q(x), P = sum_n p_n x^n (n <= 5), Q = 1 + f1^2 + f2^2, f1 = q0 x + q1 x^2, f2 = q2 x + q3 x^2; size 10.
-template <bool SILU>
+template <bool WITH_SILU>
 struct Rational {
-    vec c[10];
+    vec c[10], total[10] = {};
     vec first, second, inverse, ratio;
 
-    Rational(const Elementwise& k, int64_t channel, bool) {
-        const int64_t width = k.C / k.groups;
-        for (int j = 0; j < 10; ++j)
-            for (int l = 0; l < V; ++l) c[j][l] = k.tables[std::min(channel + l, k.C - 1) / width * 10 + j];
+    struct Buffer {};
+
+    Rational(const Function& f, int64_t channel, bool narrow) {
+        if (narrow) {
+            const ivec at = table_of_lane(f, channel, 10);
+            for (int j = 0; j < 10; ++j)
+                for (int l = 0; l < V; ++l) c[j][l] = f.tables[at[l] + j];
+        } else {
+            const float* table = f.tables + channel / (f.C / f.groups) * 10;
+            for (int j = 0; j < 10; ++j) c[j] = splat(table[j]);
+        }
     }
     void evaluate(vec x, vec& value, vec& slope) {
         vec p = c[5], dp = splat(0.0f);
@@ -274,10 +356,13 @@ struct Rational {
         ratio = p * inverse;
         value = ratio;
         slope = (dp - ratio * dq) * inverse;
-        if (SILU) add_silu(x, value, slope);
+        if (WITH_SILU) add_silu(x, value, slope);
     }
-    void accumulate(vec x, vec w, int from, int) {
-        w = lane_numbers < from ? splat(0.0f) : w * inverse;  // lanes beyond the last have w = 0
+    static int64_t sums_size(const Function&) { return 10 * V; }
+
+    void accumulate(Buffer&, float*, vec x, vec w, int from, int to) {
+        if (from != 0 || to != V) w = lane_numbers >= from && lane_numbers < to ? w : splat(0.0f);
+        w *= inverse;
         vec power = w;
         for (int j = 0; j < 6; ++j) {
             total[j] += power;
@@ -289,23 +374,27 @@ struct Rational {
         total[8] += shared * second;
         total[9] += shared * second * x;
     }
-    void flush() {}
-    void reduce(int l, double* sum) const {
-        for (int j = 0; j < 10; ++j) sum[j] += total[j][l];
+    void finish(Buffer&, float* sums) {
+        for (int j = 0; j < 10; ++j) store(sums + j * V, load(sums + j * V) + total[j]);
     }
-
-    vec total[10] = {};
+    static void reduce(const Function& f, float* sums, int64_t channel, bool, double* gradient) {
+        const int64_t width = f.C / f.groups;
+        for (int64_t l = 0; l < std::min<int64_t>(V, f.C - channel); ++l)
+            for (int j = 0; j < 10; ++j) gradient[(width < V ? channel + l : channel) / width * 10 + j] += sums[j * V + l];
+    }
 };
 
 // The activations of the MLP arms, fused the same way; no table.
 template <int KIND>
 struct Fixed {
-    Fixed(const Elementwise&, int64_t, bool) {}
+    struct Buffer {};
+
+    Fixed(const Function&, int64_t, bool) {}
     void evaluate(vec x, vec& value, vec& slope) {
         value = slope = splat(0.0f);
-        if constexpr (KIND == 0) {
+        if constexpr (KIND == SILU) {
             add_silu(x, value, slope);
-        } else if constexpr (KIND == 1) {  // GELU; Phi after Abramowitz & Stegun 1964, 7.1.26, error below 1e-7
+        } else if constexpr (KIND == GELU) {  // Phi after Abramowitz & Stegun 1964, 7.1.26, error below 1e-7
             vec z = (x < 0 ? -x : x) * 0.70710678f, density = vexp(-0.5f * x * x);
             vec t = 1.0f / (1.0f + 0.3275911f * z);
             vec tail = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t +
@@ -319,9 +408,10 @@ struct Fixed {
             slope = 2.0f * above;
         }
     }
-    void accumulate(vec, vec, int, int) {}
-    void flush() {}
-    void reduce(int, double*) const {}
+    static int64_t sums_size(const Function&) { return 0; }
+    void accumulate(Buffer&, float*, vec, vec, int, int) {}
+    void finish(Buffer&, float*) {}
+    static void reduce(const Function&, float*, int64_t, bool, double*) {}
 };
 
 constexpr int64_t SMALL = 1 << 14;  // vector lanes of work for which waking a second thread does not pay
@@ -331,65 +421,101 @@ constexpr int64_t BLOCKS = 16;  // blocks of rows accumulated in fp32 before the
 
 // The vector at `at`, of which the lanes [first, last) are new; the lanes before are computed twice, with one result.
 template <typename F, bool BACKWARD>
-inline void step(const Elementwise& k, F& function, int64_t at, int first, int last) {
+inline void step(const Elementwise& k, F& function, typename F::Buffer& buffer, float* sums, int64_t at, int first,
+                 int last) {
+    // A group's part of a row is too short for the processor to see a stream: fetch what the next block needs.
+    const int64_t ahead = at + ROWS * k.f.C;
+    __builtin_prefetch(k.a + ahead, 0, 2);
+    if (k.u) __builtin_prefetch(k.u + ahead, 0, 2);
     vec a = load_part(k.a + at, last), u = k.u ? load_part(k.u + at, last) : splat(1.0f), value, slope;
     function.evaluate(a, value, slope);
     if constexpr (!BACKWARD) {
         store_part(k.y + at, value * u, last);
     } else {
+        __builtin_prefetch(k.g + ahead, 0, 2);
+        __builtin_prefetch(k.da + ahead, 1, 2);
+        if (k.du) __builtin_prefetch(k.du + ahead, 1, 2);
         vec g = load_part(k.g + at, last), gu = g * u;
         store_part(k.da + at, gu * slope, last);
         if (k.du) store_part(k.du + at, g * value, last);
-        function.accumulate(a, gu, first, last);
+        if (sums) function.accumulate(buffer, sums, a, gu, first, last);
     }
 }
 
 // Rows [begin, end). Row by row where a group fills a vector, else in strips of V channels.
 template <typename F, bool BACKWARD>
-void elementwise_rows(const Elementwise& k, int64_t begin, int64_t end, double* sums) {
-    const int64_t width = k.C / k.groups, strip = width < V ? V : width;
-    const int64_t last_row = std::min(end, begin + ROWS * BLOCKS);
-    std::vector<std::unique_ptr<F>> functions;
-    for (int64_t c0 = 0; c0 < k.C; c0 += strip) functions.push_back(std::make_unique<F>(k, c0, width < V));
-    for (int64_t block = begin; block < last_row; block += ROWS)
-        for (int64_t c0 = 0; c0 < k.C; c0 += strip) {
-            const int64_t channels = std::min(strip, k.C - c0), full = channels / V * V, rest = channels - full;
-            F& function = *functions[c0 / strip];
-            for (int64_t row = block; row < std::min(last_row, block + ROWS); ++row) {
-                const int64_t at = row * k.C + c0;
-                for (int64_t c = 0; c < full; c += V) step<F, BACKWARD>(k, function, at + c, 0, V);
-                if (rest && full) step<F, BACKWARD>(k, function, at + channels - V, V - rest, V);
-                else if (rest) step<F, BACKWARD>(k, function, at, 0, int(rest));
+void elementwise_rows(const Elementwise& k, int64_t begin, int64_t end, double* gradient) {
+    const int64_t C = k.f.C, width = C / k.f.groups, strip = width < V ? V : width, strips = (C + strip - 1) / strip;
+    const int64_t size = gradient ? F::sums_size(k.f) : 0;
+    const bool narrow = width < V;
+    Scratch<float> sums(strips * size);
+    std::fill(sums.data, sums.data + strips * size, 0.0f);
+    typename F::Buffer buffer;
+    for (int64_t block = begin; block < end; block += ROWS)
+        for (int64_t c0 = 0; c0 < C; c0 += strip) {
+            const int64_t channels = std::min(strip, C - c0), full = channels / V * V, rest = channels - full;
+            F function(k.f, c0, narrow);
+            float* to = size ? sums.data + c0 / strip * size : nullptr;
+            for (int64_t row = block; row < std::min(end, block + ROWS); ++row) {
+                const int64_t at = row * C + c0;
+                for (int64_t c = 0; c < full; c += V) step<F, BACKWARD>(k, function, buffer, to, at + c, 0, V);
+                if (rest && full) step<F, BACKWARD>(k, function, buffer, to, at + channels - V, int(V - rest), V);
+                else if (rest) step<F, BACKWARD>(k, function, buffer, to, at, 0, int(rest));
             }
+            if (to) function.finish(buffer, to);
         }
-    if (BACKWARD)
-        for (int64_t c0 = 0; c0 < k.C; c0 += strip) {
-            F& function = *functions[c0 / strip];
-            function.flush();
-            for (int64_t l = 0; l < std::min<int64_t>(V, k.C - c0); ++l)
-                function.reduce(int(l), sums + (c0 + (width < V ? l : 0)) / width * k.size);
-        }
+    if (size)
+        for (int64_t c0 = 0; c0 < C; c0 += strip) F::reduce(k.f, sums.data + c0 / strip * size, c0, narrow, gradient);
 }
 
+// gradient [threads, groups, size], zero on entry, or null.
 template <typename F>
-void elementwise(const Elementwise& k, int threads) {
-    const int64_t rows = ROWS * BLOCKS;
-    if (k.N * k.C < SMALL) threads = 1;
+void elementwise(const Elementwise& k, double* gradient, int threads) {
+    const int64_t rows = ROWS * BLOCKS, size = k.f.groups * size_of_table(k.f);
+    if (k.N * k.f.C < SMALL) threads = 1;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t piece = 0; piece < threads; ++piece) {
         const int64_t begin = piece * k.N / threads, end = (piece + 1) * k.N / threads;
         for (int64_t row = begin; row < end; row += rows) {
-            if (k.g) elementwise_rows<F, true>(k, row, end, k.sums ? k.sums + piece * k.groups * k.size : nullptr);
-            else elementwise_rows<F, false>(k, row, end, nullptr);
+            const int64_t stop = std::min(end, row + rows);
+            if (k.g) elementwise_rows<F, true>(k, row, stop, gradient ? gradient + piece * size : nullptr);
+            else elementwise_rows<F, false>(k, row, stop, nullptr);
         }
     }
 }
 
-template <int T, bool SILU>
-void spline(const Elementwise& k, int threads) {
-    if (k.C / k.groups < V || k.cells > 2 * V) return elementwise<Spline<T, 0, SILU>>(k, threads);
-    if (k.cells > V) return elementwise<Spline<T, 2, SILU>>(k, threads);
-    elementwise<Spline<T, 1, SILU>>(k, threads);
+template <int T, bool WITH_SILU>
+void spline(const Elementwise& k, double* gradient, int threads) {
+    if (k.f.C / k.f.groups < V || k.f.cells > 2 * V) return elementwise<Spline<T, 0, WITH_SILU>>(k, gradient, threads);
+    if (k.f.cells > V) return elementwise<Spline<T, 2, WITH_SILU>>(k, gradient, threads);
+    elementwise<Spline<T, 1, WITH_SILU>>(k, gradient, threads);
+}
+
+template <int T>
+void spline(const Elementwise& k, double* gradient, int threads) {
+    k.f.silu ? spline<T, true>(k, gradient, threads) : spline<T, false>(k, gradient, threads);
+}
+
+void elementwise(const Elementwise& k, double* gradient, int threads) {
+    switch (k.f.kind) {
+        case SPLINE:
+            if (k.f.order == 1) return spline<2>(k, gradient, threads);
+            if (k.f.order == 2) return spline<3>(k, gradient, threads);
+            return spline<4>(k, gradient, threads);
+        case RATIONAL:
+            if (k.f.silu) return elementwise<Rational<true>>(k, gradient, threads);
+            return elementwise<Rational<false>>(k, gradient, threads);
+        case SILU: return elementwise<Fixed<SILU>>(k, gradient, threads);
+        case GELU: return elementwise<Fixed<GELU>>(k, gradient, threads);
+        default: return elementwise<Fixed<RELU2>>(k, gradient, threads);
+    }
+}
+
+// The coefficients of the powers of r of the order + 1 functions that are not zero in a cell.
+const double* pieces_of(int order) {
+    static const double linear[] = {1, -1, 0, 1}, square[] = {0.5, -1, 0.5, 0.5, 1, -1, 0, 0, 0.5};
+    static const double cubic[] = {1 / 6., -0.5, 0.5, -1 / 6., 4 / 6., 0, -1, 0.5, 1 / 6., 0.5, 0.5, -0.5, 0, 0, 0, 1 / 6.};
+    return order == 1 ? linear : order == 2 ? square : cubic;
 }
 
 // Full edge: y[n, o] += sum_i sum_j B_j(x[n, i]) w[i, cell + j, o]
@@ -554,8 +680,10 @@ struct Few {
 // Columns [o, o + NV * V) of one row, of which `columns` are written.
 template <int T, int NV, bool BASE>
 inline void few_tile(const Few& k, const float* x, int64_t o, int64_t columns, float* y) {
-    alignas(64) float b[(T + 1) * PANEL];
-    alignas(64) int32_t cell[PANEL];
+    Local<float, (T + 1) * PANEL> values;
+    Local<int32_t, PANEL> cells;
+    float* b = values.data;
+    int32_t* cell = cells.data;
     const float* tile = k.w + k.I * k.K * o;
     vec acc[NV] = {};
     for (int64_t first = 0; first < k.I; first += PANEL) {
@@ -729,6 +857,9 @@ void repack(float* weight, float* packed, int64_t O, int64_t I, int64_t K, int64
 
 extern "C" {
 
+// Whether scratch starts as NaN from now on.
+void kanlm_poison(int on) { poison = on; }
+
 void kanlm_edge_pack(const float* weight, float* packed, int64_t O, int64_t I, int64_t K, int64_t P, int threads) {
     repack<false>(const_cast<float*>(weight), packed, O, I, K, P, threads);
 }
@@ -737,39 +868,50 @@ void kanlm_edge_unpack(float* weight, const float* packed, int64_t O, int64_t I,
     repack<true>(weight, const_cast<float*>(packed), O, I, K, P, threads);
 }
 
-// y = phi(a) * u where g is null, else the gradients da, du (where not null) and sums [threads, groups, size], which is
-// zero on entry. kind 0: B-splines, tables [groups, order + 1, cells]; 1: rational, tables [groups, 10];
-// 2, 3, 4: SiLU, GELU, squared ReLU, without a table. silu: SiLU is added to a learned function.
-void kanlm_elementwise(const float* a, const float* u, const float* g, float* y, float* da, float* du,
-                       const float* tables, double* sums, int64_t N, int64_t C, int64_t groups, int kind, int order,
-                       int cells, float lo, float inv_h, int silu, int threads) {
-    const int64_t size = kind == 0 ? (order + 1) * cells : kind == 1 ? 10 : 0;
-    Elementwise k{a, u, g, tables, y, da, du, sums, N, C, groups, cells, lo, inv_h, size};
-    if (kind == 0) {
-        if (silu) {
-#define CALL(T) spline<T, true>(k, threads)
-            FOR_ORDER(order, CALL)
-        } else {
-#undef CALL
-#define CALL(T) spline<T, false>(k, threads)
-            FOR_ORDER(order, CALL)
-        }
-#undef CALL
-    } else if (kind == 1) {
-        silu ? elementwise<Rational<true>>(k, threads) : elementwise<Rational<false>>(k, threads);
-    } else if (kind == 2) {
-        elementwise<Fixed<0>>(k, threads);
-    } else if (kind == 3) {
-        elementwise<Fixed<1>>(k, threads);
-    } else {
-        elementwise<Fixed<2>>(k, threads);
-    }
+// The tables [groups, size] of splines with coefficients [groups, cells + order].
+void kanlm_tables(const float* coefficients, float* tables, int64_t groups, int order, int cells) {
+    const int T = order + 1;
+    const int64_t stride = whole(cells);
+    const double* pieces = pieces_of(order);
+    std::fill(tables, tables + groups * T * stride, 0.0f);
+    for (int64_t group = 0; group < groups; ++group)
+        for (int p = 0; p < T; ++p)
+            for (int j = 0; j < T; ++j) {
+                const float piece = float(pieces[j * T + p]), *c = coefficients + group * (cells + order) + j;
+                float* row = tables + (group * T + p) * stride;
+                for (int cell = 0; cell < cells; ++cell) row[cell] += piece * c[cell];
+            }
 }
 
-// y = phi(a) * u without gradients: kanlm_elementwise whose unchanging arguments are in `k`.
-void kanlm_elementwise_value(const Function* k, const float* a, const float* u, float* y, int64_t N, int threads) {
-    kanlm_elementwise(a, u, nullptr, y, nullptr, nullptr, k->tables, nullptr, N, k->C, k->groups, k->kind, k->order,
-                      k->cells, k->lo, k->inv_h, k->silu, threads);
+// y = phi(a) * u
+void kanlm_elementwise(const Function* f, const float* a, const float* u, float* y, int64_t N, int threads) {
+    elementwise(Elementwise{*f, a, u, nullptr, y, nullptr, nullptr, N}, nullptr, threads);
+}
+
+// The gradients of the sum of g * phi(a) * u by a, u and the function's coefficients; du and dc may be null.
+void kanlm_elementwise_gradient(const Function* f, const float* a, const float* u, const float* g, float* da, float* du,
+                                float* dc, int64_t N, int threads) {
+    const int64_t size = size_of_table(*f), all = f->groups * size;
+    std::vector<double> sums(dc ? threads * all : 0);
+    elementwise(Elementwise{*f, a, u, g, nullptr, da, du, N}, dc ? sums.data() : nullptr, threads);
+    if (!dc) return;
+    for (int piece = 1; piece < threads; ++piece)
+        for (int64_t at = 0; at < all; ++at) sums[at] += sums[piece * all + at];
+    if (f->kind == RATIONAL) {
+        std::copy(sums.begin(), sums.begin() + all, dc);
+        return;
+    }
+    const int T = f->order + 1;
+    const int64_t K = f->cells + f->order, stride = whole(f->cells);
+    const double* pieces = pieces_of(f->order);
+    for (int64_t group = 0; group < f->groups; ++group)
+        for (int64_t m = 0; m < K; ++m) {
+            double total = 0;
+            for (int j = 0; j < T; ++j)
+                for (int p = 0; p < T; ++p)
+                    if (m >= j && m - j < f->cells) total += pieces[j * T + p] * sums[group * size + p * stride + m - j];
+            dc[group * K + m] = float(total);
+        }
 }
 
 // y [N, O] of a few rows x [N, I], the base branch included.

@@ -26,8 +26,10 @@ MAX_ORDER = 3
 
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
-    "kanlm_elementwise": "pppppppp lll iii ff ii",
-    "kanlm_elementwise_value": "pppp l i",
+    "kanlm_poison": "i",
+    "kanlm_tables": "pp l ii",
+    "kanlm_elementwise": "pppp l i",
+    "kanlm_elementwise_gradient": "ppppppp l i",
     "kanlm_edge_few": "ppp l i",
     "kanlm_edge_pack": "pp llll i",
     "kanlm_edge_unpack": "pp llll i",

@@ -20,12 +20,15 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from kanlm.kernels.cpu import _Function
-from kanlm.model.basis import BSpline
+from kanlm.model.basis import MAX_ORDER as MAX_LEARNED_ORDER
+from kanlm.model.basis import BSpline, uniform_pieces
 from kanlm.model.kan import KANLinear, LearnedFunction, product_dtype
 
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_ORDER = 3
+"""Highest order of a full-edge layer's B-splines; learned functions take every order from 1."""
+FIXED, SPLINE, RATIONAL = 0, 1, 2
+"""KIND: what is beside SiLU; nothing, a spline with a table of powers, a quotient of polynomials."""
 
 
 def supports_edge(layer: KANLinear) -> bool:
@@ -35,7 +38,7 @@ def supports_edge(layer: KANLinear) -> bool:
 
 def supports_learned(layer: LearnedFunction) -> bool:
     """Whether `learned` implements this function."""
-    return layer.is_spline and 1 <= layer.basis.order <= MAX_ORDER
+    return layer.is_rational or (layer.is_spline and 1 <= layer.basis.order <= MAX_LEARNED_ORDER)
 
 
 @triton.jit
@@ -212,18 +215,38 @@ def phi_at(table_ptr, group, cell, r, e, G: tl.constexpr, ORDER: tl.constexpr):
 
 
 @triton.jit
+def rational_at(table_ptr, group, x):
+    """Value and slope of the group's P/Q at x, both terms of Q without its 1, and 1 / Q; 10 coefficients."""
+    at = table_ptr + group * 10
+    p = tl.load(at + 5) + x * 0.0
+    dp = x * 0.0
+    for back in tl.static_range(5):
+        dp = dp * x + p
+        p = p * x + tl.load(at + 4 - back)
+    q0, q1, q2, q3 = tl.load(at + 6), tl.load(at + 7), tl.load(at + 8), tl.load(at + 9)
+    first, second = (q0 + q1 * x) * x, (q2 + q3 * x) * x
+    inverse = 1.0 / (1.0 + first * first + second * second)
+    value = p * inverse
+    dq = 2.0 * (first * (q0 + 2.0 * q1 * x) + second * (q2 + 2.0 * q3 * x))
+    return value, (dp - value * dq) * inverse, first, second, inverse
+
+
+@triton.jit
 def learned_forward_kernel(
     a_ptr, u_ptr, y_ptr, table_ptr, total, C, width, lo, inv_h,
-    G: tl.constexpr, ORDER: tl.constexpr, SILU: tl.constexpr, GATED: tl.constexpr, SPLINE: tl.constexpr,
+    G: tl.constexpr, ORDER: tl.constexpr, SILU: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """y = phi(a) * u, every tensor of `total` values in rows of C, groups of `width` neighbours."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < total
     a = tl.load(a_ptr + at, mask=mask, other=0.0).to(tl.float32)
     value = a * 0.0
-    if SPLINE:
+    if KIND == 1:
         cell, r, e = place(a, lo, inv_h, G)
         value, _ = phi_at(table_ptr, (at % C) // width, cell, r, e, G, ORDER)
+    if KIND == 2:
+        value, _, _, _, _ = rational_at(table_ptr, (at % C) // width, a)
     if SILU:
         value += a * tl.sigmoid(a)
     if GATED:
@@ -232,18 +255,28 @@ def learned_forward_kernel(
 
 
 @triton.jit
+def sum_by_cell(here, terms):
+    """Sums [CELLS] of terms [n] over here [n, CELLS]."""
+    return tl.sum(tl.where(here, terms[:, None], 0.0), 0)
+
+
+@triton.jit
 def learned_backward_kernel(
     a_ptr, u_ptr, g_ptr, da_ptr, du_ptr, table_ptr, partial_ptr, N, C, width, lo, inv_h,
-    G: tl.constexpr, ORDER: tl.constexpr, SILU: tl.constexpr, GATED: tl.constexpr, SPLINE: tl.constexpr,
+    G: tl.constexpr, ORDER: tl.constexpr, SILU: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr,
     CELLS: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """da and du of ROWS rows of one group, and that block's sums for the group's table, [ORDER + 1, G]."""
+    """da and du of ROWS rows of one group, and that block's sums for the group's table.
+
+    A spline's table is [ORDER + 1, G], and CELLS >= G is a power of two; a rational function's is [10].
+    """
     block, group = tl.program_id(0), tl.program_id(1)
     one_hot = tl.arange(0, CELLS)
     sum0 = tl.zeros((CELLS,), tl.float32)
-    sum1 = tl.zeros((CELLS,), tl.float32)
-    sum2 = tl.zeros((CELLS,), tl.float32)
-    sum3 = tl.zeros((CELLS,), tl.float32)
+    sum1, sum2, sum3, sum4, sum5 = sum0, sum0, sum0, sum0, sum0
+    p0 = tl.zeros((BR * BC,), tl.float32)
+    p1, p2, p3, p4, p5 = p0, p0, p0, p0, p0
+    q0, q1, q2, q3 = p0, p0, p0, p0
     for row in range(0, ROWS, BR):
         rows = block * ROWS + row + tl.arange(0, BR)
         for start in range(0, width, BC):
@@ -258,18 +291,44 @@ def learned_backward_kernel(
             weight = g
             if GATED:
                 weight = g * tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            if SPLINE:
+            if KIND == 1:
                 cell, r, e = place(a, lo, inv_h, G)
                 value, slope = phi_at(table_ptr, group, cell, r, e, G, ORDER)
                 slope *= inv_h
                 here = cell[:, None] == one_hot[None, :]  # [BR * BC, CELLS]
                 # d phi / d coefficient_j = r^j + e j r^(j-1)
-                sum0 += tl.sum(tl.where(here, weight[:, None], 0.0), 0)
-                sum1 += tl.sum(tl.where(here, (weight * (r + e))[:, None], 0.0), 0)
+                power = weight * r
+                sum0 += sum_by_cell(here, weight)
+                sum1 += sum_by_cell(here, weight * (r + e))
                 if ORDER > 1:
-                    sum2 += tl.sum(tl.where(here, (weight * r * (r + 2.0 * e))[:, None], 0.0), 0)
+                    sum2 += sum_by_cell(here, power * (r + 2.0 * e))
+                    power *= r
                 if ORDER > 2:
-                    sum3 += tl.sum(tl.where(here, (weight * r * r * (r + 3.0 * e))[:, None], 0.0), 0)
+                    sum3 += sum_by_cell(here, power * (r + 3.0 * e))
+                    power *= r
+                if ORDER > 3:
+                    sum4 += sum_by_cell(here, power * (r + 4.0 * e))
+                    power *= r
+                if ORDER > 4:
+                    sum5 += sum_by_cell(here, power * (r + 5.0 * e))
+            if KIND == 2:
+                value, slope, first, second, inverse = rational_at(table_ptr, group, a)
+                power = weight * inverse
+                shared = -2.0 * power * value * a
+                p0 += power
+                power *= a
+                p1 += power
+                power *= a
+                p2 += power
+                power *= a
+                p3 += power
+                power *= a
+                p4 += power
+                p5 += power * a
+                q0 += shared * first
+                q1 += shared * first * a
+                q2 += shared * second
+                q3 += shared * second * a
             if SILU:
                 sigmoid = tl.sigmoid(a)
                 value += a * sigmoid
@@ -277,8 +336,9 @@ def learned_backward_kernel(
             tl.store(da_ptr + at, weight * slope, mask=mask)
             if GATED:
                 tl.store(du_ptr + at, g * value, mask=mask)
-    if SPLINE:
-        out = partial_ptr + (block * tl.num_programs(1) + group) * ((ORDER + 1) * G) + one_hot
+    number = block * tl.num_programs(1) + group
+    if KIND == 1:
+        out = partial_ptr + number * ((ORDER + 1) * G) + one_hot
         used = one_hot < G
         tl.store(out, sum0, mask=used)
         tl.store(out + G, sum1, mask=used)
@@ -286,6 +346,22 @@ def learned_backward_kernel(
             tl.store(out + 2 * G, sum2, mask=used)
         if ORDER > 2:
             tl.store(out + 3 * G, sum3, mask=used)
+        if ORDER > 3:
+            tl.store(out + 4 * G, sum4, mask=used)
+        if ORDER > 4:
+            tl.store(out + 5 * G, sum5, mask=used)
+    if KIND == 2:
+        out = partial_ptr + number * 10
+        tl.store(out, tl.sum(p0, 0))
+        tl.store(out + 1, tl.sum(p1, 0))
+        tl.store(out + 2, tl.sum(p2, 0))
+        tl.store(out + 3, tl.sum(p3, 0))
+        tl.store(out + 4, tl.sum(p4, 0))
+        tl.store(out + 5, tl.sum(p5, 0))
+        tl.store(out + 6, tl.sum(q0, 0))
+        tl.store(out + 7, tl.sum(q1, 0))
+        tl.store(out + 8, tl.sum(q2, 0))
+        tl.store(out + 9, tl.sum(q3, 0))
 
 
 def _tiles() -> dict[str, int]:
@@ -377,7 +453,7 @@ class _Elementwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, u, coefficients, function):
         a, u = a.contiguous(), None if u is None else u.contiguous()
-        tables = function.tables_on(coefficients)
+        tables = function.tables(coefficients)
         y = torch.empty_like(a)
         block = 1024
         learned_forward_kernel[(triton.cdiv(a.numel(), block),)](
@@ -417,32 +493,52 @@ class _Elementwise(torch.autograd.Function):
         )
         dc = None
         if partial is not None and ctx.needs_input_grad[2]:
-            dc = function.coefficient_gradient_on(partial.double().sum(0), coefficients)
+            dc = function.coefficient_gradient(partial.double().sum(0), coefficients)
         return da, du, dc, None
 
 
-class _GpuFunction(_Function):
-    """The CPU kernel's description of a function, with what a launch needs."""
+class _Function:
+    """What a launch needs to know of a function beside its coefficients."""
 
-    def __init__(self, channels: int, groups: int = 1, basis: BSpline | None = None, silu: bool = False):
-        super().__init__(0 if basis is not None else 2, channels, groups, basis, silu)
+    def __init__(
+        self,
+        channels: int,
+        groups: int = 1,
+        basis: BSpline | None = None,
+        *,
+        rational: bool = False,
+        silu: bool = False,
+    ):
+        self.channels, self.groups, self.basis = channels, groups, basis
         self.low, self.inverse = (0.0, 1.0) if basis is None else (basis.grid_min, 1 / basis.step)
         self.meta = {
             "G": 1 if basis is None else basis.grid_size,
             "ORDER": 1 if basis is None else basis.order,
             "SILU": silu,
-            "SPLINE": basis is not None,
+            "KIND": SPLINE if basis is not None else RATIONAL if rational else FIXED,
         }
 
-    def tables_on(self, coefficients: Tensor | None) -> Tensor | None:
-        if coefficients is None:
-            return None
-        self.pieces = self.pieces.to(coefficients.device)
-        return self.tables(coefficients)
+    def tables(self, coefficients: Tensor | None) -> Tensor | None:
+        """coefficients [groups, K] as the kernels read them, fp32: splines as [groups, k + 1, G]."""
+        if coefficients is None or self.basis is None:
+            return None if coefficients is None else coefficients.float().contiguous()
+        windows = coefficients.float().unfold(-1, self.basis.order + 1, 1)  # [groups, G, k+1]
+        return (windows @ self._pieces(windows)).transpose(1, 2).contiguous()
 
-    def coefficient_gradient_on(self, sums: Tensor, coefficients: Tensor) -> Tensor:
-        self.pieces = self.pieces.to(coefficients.device)
-        return self.coefficient_gradient(sums, coefficients)
+    def coefficient_gradient(self, sums: Tensor, coefficients: Tensor) -> Tensor:
+        """The gradient of the tables [groups, size] fp64 as that of the coefficients."""
+        if self.basis is None:
+            return sums.to(coefficients.dtype)
+        order, cells = self.basis.order, self.basis.grid_size
+        by_function = self._pieces(sums) @ sums.view(self.groups, order + 1, cells)  # [groups, k+1, G]
+        total = sums.new_zeros(coefficients.shape)
+        for j in range(order + 1):
+            total[:, j : j + cells] += by_function[:, j]
+        return total.to(coefficients.dtype)
+
+    def _pieces(self, like: Tensor) -> Tensor:
+        """[k + 1 functions, k + 1 powers]."""
+        return torch.tensor(uniform_pieces(self.basis.order), dtype=like.dtype, device=like.device)
 
 
 @torch.compiler.disable
@@ -450,7 +546,10 @@ def learned(layer: LearnedFunction, a: Tensor, u: Tensor | None) -> Tensor:
     """LearnedFunction: phi(a) * u, or phi(a) where u is None; [..., C]."""
     if torch.float64 in (a.dtype, layer.coefficients.dtype):
         return layer.reference(a, u)
-    function = _GpuFunction(layer.channels, layer.groups, layer.basis, layer.base is not None)
+    basis = None if layer.is_rational else layer.basis
+    function = _Function(
+        layer.channels, layer.groups, basis, rational=layer.is_rational, silu=layer.base is not None
+    )
     return _Elementwise.apply(a, u, layer.coefficients, function)
 
 
@@ -463,4 +562,4 @@ def activation(function: Callable) -> Callable | None:
 def _silu(module: nn.Module, a: Tensor, u: Tensor | None) -> Tensor:
     if a.dtype == torch.float64:
         return module.activation(a) * u
-    return _Elementwise.apply(a, u, None, _GpuFunction(a.shape[-1], silu=True))
+    return _Elementwise.apply(a, u, None, _Function(a.shape[-1], silu=True))

@@ -94,7 +94,16 @@ def test_edge_layer_takes_strides_and_whitening():
 @here
 @DTYPES
 @pytest.mark.parametrize(
-    "basis, grid, order, base", [("bspline", 9, 3, None), ("linear", 15, 1, "silu"), ("bspline", 17, 2, None)]
+    "basis, grid, order, base",
+    [
+        ("bspline", 9, 3, None),
+        ("linear", 15, 1, "silu"),
+        ("bspline", 17, 2, None),
+        ("bspline", 5, 4, "silu"),
+        ("bspline", 7, 5, None),
+        ("rational", 8, 3, None),
+        ("rational", 8, 3, "silu"),
+    ],
 )
 def test_learned_function_equals_the_reference(basis, grid, order, base, dtype):
     from kanlm.model.kan import LearnedFunction
@@ -108,6 +117,15 @@ def test_learned_function_equals_the_reference(basis, grid, order, base, dtype):
     a, u = points(70, 63, dtype=dtype), points(70, 63, seed=1, dtype=dtype)
     compared(layer, [a], TOLERANCE[dtype])
     compared(layer, [a, u], TOLERANCE[dtype])
+
+
+@here
+@pytest.mark.parametrize("basis", ["bspline", "rational"])
+def test_learned_function_takes_leading_dimensions_and_strides(basis):
+    from kanlm.model.kan import LearnedFunction
+
+    a, u = points(3, 21, 13).transpose(1, 2), points(3, 13, 42, seed=1)[..., ::2]
+    compared(LearnedFunction(21, 7, basis), [a, u], TOLERANCE[torch.float32])
 
 
 @here
@@ -128,7 +146,9 @@ def test_uninitialised_scratch_does_not_reach_the_result(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
     compared(KANLinear(5, 6), [points(11, 5)], TOLERANCE[torch.float32])
-    compared(LearnedFunction(10, 2), [points(11, 10), points(11, 10, seed=2)], TOLERANCE[torch.float32])
+    for basis in ("bspline", "rational"):
+        function = LearnedFunction(10, 2, basis)
+        compared(function, [points(11, 10), points(11, 10, seed=2)], TOLERANCE[torch.float32])
 
 
 @here
@@ -139,7 +159,8 @@ def test_two_runs_are_equal_bit_for_bit():
     results = []
     for _ in range(2):
         torch.manual_seed(0)
-        layer = torch.nn.Sequential(KANLinear(8, 12), LearnedFunction(12, 3)).to(DEVICE)
+        functions = LearnedFunction(12, 3), LearnedFunction(12, 2, "rational")
+        layer = torch.nn.Sequential(KANLinear(8, 12), *functions).to(DEVICE)
         kernels.select(layer, "triton")
         layer(points(150, 8).to(DEVICE)).square().sum().backward()
         results.append([p.grad for p in layer.parameters()])
@@ -180,7 +201,8 @@ def test_kernels_compile_for_a_hopper_gpu():
         return "fp32" if name in ("lo", "inv_h") else "i32"
 
     edge = {"K": 8, "G": 5, "ORDER": 3, "PRECISION": "ieee", "WIDE": False, "BN": 128, "BI": 32, "BO": 128}
-    function = {"G": 16, "ORDER": 3, "SILU": False, "GATED": True, "SPLINE": True}
+    function = {"G": 16, "ORDER": 3, "SILU": False, "GATED": True, "KIND": 1}
+    rational = function | {"KIND": 2}
     rows = {"CELLS": 16, "ROWS": 512, "BR": 8, "BC": 32}
     for kernel, constants in (
         (ops.edge_forward_kernel, edge | {"BASE": True}),
@@ -188,6 +210,8 @@ def test_kernels_compile_for_a_hopper_gpu():
         (ops.edge_coefficient_gradient_kernel, edge),
         (ops.learned_forward_kernel, function | {"BLOCK": 1024}),
         (ops.learned_backward_kernel, function | rows),
+        (ops.learned_forward_kernel, rational | {"BLOCK": 1024}),
+        (ops.learned_backward_kernel, rational | rows),
     ):
         names = kernel.arg_names
         types = {name: "constexpr" if name in constants else signature(name) for name in names}
