@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kanlm.kernels.native import MAX_ORDER, Few, Function, library, pointer
-from kanlm.model.basis import BSpline, uniform_pieces
+from kanlm.model.basis import BSpline
 from kanlm.model.ffn import relu2
 from kanlm.model.kan import KANLinear, LearnedFunction, is_plain_linear, product_dtype
 
