@@ -48,6 +48,8 @@ class KanLMConfig(PreTrainedConfig):
     `kan_glu_form` (`interpolated` or `residual`) says whether the gate's function starts as a spline fitted
     to SiLU or as SiLU plus a zero correction.
 
+    `format_version` must be the one that this code reads; `kanlm_version` names the kanlm that exported it.
+
     Raises:
         ValueError: sizes that do not fit each other, unknown names, another `format_version`.
         huggingface_hub.errors.StrictDataclassError: a field of the wrong type.
@@ -98,6 +100,7 @@ class KanLMConfig(PreTrainedConfig):
     kan_glu_form: str = "interpolated"
 
     format_version: int = FORMAT_VERSION
+    kanlm_version: str | None = None
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
@@ -126,9 +129,9 @@ class KanLMConfig(PreTrainedConfig):
         """Raise ValueError where fields contradict each other; `@strict` runs it again on saving."""
         if self.format_version != FORMAT_VERSION:
             raise ValueError(
-                f"format_version: the checkpoint has {self.format_version}, this code reads "
-                f"{FORMAT_VERSION}; load it with the kanlm version that wrote it, or with "
-                "trust_remote_code=True and the code beside the weights"
+                f"format_version: the checkpoint, by kanlm {self.kanlm_version or 'of unknown version'}, has "
+                f"{self.format_version}, this code reads {FORMAT_VERSION}; load it with the kanlm version that "
+                "wrote it, or with trust_remote_code=True and the code beside the weights"
             )
         for field in (
             "vocab_size",

@@ -197,8 +197,9 @@ class KanLMPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": KanLMDecoderLayer, "attentions": KanLMAttention}
     # Every key of a checkpoint must fit, but a base model may be read from under a head, or get a new head.
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+    # Not by _keys_to_ignore_on_load_unexpected: vLLM drops those keys, and with them an untied head.
     _required_prefixes: tuple[str, ...] = ("model.", "lm_head.")
+    _optional_prefixes: tuple[str, ...] = ("lm_head.",)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -246,7 +247,9 @@ class KanLMPreTrainedModel(PreTrainedModel):
     def _check_keys(cls, source, info: dict, ignore_sizes: bool):
         wrong = {
             "lacks": [key for key in info["missing_keys"] if key.startswith(cls._required_prefixes)],
-            "has, and the model has not,": info["unexpected_keys"],
+            "has, and the model has not,": [
+                key for key in info["unexpected_keys"] if not key.startswith(cls._optional_prefixes)
+            ],
             "has in another shape": () if ignore_sizes else [key for key, *_ in info["mismatched_keys"]],
         }
         for what, keys in wrong.items():
@@ -350,6 +353,7 @@ class KanLMForCausalLM(KanLMPreTrainedModel, GenerationMixin):
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+    _optional_prefixes = ()
 
     def __init__(self, config: KanLMConfig):
         super().__init__(config)

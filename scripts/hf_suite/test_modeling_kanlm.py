@@ -23,6 +23,8 @@ from ...test_training_mixin import TrainingTesterMixin  # noqa: E402
 
 # None: the distributed tests run for every model type, not only for transformers' chosen few.
 test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
+# gloo processes may outnumber the cores, so those of four processes run on a machine with two.
+test_fsdp_mixin._get_available_fsdp_workers = lambda: 4
 test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
 
 

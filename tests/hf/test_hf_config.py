@@ -84,7 +84,11 @@ def test_a_wrong_type_is_refused_at_construction_and_on_assignment(field, value)
             "kan_num_groups: 8 does not divide intermediate_size 100",
         ),
         ({"rope_parameters": {"rope_type": "spiral"}}, "rope_parameters: .*'spiral'"),
-        ({"format_version": 99}, "format_version: the checkpoint has 99, this code reads 1"),
+        (
+            {"format_version": 99, "kanlm_version": "7.0"},
+            "format_version: the checkpoint, by kanlm 7.0, has 99, this code reads 1; load it with the kanlm",
+        ),
+        ({"format_version": 0}, "format_version: .* by kanlm of unknown version, has 0"),
     ],
 )
 def test_impossible_values_are_one_line_that_names_the_field(fields, message):

@@ -65,12 +65,28 @@ def test_eager_and_sdpa_agree(build, arm, ids, padded):
     torch.testing.assert_close(eager[1, 4:], sdpa[1, 4:], **CLOSE)
 
 
-@pytest.mark.slow
-def test_flex_attention_agrees(build, ids):
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"attention_mask": (torch.arange(20) >= torch.tensor([[0], [4]])).long()},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param(
+            {
+                "position_ids": torch.cat((torch.arange(7), torch.arange(13))).expand(2, -1),
+                "use_cache": False,
+            },
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["padded", "plain", "packed"],
+)
+def test_flex_attention_agrees(build, ids, case):
     model = build("kan_glu", head_dim=16)
-    expected = logits(model, ids)
+    expected = logits(model, ids, **case)
     model.set_attn_implementation("flex_attention")
-    torch.testing.assert_close(logits(model, ids), expected, atol=1e-4, rtol=1e-4)
+    found = logits(model, ids, **case)
+    torch.testing.assert_close(found[0], expected[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[1, 4:], expected[1, 4:], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.gpu

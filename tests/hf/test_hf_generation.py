@@ -74,7 +74,10 @@ def test_greedy_search_takes_the_likeliest_token(build, arm, ids):
 
 def test_assisted_generation_changes_nothing(build, arm, ids):
     model, assistant = build(arm), build("swiglu", seed=7, num_hidden_layers=1)
+    drafts = []
+    assistant.register_forward_pre_hook(lambda *_: drafts.append(1))
     assert torch.equal(generated(model, ids[:1], assistant_model=assistant), generated(model, ids[:1]))
+    assert drafts
 
 
 def test_sampling_is_seeded_and_spreads(build, ids):
@@ -168,11 +171,14 @@ def test_compiled_forward_has_no_graph_break(build, arm, ids):
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.slow
-def test_static_cache_decoding_compiles_once(build, ids):
+SLOW_BUT_ONE = ["kan_glu", *(pytest.param(arm, marks=pytest.mark.slow) for arm in ("swiglu", "kan"))]
+
+
+@pytest.mark.parametrize("arm", SLOW_BUT_ONE)
+def test_static_cache_decoding_compiles_once(build, arm, ids):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = build("kan_glu")
+    model = build(arm)
     expected = generated(model, ids)
     from transformers import CompileConfig
 

@@ -102,7 +102,9 @@ print("done")
     assert len(list((tmp_path / "again").glob("model-*.safetensors"))) > 1
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arm", ["kan_glu", *(pytest.param(arm, marks=pytest.mark.slow) for arm in ("swiglu", "kan"))]
+)
 def test_the_harness_scores_the_folder_as_we_do(exported, arm, tmp_path):
     """lm-evaluation-harness, offline, without kanlm, on a local task."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (pip install lm-eval)")

@@ -52,7 +52,9 @@ def test_torch_export_with_free_batch_and_time(program, arm):
             torch.testing.assert_close(exported.module()(ids), model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arm", ["kan_glu", *(pytest.param(arm, marks=pytest.mark.slow) for arm in ("swiglu", "kan"))]
+)
 def test_onnx_gives_the_same_logits(program, arm, tmp_path):
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -219,7 +221,8 @@ def test_a_serving_engine_can_bring_its_attention_and_flat_batches(build, arm, i
             position_ids=torch.arange(20)[None],
             use_cache=False,
             attention_instances=instances,
-        ).last_hidden_state
+            return_dict=False,
+        )[0]
         logits = served.lm_head(hidden)
     assert seen == [(0, None, instances), (1, None, instances)]
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
