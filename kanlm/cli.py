@@ -37,6 +37,9 @@ def cli() -> None:
 @click.argument("overrides", nargs=-1)
 def train_verb(config: str, overrides: tuple[str, ...]) -> None:
     """Train the run of CONFIG (TOML), with section.key=value OVERRIDES; goes on where it stopped."""
+    from kanlm.train.launcher import end_with_launcher
+
+    end_with_launcher()
     from kanlm.train.loop import train
 
     train(load_run_config(config, overrides))

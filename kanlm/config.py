@@ -128,7 +128,9 @@ class TrainConfig(Section):
     eval_tokens: int | None = Field(None, ge=1)
     """Validation tokens while training; default: all. The report's numbers come from `kanlm eval`."""
     save_every: int = Field(0, ge=0)
-    """Steps between checkpoints; 0 = only at the end and on a signal."""
+    """Steps between checkpoints; 0 = only by `save_minutes`, at the end and on a signal."""
+    save_minutes: float = Field(15.0, ge=0)
+    """A checkpoint is also written when the last one is this old; 0 = never."""
     keep_last: int = Field(2, ge=1)
     keep_every: int = Field(0, ge=0)
     """Keep every n-th step's checkpoint for good; 0 = none."""

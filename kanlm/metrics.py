@@ -37,13 +37,23 @@ def text_counts(document: str) -> TextCounts:
     perplexities agree; it counts an empty word at each end where the document starts or ends with white
     space. lines: newline characters (WikiText's published word perplexities count one `<eos>` a line).
     """
-    # What the split at white space counts, in a quarter of its time.
-    words = len(document.split()) + document[:1].isspace() + document[-1:].isspace() if document else 1
-    return TextCounts(1, len(document.encode("utf-8")), words, document.count("\n"))
+    return total_counts((document,))
 
 
 def total_counts(documents: Iterable[str]) -> TextCounts:
-    return sum((text_counts(document) for document in documents), TextCounts())
+    """Sums of `text_counts`, in half the time of adding them."""
+    number = num_bytes = words = lines = 0
+    for document in documents:
+        number += 1
+        num_bytes += len(document.encode("utf-8"))
+        words += _words(document)
+        lines += document.count("\n")
+    return TextCounts(number, num_bytes, words, lines)
+
+
+def _words(document: str) -> int:
+    """What the split at white space counts, in a quarter of its time."""
+    return len(document.split()) + document[:1].isspace() + document[-1:].isspace() if document else 1
 
 
 def loss(nll_nats: float, tokens: int) -> float:

@@ -12,6 +12,7 @@ runs/NAME/
 
 from __future__ import annotations
 
+import glob
 import importlib.metadata
 import json
 import os
@@ -163,6 +164,19 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def remove_leftovers(*paths: Path) -> None:
+    """Delete what a killed `write_text` or `new_folder` of these paths left beside them.
+
+    The caller holds the lock that keeps others from writing them.
+    """
+    for path in paths:
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
 
 def versions() -> dict[str, str]:

@@ -34,7 +34,7 @@ from kanlm.data.corpus import Source, Split, TextStream, split_sources
 from kanlm.data.packing import Packed, Packer
 from kanlm.data.tokenizer import tokenizer_hash
 from kanlm.metrics import TextCounts
-from kanlm.runs import fsync_folder, read_json, write_json
+from kanlm.runs import fsync_folder, read_json, remove_leftovers, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +153,7 @@ class _Build:
         self.counts = TextCounts()
         self.sha256 = hashlib.sha256()
         folder.mkdir(exist_ok=True)
+        remove_leftovers(folder / "progress.json", folder / "manifest.json")
         if (folder / "progress.json").is_file():
             progress = read_json(folder / "progress.json")
             self.counts = TextCounts(**progress["counts"])

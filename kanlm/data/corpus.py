@@ -2,7 +2,8 @@
 
 Held-out text is, in this order: `data.validation_source`; the split `data.validation_split` of the source; of
 100 documents or more, those whose hash falls below `data.validation_fraction` (equal documents fall on one
-side); of fewer, the last `validation_fraction` of each document. Documents without text are skipped.
+side); of fewer, the last `validation_fraction` of each document. Documents without text are skipped. Of
+an embedded source the documents of the lowest EMBEDDED_HELD_OUT of the hashes are never trained on.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ Split = Literal["train", "validation"]
 
 FEW_DOCUMENTS = 100
 """Below this many documents the tail of each is held out instead of whole documents."""
+EMBEDDED = ("stdlib", "stories")
+EMBEDDED_HELD_OUT = DataConfig.model_fields["validation_fraction"].default
+"""`kanlm eval --data stdlib` scores this share of an embedded source, so no run trains on it."""
 STREAMED_VALIDATION_DOCUMENTS = 1000
 """With `data.streaming`, hashed-out documents end here: validation must not read the whole corpus."""
 
@@ -134,16 +138,20 @@ def _source(data: DataConfig, spec: SourceConfig, split: Split) -> Source:
             spec = _with_split(spec, data.validation_split)
     found = reader(spec, invalid_utf8=data.invalid_utf8, streaming=data.streaming)
     max_documents = None if held_out_apart and split == "validation" else data.max_documents
-    part, max_parts, rule = _whole, None, "whole"
-    if not held_out_apart:
-        few = _has_few_documents(found, max_documents)
+    part: Callable[[str], str] = _whole
+    max_parts, rule, fraction = None, "whole", data.validation_fraction
+    embedded = spec.source in EMBEDDED
+    if embedded and split == "train":
+        fraction = max(EMBEDDED_HELD_OUT, 0.0 if held_out_apart else fraction)
+    if not held_out_apart or (embedded and split == "train"):
+        few = not embedded and _has_few_documents(found, max_documents)
         rule = "tails" if few else "hashed"
-        part = (_tail_rule if few else _hash_rule)(split, data.validation_fraction)
+        part = (_tail_rule if few else _hash_rule)(split, fraction)
         if data.streaming and split == "validation":
             max_parts = STREAMED_VALIDATION_DOCUMENTS
     identity = [found.fingerprint, split, rule, max_documents, max_parts]
     if rule != "whole":
-        identity.append(data.validation_fraction)
+        identity.append(fraction)
     fingerprint = hashlib.sha256(json.dumps(identity).encode("utf-8")).hexdigest()
     known_bits = found.known_bits if rule != "tails" else None
     return Source(found, spec.weight, part, max_documents, max_parts, known_bits, fingerprint)

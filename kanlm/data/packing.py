@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from kanlm.data.tokenizer import packing_tokenizer
 from kanlm.metrics import TextCounts, total_counts
 
-BATCH_CHARACTERS = 1 << 22
+BATCH_CHARACTERS = 1 << 20
 PIECE_CHARACTERS = 1 << 14
 _PIECE_END = re.compile(r"[ \n](?=\S)")
 

@@ -19,6 +19,7 @@ import itertools
 import json
 import logging
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -234,15 +235,19 @@ def _texts(table: pa.Table, spec: SourceConfig, invalid_utf8: str) -> list[str]:
 
 
 def _separated(chunks: Iterator[tuple[State, list[str]]], spec: SourceConfig) -> Iterator[str]:
-    """Documents between lines that equal the separator; every other character is kept."""
-    lines: list[str] = []
-    for line in itertools.chain.from_iterable(lines for _, lines in chunks):
-        if line.rstrip("\n") == spec.document_separator:
-            yield "".join(lines)
-            lines = []
-        else:
-            lines.append(line)
-    yield "".join(lines)
+    """Documents between lines that equal the separator; every other character is kept.
+
+    The chunks hold whole lines, so a separator never spans two of them.
+    """
+    separator = re.compile(rf"^{re.escape(spec.document_separator or '')}(?:\n|(?<=.)\Z)", re.MULTILINE)
+    begun: list[str] = []
+    for _, lines in chunks:
+        *ended, rest = separator.split("".join(lines))
+        for text in ended:
+            yield "".join([*begun, text])
+            begun = []
+        begun.append(rest)
+    yield "".join(begun)
 
 
 def _counted(texts: Callable[[], Iterator[str]]) -> Callable[[State], Iterator[tuple[State, list[str]]]]:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kanlm.config import RunConfig, UserError
 from kanlm.data.corpus import TextStream, split_sources
-from kanlm.runs import new_folder
+from kanlm.runs import new_folder, remove_leftovers
 
 END_OF_TEXT = "<|endoftext|>"
 """The one special token: it opens every document (bos), ends generation (eos) and fills batches (pad)."""
@@ -41,6 +41,7 @@ def tokenizer_for(config: RunConfig) -> PreTrainedTokenizerFast:
             if first is None:
                 raise UserError(f"data.source: {config.data.source!r} is empty: it holds no text to train on")
             tokenizer = trained_tokenizer(itertools.chain([first], sample), config.tokenizer.vocab_size)
+            remove_leftovers(folder)
             with new_folder(folder) as temporary:
                 tokenizer.save_pretrained(temporary)
     return loaded_tokenizer(folder)

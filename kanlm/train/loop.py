@@ -110,6 +110,8 @@ class Session:
     stop_signal: StopSignal = field(default_factory=StopSignal)
     fetched: tuple[list[dict[str, torch.Tensor]], dict[str, Any]] | None = None
     """Micro-batches of the next step, and the loader's state after them."""
+    saved_at: float = field(default_factory=time.monotonic)
+    """When the last checkpoint was taken, or the run begun."""
     # made by start(), once the state to go on from is known
     watch: ZeroGradientWatch = field(init=False)
     progress: Progress = field(init=False)
@@ -273,6 +275,9 @@ def start(session: Session) -> None:
         f"{accelerator.num_processes} process(es) on {device}, "
         f"wrapper {record.provenance['wrapper']}, precision {accelerator.mixed_precision}"
     )
+    sharded = record.provenance["wrapper"] == "fsdp2"
+    if sharded and kan_coefficient_names(accelerator.unwrap_model(session.model)):
+        session.progress.say("kan_health is left out: it cannot read sharded parameters (FSDP2)")
     if folder is not None:
         session.progress.say(f"resumed at step {state.step} from {folder}")
     session.keep_record(state)
@@ -289,6 +294,8 @@ class Step:
     """The last micro-batch of this process."""
     stopping: bool
     """Whether some process has received a signal to stop."""
+    save_due: bool
+    """Whether the last checkpoint is `save_minutes` old."""
 
 
 def run_steps(session: Session) -> None:
@@ -336,7 +343,8 @@ def run_steps(session: Session) -> None:
         session.record.tokens_per_second = state.tokens / state.seconds
         session.record.peak_memory_bytes = peak_memory_bytes(accelerator.device)
         session.keep_record(state, at_most_every_seconds=10.0)
-        if not last and not stopping and settings.save_every and state.step % settings.save_every == 0:
+        due = done.save_due or (settings.save_every > 0 and state.step % settings.save_every == 0)
+        if due and not last and not stopping:
             save(session)
             saved_step = state.step
     if saved_step != state.step:
@@ -349,7 +357,7 @@ def one_step(session: Session, batches: Any) -> Step:
     """Forward and backward over the micro-batches, then the optimiser, unless a number is not finite."""
     config, state, accelerator = session.config, session.state, session.accelerator
     micro_batches, state.loader = session.fetched or fetch(session, batches)
-    valid_tokens, stopping = agreed(session, micro_batches)
+    valid_tokens, stopping, save_due = agreed(session, micro_batches)
 
     factor = learning_rate_factor(state.step, session.total_steps, config.train)
     for optimizer in session.raw_optimizers:
@@ -363,20 +371,20 @@ def one_step(session: Session, batches: Any) -> Step:
     # A GPU is still at work on the gradients; the next batch is read before its numbers are waited for.
     session.fetched = fetch(session, batches) if state.step + 1 < session.total_steps else None
     loss, grad_norm = loss_tensor.item(), norm_tensor.item()
-    finite = math.isfinite(loss) and math.isfinite(grad_norm)
-    if finite:
+    if math.isfinite(loss) and math.isfinite(grad_norm):
         session.watch.observe(session.model, state.step + 1)
         clip_gradients(session.model, grad_norm, config.train.max_grad_norm)
-    if finite or (accelerator.scaler is not None and math.isfinite(loss)):  # fp16: it looks for its scale
         for optimizer in session.optimizers:
             optimizer.step()
         state.nonfinite_in_a_row = 0
     else:
         state.skipped_steps += 1
-        state.nonfinite_in_a_row += 1
+        blamed = "the loss scale was too high, and is halved"
+        if not lowered_scale(accelerator.scaler) or not math.isfinite(loss):
+            state.nonfinite_in_a_row += 1
+            blamed = f"{state.nonfinite_in_a_row} in a row"
         session.progress.say(
-            f"step {state.step + 1}: loss {loss}, gradient norm {grad_norm}; the step was left out "
-            f"({state.nonfinite_in_a_row} in a row)"
+            f"step {state.step + 1}: loss {loss}, gradient norm {grad_norm}; the step was left out ({blamed})"
         )
         if state.nonfinite_in_a_row == MAX_NONFINITE_STEPS:
             raise diverged(session, micro_batches, loss, grad_norm)
@@ -384,7 +392,19 @@ def one_step(session: Session, batches: Any) -> Step:
         optimizer.zero_grad()
     if accelerator.num_processes == 1:
         stopping = session.stop_signal.received is not None
-    return Step(loss, grad_norm, config.train.learning_rate * factor, micro_batches[-1], stopping)
+    return Step(loss, grad_norm, config.train.learning_rate * factor, micro_batches[-1], stopping, save_due)
+
+
+def lowered_scale(scaler: torch.amp.GradScaler | None) -> bool:
+    """Whether fp16's loss scale was above 1, and so to blame for a gradient that is not finite; it is halved.
+
+    From 2^16, where it starts, that are at most 16 steps without the model's fault.
+    """
+    if scaler is None:
+        return False
+    scale = scaler.get_scale()
+    scaler.update(scale * scaler.get_backoff_factor())  # on all processes alike
+    return scale > 1
 
 
 def fetch(session: Session, batches: Any) -> tuple[list[dict[str, torch.Tensor]], dict[str, Any]]:
@@ -392,18 +412,21 @@ def fetch(session: Session, batches: Any) -> tuple[list[dict[str, torch.Tensor]]
     return [next(batches) for _ in range(session.accumulation_steps)], session.loader.state_dict()
 
 
-def agreed(session: Session, micro_batches: list[dict[str, torch.Tensor]]) -> tuple[int, bool]:
-    """Valid tokens of the step over all processes, and whether any of them was asked to stop.
+def agreed(session: Session, micro_batches: list[dict[str, torch.Tensor]]) -> tuple[int, bool, bool]:
+    """Valid tokens of the step over all processes, whether any was asked to stop, and whether `save_minutes`
+    are over for any.
 
     All processes learn of a signal before the same step, and all stop after it.
     """
     # The model shifts the labels, so the first of each row is never a target.
     valid = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches)
     stop = session.stop_signal.received is not None
+    minutes = session.config.train.save_minutes
+    due = minutes > 0 and time.monotonic() - session.saved_at >= minutes * 60
     if session.accelerator.num_processes > 1:
-        counts = torch.tensor([valid, stop], dtype=torch.int64, device=session.accelerator.device)
-        valid, stop = global_sum(counts).tolist()
-    return valid, bool(stop)
+        counts = torch.tensor([valid, stop, due], dtype=torch.int64, device=session.accelerator.device)
+        valid, stop, due = global_sum(counts).tolist()
+    return valid, bool(stop), bool(due)
 
 
 def accumulate_gradients(
@@ -476,6 +499,7 @@ def save(session: Session) -> None:
     state, accelerator = session.state, session.accelerator
     state.silent = sorted(session.watch.silent)
     state.scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
+    session.saved_at = time.monotonic()
     taken = checkpoint.snapshot(
         state.step, session.model, session.raw_optimizers, session.model_config, asdict(state)
     )

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kanlm.config import RunConfig, UserError
 from kanlm.model import KanLMForCausalLM
-from kanlm.train.tracking import log_with
+from kanlm.train import tracking
 
 COLLECTIVE_TIMEOUT = timedelta(hours=3)
 """So long may one process tokenise a corpus while the others wait; the launcher sees a process that dies."""
@@ -131,14 +131,13 @@ def new_accelerator(config: RunConfig) -> Iterator[Accelerator]:
         raise UserError("train.mixed_precision: 'fp16' does not go with train.optimizer = 'muon'; use 'bf16'")
     accelerator = Accelerator(
         mixed_precision=wanted,
-        log_with=log_with(config),
+        log_with=tracking.log_with(config),
         project_config=ProjectConfiguration(project_dir=str(config.run_dir), logging_dir=str(config.run_dir)),
     )
     try:
         yield accelerator
     finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
+        tracking.finish(accelerator)
         if (
             accelerator.device.type == "cuda"
         ):  # the next run of this process needs the memory; on a CPU it can wait

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from kanlm.runs import RunDir, RunRecord, write_json, write_text
+from kanlm.train import tracking
 from kanlm.train.resume import TrainerState
 
 PEAK_TFLOPS = {  # dense bf16 tensor-core peaks of the vendors' data sheets
@@ -68,7 +69,8 @@ class Progress:
         numbers = {
             key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"
         }
-        self.accelerator.log(numbers, step=values["step"])
+        if failure := tracking.log(self.accelerator, numbers, values["step"]):
+            self.say(failure)
         self.newest |= values
         if self.bar is not None:
             self.bar.set_postfix_str(self._short(self.newest))

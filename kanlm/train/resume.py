@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from kanlm.config import RunConfig, UserError
-from kanlm.runs import RunDir, RunRecord, read_json
+from kanlm.runs import RunDir, RunRecord, read_json, remove_leftovers
 from kanlm.train import checkpoint
 
 FREE_TO_CHANGE = {
@@ -31,6 +31,7 @@ FREE_TO_CHANGE = {
     "train.eval_tokens",
     "train.health_every",
     "train.save_every",
+    "train.save_minutes",
     "train.keep_last",
     "train.keep_every",
     "train.async_checkpoint",
@@ -121,6 +122,7 @@ def held_by_this_process(run: RunDir, accelerator: Accelerator) -> Iterator[None
                         "another name"
                     ) from None
                 time.sleep(0.2)
+        remove_leftovers(run.config, run.record, run.metrics, run.tokenizer)
         accelerator.wait_for_everyone()
         yield
 
@@ -146,14 +148,14 @@ def resume(
     if accelerator.num_processes > 1:
         torch.distributed.broadcast_object_list(choice)
     folder, any_folder = choice
-    if folder is None:
-        if any_folder:
-            raise UserError(
-                f"{run.checkpoints}: every checkpoint is damaged; delete the folder to start the run anew"
-            )
-        return None
+    if folder is None and any_folder:
+        raise UserError(
+            f"{run.checkpoints}: every checkpoint is damaged; delete the folder to start the run anew"
+        )
     if accelerator.is_main_process:
-        checkpoint.remove_leftovers(run, after_step=checkpoint.step_of(folder))
+        checkpoint.remove_leftovers(run, after_step=checkpoint.step_of(folder) if folder else 0)
+    if folder is None:
+        return None
     saved = read_json(folder / "trainer.json")
     for name, what in (("tokenizer_sha256", "tokenizer"), ("data_sha256", "training data")):
         if saved[name] != getattr(state, name):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import netrc
 import os
+import sqlite3
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 
 from kanlm.config import RunConfig, UserError
 
+KEPT = "metrics.jsonl has every number"
 PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
 
 
@@ -66,24 +68,59 @@ def start_trackers(accelerator: Accelerator, config: RunConfig, run_dir: Path) -
         accelerator.init_trackers(
             config.tracking.project, config=flat(config.model_dump()), init_kwargs=settings
         )
-    except start_errors(name) as error:
+    except failures(name) as error:
         accelerator.trackers.clear()  # a half-started tracker cannot be finished
-        reason = " ".join(str(error).split())
         remedy = (
             "tracking.wandb_mode=offline or tracking.tracker=none"
             if name == "wandb"
             else "tracking.tracker=none"
         )
-        raise UserError(f"tracking.tracker: {name} could not start ({reason}); set {remedy}") from None
+        raise UserError(
+            f"tracking.tracker: {name} could not start ({one_line(error)}); set {remedy}"
+        ) from None
 
 
-def start_errors(name: str) -> tuple[type[BaseException], ...]:
-    """What a tracker raises for a refused key, a missing network or a folder that cannot be written."""
+def log(accelerator: Accelerator, values: dict[str, float], step: int) -> str | None:
+    """Give `values` to the tracker. One that fails is given up, and the line to say of it comes back: the
+    run goes on, and metrics.jsonl has every number.
+    """
+    for tracker in accelerator.trackers:
+        try:
+            tracker.log(values, step=step)
+        except failures(tracker.name) as error:
+            accelerator.trackers.clear()
+            return f"tracking.tracker: {tracker.name} failed and is given up ({one_line(error)}); {KEPT}"
+    return None
+
+
+def finish(accelerator: Accelerator) -> None:
+    """End the tracker; what it could not keep is one line, not an error."""
+    for tracker in accelerator.trackers:
+        try:
+            tracker.finish()
+        except failures(tracker.name) as error:
+            print(
+                f"tracking.tracker: {tracker.name} did not end well ({one_line(error)}); {KEPT}",
+                flush=True,
+            )
+    accelerator.trackers.clear()
+
+
+def failures(name: str) -> tuple[type[BaseException], ...]:
+    """What a tracker raises for a refused key, a lost network or a disk that it cannot write to."""
     if name == "wandb":
         import wandb
 
         return (wandb.errors.Error, OSError)
+    if name == "trackio":
+        import httpx
+
+        return (httpx.HTTPError, sqlite3.Error, OSError)
     return (OSError,)
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def flat(table: dict[str, Any], prefix: str = "") -> dict[str, bool | str | float | int]:

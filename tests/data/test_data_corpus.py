@@ -10,6 +10,7 @@ from sample_data import write_jsonl
 from kanlm.config import SourceConfig, UserError
 from kanlm.data import documents
 from kanlm.data.corpus import TextStream, _tail_rule, split_sources
+from kanlm.evaluation.perplexity import held_out_documents
 
 
 def test_hashed_documents_are_split_without_loss_or_overlap(jsonl, texts, config_for):
@@ -110,3 +111,27 @@ def test_rule_of_the_split_is_part_of_its_fingerprint(jsonl, config_for):
     ]
     assert len({fingerprint(), *others}) == 6
     assert fingerprint(block_size=64) == fingerprint()
+
+
+@pytest.mark.parametrize("source", ["stdlib", "stories"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"validation_fraction": 0.01},
+        {"validation_fraction": 0.2},
+        {"max_documents": 60},
+        {"validation_source": "texts.jsonl"},
+        {"mixture": True},
+    ],
+)
+def test_what_eval_scores_of_an_embedded_source_is_never_trained_on(
+    source, data, jsonl, config_for, monkeypatch
+):
+    monkeypatch.chdir(jsonl.parent)
+    if data.get("mixture"):
+        data = {"mixture": (SourceConfig(source=source), SourceConfig(source=str(jsonl)))}
+    scored, name, split = held_out_documents(source)
+    scored = set(scored)
+    assert len(scored) > 10 and (name, split) == (source, "validation")
+    trained = list(documents(config_for("" if "mixture" in data else source, **data), "train"))
+    assert len(trained) > 40 and scored.isdisjoint(trained)

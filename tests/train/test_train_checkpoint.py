@@ -191,3 +191,18 @@ def test_full_disk_can_be_outlived_by_option(run_config, full_disk, capsys):
     assert loop.train(config).state == "finished"
     assert "training goes on without it" in capsys.readouterr().out
     assert [path.name for path in RunDir(config.run_dir).checkpoints.iterdir()] == ["step-00000004"]
+
+
+def test_leftovers_of_a_killed_writer_are_removed(run_config):
+    """Also where no checkpoint was finished before the kill."""
+    run = RunDir(run_config().run_dir)
+    half = run.checkpoints / ".step-00000004.x1y2"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"torn")
+    torn = [run.root / f".{name}.x1y2" for name in ("run.json", "config.json", "metrics.jsonl")]
+    for path in torn:
+        path.write_text("torn")
+    (run.root / ".keep").write_text("not ours")
+    loop.train(run_config())
+    assert sorted(path.name for path in run.root.glob(".*")) == [".keep", ".lock"]
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000012"]

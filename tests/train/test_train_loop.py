@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -14,13 +15,14 @@ import time
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 
 from kanlm.config import UserError
 from kanlm.model import KanLMForCausalLM
 from kanlm.runs import RunDir, RunRecord
 from kanlm.train import loop
 from kanlm.train.checkpoint import load_model, load_tokenizer
-from kanlm.train.faults import Diverged
+from kanlm.train.faults import Diverged, StopSignal
 
 
 def test_run_leaves_config_record_metrics_tokenizer_and_checkpoint(run_config, metrics):
@@ -169,6 +171,76 @@ def test_three_nonfinite_steps_in_a_row_stop_the_run_and_name_the_layer(run_conf
     assert report["step"] == 8
     assert report["sequences"] == {"step 6": [20, 24], "step 7": [24, 28], "step 8": [28, 32]}
     assert json.loads(RunDir(config.run_dir).record.read_text())["state"] == "failed"
+
+
+@pytest.fixture
+def loss_scaling(monkeypatch):
+    """What fp16 brings on a GPU, here in fp32: scaled losses, unscaled gradients, a scale in search."""
+
+    def install(scale: float) -> torch.amp.GradScaler:
+        scaler, real = torch.amp.GradScaler("cpu", init_scale=scale), loop.prepare
+
+        def prepare(config, run, accelerator):
+            session = real(config, run, accelerator)
+            raw, accelerator.scaler = session.raw_optimizers, scaler
+            session.optimizers = [AcceleratedOptimizer(o, device_placement=False, scaler=scaler) for o in raw]
+            accelerator.unscale_gradients = lambda: [scaler.unscale_(optimizer) for optimizer in raw]
+            return session
+
+        monkeypatch.setattr(loop, "prepare", prepare)
+        return scaler
+
+    return install
+
+
+def test_scale_that_is_too_high_costs_steps_and_not_the_run(
+    run_config, monkeypatch, loss_scaling, metrics, losses, capsys
+):
+    plain, config = run_config("name=plain"), run_config()
+    poison(monkeypatch, {4, 5, 6, 7}, math.inf)
+    scaler = loss_scaling(2.0**16)
+    assert loop.train(config).skipped_steps == 4
+    assert scaler.get_scale() == 2.0**12
+    assert metrics(config)[11]["skipped_steps"] == 4
+    assert capsys.readouterr().out.count("the loss scale was too high, and is halved") == 4
+    monkeypatch.undo()
+    loop.train(plain)
+    for step in (1, 2, 3, 4):  # a scale that is a power of two changes no gradient
+        assert losses(config)[step] == losses(plain)[step]
+
+
+def test_gradient_that_no_scale_makes_finite_stops_the_run(run_config, monkeypatch, loss_scaling):
+    poison(monkeypatch, set(range(3, 13)), math.nan)
+    loss_scaling(4.0)  # too high in steps 3 and 4; 1, a half and a quarter are not
+    with pytest.raises(Diverged, match=r"up to step 7; first in gradient of .*down_proj"):
+        loop.train(run_config())
+
+
+def test_loss_that_is_not_finite_has_no_scale_to_blame(run_config, monkeypatch, loss_scaling):
+    real = loop.accumulate_gradients
+    monkeypatch.setattr(loop, "accumulate_gradients", lambda *arguments: real(*arguments) * math.nan)
+    loss_scaling(2.0**16)
+    with pytest.raises(Diverged, match="up to step 3"):
+        loop.train(run_config())
+
+
+def test_checkpoint_is_written_when_the_last_one_is_old(run_config):
+    config = run_config("train.save_minutes=1e-9", "train.keep_last=20")
+    loop.train(config)
+    assert len(list(RunDir(config.run_dir).checkpoints.iterdir())) == 12
+    seldom = run_config("name=seldom", "train.keep_last=20")
+    loop.train(seldom)
+    assert len(list(RunDir(seldom.run_dir).checkpoints.iterdir())) == 1
+
+
+def test_second_ctrl_c_acts_at_once():
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received is signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
 
 
 def test_nan_weight_is_traced_to_the_layer_it_sits_in(run_config, monkeypatch):

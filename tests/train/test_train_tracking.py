@@ -6,6 +6,7 @@ import importlib.util
 import json
 
 import pytest
+from accelerate.tracking import TensorBoardTracker
 
 from kanlm.config import UserError
 from kanlm.train import loop, tracking
@@ -85,3 +86,36 @@ def test_flat_tables_hold_scalars_only():
     found = tracking.flat({"a": {"b": 1, "c": None, "d": [1, 2]}, "e": "x", "f": 0.5})
     assert found == {"a.b": 1, "a.d": "[1, 2]", "e": "x", "f": 0.5}
     json.dumps(found)
+
+
+def test_tracker_that_fails_in_mid_training_is_given_up_and_the_run_goes_on(
+    run_config, monkeypatch, metrics, capsys
+):
+    pytest.importorskip("tensorboard")
+    real = TensorBoardTracker.log
+
+    def failing(self, values, step):
+        if step >= 4:
+            raise OSError(28, "No space left on device")
+        return real(self, values, step=step)
+
+    monkeypatch.setattr(TensorBoardTracker, "log", failing)
+    config = run_config("tracking.tracker=tensorboard")
+    assert loop.train(config).state == "finished"
+    assert [line["step"] for line in metrics(config)] == [*range(1, 13), 12]
+    said = [line for line in capsys.readouterr().out.splitlines() if "tensorboard" in line]
+    assert said == [
+        "tracking.tracker: tensorboard failed and is given up ([Errno 28] No space left on device); "
+        "metrics.jsonl has every number"
+    ]
+
+
+def test_tracker_that_cannot_finish_is_one_line(run_config, monkeypatch, capsys):
+    pytest.importorskip("tensorboard")
+
+    def failing(self):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(TensorBoardTracker, "finish", failing)
+    assert loop.train(run_config("tracking.tracker=tensorboard")).state == "finished"
+    assert "tensorboard did not end well ([Errno 5] Input/output error)" in capsys.readouterr().out

@@ -55,7 +55,7 @@ def jobs_of(table, kind: str) -> list[dict]:
     dying = [{"table": table("name=dies"), "die_at": 3}] if kind == "ddp" else []
     return [
         {"table": table(f"name={kind}")},
-        {"table": table(f"name={kind}-accumulated", "train.micro_batch_size=1")},
+        {"table": table(f"name={kind}-accumulated", "train.micro_batch_size=1", "train.save_minutes=1e-9")},
         {"table": table(f"name={kind}-masked", "train.max_tokens=128"), "masked": True},
         {"table": table(f"name={kind}-interrupted", "train.optimizer=muon"), "interrupt_after": 5},
         {"table": table(f"name={kind}-interrupted", "train.optimizer=muon")},
@@ -97,6 +97,7 @@ def test_two_processes_train_as_one(kind, run_table, run_config, tmp_path, losse
     else:
         assert ran.returncode == 0, ran.stdout + ran.stderr
     observed = json.loads(out.read_text())
+    assert ("kan_health is left out" in ran.stdout) == (kind == "fsdp2")
 
     assert {(job["world_size"], job["processes"], job["wrapper"]) for job in observed} == {(2, 2, kind)}
     finished = [("finished", 12)] * 2 + [("finished", 1), ("interrupted", 5), ("finished", 12)]
