@@ -67,7 +67,7 @@ def slope_of(piece: tuple[float, ...]) -> tuple[float, ...]:
 def horner(coefficients: tuple[float, ...], u: Tensor) -> Tensor:
     """sum_p coefficients[p] u^p, without gradient."""
     if len(coefficients) == 1:
-        return torch.full_like(u, coefficients[0])
+        return (u * 0).add_(coefficients[0])  # NaN where u is
     total = (u * coefficients[-1]).add_(coefficients[-2])
     for coefficient in coefficients[-3::-1]:
         total.mul_(u).add_(coefficient)
@@ -93,7 +93,7 @@ def local_splines(x: Tensor, index: Tensor, knots: Tensor, order: int) -> list[T
 
     left = {j: x - knot(1 - j) for j in range(1, order + 1)}
     right = {j: knot(j) - x for j in range(1, order + 1)}
-    splines = [torch.ones_like(x)]
+    splines = [x * 0 + 1]  # NaN where x is
     for j in range(1, order + 1):
         carried, raised = torch.zeros_like(x), []
         for r in range(j):
@@ -116,7 +116,7 @@ def spline_values(x: Tensor, knots: Tensor, order: int) -> tuple[Tensor, Tensor]
     index = (inside.detach().unsqueeze(-2) >= inner).sum(-2) + order  # [..., I]
     pieces = local_splines(inside, index, knots, order)
     if order == 0:
-        slopes = [torch.zeros_like(inside)]
+        slopes = [inside * 0]
     else:
         # dB_{m,k}/dx = k (B_{m,k-1} / (t_{m+k} - t_m) - B_{m+1,k-1} / (t_{m+k+1} - t_{m+1}))
         widths = (knots[order:] - knots[:-order]) / order  # [n - k, I]

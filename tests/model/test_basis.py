@@ -198,13 +198,18 @@ def test_half_precision_is_evaluated_in_fp32(name, dtype):
     torch.testing.assert_close(values.double(), basis.values(x.double()), atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", list(BASES))
-def test_nan_stays_nan_and_empty_stays_empty(name):
-    basis = make_basis(name, 5)
-    x = torch.tensor([[0.5, float("nan")]])
-    assert basis.values(x)[0, :, 0].isfinite().all()
-    assert basis.values(x)[0, :, 1].isnan().any()
-    assert basis.values(torch.empty(0, 4)).shape == (0, basis.num_functions, 4)
+@pytest.mark.parametrize(
+    ("name", "order"), [(name, 3) for name in BASES] + [("bspline", order) for order in ORDERS]
+)
+def test_nan_stays_nan_and_empty_stays_empty(name, order):
+    """Also where the function is constant on each interval."""
+    basis = make_basis(name, 5, order)
+    forms = [basis, KnotSpline(basis.grid_points().float(), order)] if name == "bspline" else [basis]
+    x = torch.tensor([[0.5], [float("nan")]])
+    for form in forms:
+        for values in (form.values(x), form.derivatives(x)):
+            assert values[0].isfinite().all() and values[1].isnan().any()
+        assert form.values(torch.empty(0, 1)).shape == (0, basis.num_functions, 1)
 
 
 @pytest.mark.parametrize(
