@@ -176,13 +176,37 @@ def test_layers_keep_variance_through_depth(depth, form):
     assert 0.05 < float(start.grad.std()) < 20
 
 
+@pytest.mark.parametrize("share", [0.05, 0.5])
+def test_steep_random_splines_blow_up_the_gradients_of_whitened_layers(share):
+    """Why `spline_share` is small."""
+    torch.manual_seed(0)
+    start = torch.randn(200, 128).requires_grad_()
+    y = start
+    for _ in range(24):
+        layer = KANLinear(128, 128, conditioning="whitened", spline_share=share)
+        y = layer(F.rms_norm(y, (128,)))
+    (y * torch.randn_like(y)).sum().backward()
+    growth = float(start.grad.std())
+    assert growth < 20 if share == 0.05 else growth > 1e5
+
+
+BLOCKS = [(arm, {}) for arm in ARMS] + [
+    *((arm, {"kan_conditioning": "whitened"}) for arm in ("kan", "kan_mixed")),
+    *((arm, {"kan_base": "none"}) for arm in ("kan", "kan_mixed")),
+    *((arm, {"kan_basis": "linear"}) for arm in KAN_ARMS),
+    ("kan_grouped", {"kan_basis": "rational"}),
+    ("kan_glu", {"kan_basis": "rational"}),
+    ("kan_glu", {"kan_glu_form": "residual"}),
+]
+
+
 @pytest.mark.parametrize("depth", [2, 8, 24])
-@pytest.mark.parametrize("arm", ARMS)
-def test_blocks_keep_variance_through_depth(arm, depth):
+@pytest.mark.parametrize(("arm", "more"), BLOCKS, ids=str)
+def test_blocks_keep_variance_through_depth(arm, more, depth):
     x = torch.randn(100, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     y = x
     for layer in range(depth):
-        block = initialised(arm, seed=layer, hidden_size=64, num_hidden_layers=depth)
+        block = initialised(arm, seed=layer, hidden_size=64, num_hidden_layers=depth, **more)
         y = y + block(F.rms_norm(y, (64,)))
     growth = float(y.detach().std() / x.detach().std())
     assert 0.95 < growth < 1.5
