@@ -130,8 +130,8 @@ class KanLMConfig(PreTrainedConfig):
         if self.format_version != FORMAT_VERSION:
             raise ValueError(
                 f"format_version: the checkpoint, by kanlm {self.kanlm_version or 'of unknown version'}, has "
-                f"{self.format_version}, this code reads {FORMAT_VERSION}; load it with the kanlm version that "
-                "wrote it, or with trust_remote_code=True and the code beside the weights"
+                f"{self.format_version}, this code reads {FORMAT_VERSION}; load it with the kanlm "
+                "that wrote it, or with trust_remote_code=True and the code beside the weights"
             )
         for field in (
             "vocab_size",

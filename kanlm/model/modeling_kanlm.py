@@ -292,16 +292,18 @@ class KanLMModel(KanLMPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Hidden states after the final norm.
 
-        Exactly one of `input_ids` [B, T] and `inputs_embeds` [B, T, D]. Without an `attention_mask` and a
-        cache, `position_ids` [B, T] that start anew within a row keep packed documents apart (pass
-        `use_cache=False`).
+        Exactly one of `input_ids` [B, T] and `inputs_embeds` [B, T, D]. Without an `attention_mask` and
+        `past_key_values`, `position_ids` [B, T] that start anew within a row keep packed documents apart.
+
+        Raises:
+            ValueError: both inputs, neither of them, or no token.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: give exactly one of the two")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # [B, T, D]
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if inputs_embeds.shape[1] == 0:
+            raise ValueError("input_ids: no token; begin an empty text with bos_token_id")
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (
@@ -315,9 +317,11 @@ class KanLMModel(KanLMPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        if use_cache and past_key_values is None:  # after the mask, which sees packed documents without one
+            past_key_values = DynamicCache(config=self.config)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # generation may leave early
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,

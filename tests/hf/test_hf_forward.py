@@ -42,12 +42,13 @@ def test_left_padding_changes_nothing(build, arm, ids):
     )
 
 
+@pytest.mark.parametrize("use_cache", [None, False])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_packed_documents_equal_separate_ones(build, arm, ids, attention):
+def test_packed_documents_equal_separate_ones(build, arm, ids, attention, use_cache):
     model = build(arm)
     model.set_attn_implementation(attention)
     positions = torch.cat((torch.arange(7), torch.arange(13)))[None]
-    packed = logits(model, ids[:1], position_ids=positions, use_cache=False)
+    packed = logits(model, ids[:1], position_ids=positions, use_cache=use_cache)
     torch.testing.assert_close(packed[:, :7], logits(model, ids[:1, :7]), **CLOSE)
     torch.testing.assert_close(packed[:, 7:], logits(model, ids[:1, 7:]), **CLOSE)
     assert (packed[:, 7:] - logits(model, ids[:1])[:, 7:]).abs().max() > 0.01
@@ -181,6 +182,8 @@ def test_embeddings_in_place_of_ids(build, arm, ids):
     for wrong in ({}, {"input_ids": ids, "inputs_embeds": torch.randn(2, 20, 32)}):
         with pytest.raises(ValueError, match="input_ids, inputs_embeds: give exactly one"):
             model(**wrong)
+    with pytest.raises(ValueError, match="input_ids: no token; begin an empty text with bos_token_id"):
+        model(ids[:, :0])
 
 
 def test_loss_is_the_cross_entropy_of_the_next_token(build, arm, ids):

@@ -78,6 +78,7 @@ def test_assisted_generation_changes_nothing(build, arm, ids):
     assistant.register_forward_pre_hook(lambda *_: drafts.append(1))
     assert torch.equal(generated(model, ids[:1], assistant_model=assistant), generated(model, ids[:1]))
     assert drafts
+    assert torch.equal(generated(model, ids[:1], assistant_early_exit=1), generated(model, ids[:1]))
 
 
 def test_sampling_is_seeded_and_spreads(build, ids):
@@ -115,7 +116,7 @@ def test_continuous_batching_equals_generate(build, arm, ids):
     model.set_attn_implementation("sdpa")
     prompts = [ids[0].tolist(), ids[1, :9].tolist(), ids[0, 3:14].tolist()]
     settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    small = ContinuousBatchingConfig(page_size=16, num_blocks=32, max_batch_tokens=64)
+    small = ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64)
     results = model.generate_batch(
         inputs=prompts, generation_config=settings, continuous_batching_config=small, progress_bar=False
     )

@@ -149,8 +149,11 @@ def test_tensor_parallel_plan_names_real_layers(build, arm):
     model = build(arm)
     linear = {name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)}
     plan = plan_of(model.config)
-    assert {kind for kind in plan.values()} == {"colwise", "rowwise"}
-    planned = {name for name in linear if any(re.fullmatch(pattern, name) for pattern in plan)}
+    kinds = {name: [kind for key, kind in plan.items() if re.fullmatch(key, name)] for name in linear}
+    planned = {name for name in linear if kinds[name]}
+    for name in planned:
+        into_heads = name.rsplit(".", 1)[-1] not in ("o_proj", "down_proj")
+        assert kinds[name] == ["colwise" if into_heads else "rowwise"], name
     attention = {name for name in linear if "self_attn" in name}
     assert attention <= planned
     # A matrix split over channels would give the functions of a group, and sums over edges, other channels.
@@ -164,6 +167,8 @@ def test_pipeline_plan_names_the_base_model(build):
     plan = model.config.base_model_pp_plan
     assert set(plan) <= children and children - set(plan) == {"rotary_emb"}
     assert list(plan) == ["embed_tokens", "layers", "norm"]
+    assert KanLMForCausalLM._pp_plan == {"lm_head": (["hidden_states"], ["logits"])}
+    assert KanLMForCausalLM._fsdp_plan == {"lm_head": "keep_full_weight"}
 
 
 def test_structure_that_serving_engines_need(build, arm, exported):
@@ -171,6 +176,7 @@ def test_structure_that_serving_engines_need(build, arm, exported):
     source = inspect.getsource(modeling_kanlm)
     assert "ALL_ATTENTION_FUNCTIONS.get_interface(" in source
     assert KanLMForCausalLM._supports_attention_backend and KanLMForCausalLM.is_backend_compatible()
+    assert KanLMForCausalLM._supports_flash_attn and KanLMForCausalLM._can_compile_fullgraph
     for call in (
         KanLMModel.forward,
         modeling_kanlm.KanLMDecoderLayer.forward,
