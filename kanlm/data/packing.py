@@ -1,4 +1,4 @@
-"""Texts to token ids, in batches, by the tokenizer's own threads or by several processes.
+"""Texts to token ids, in batches, by several threads or processes.
 
 A document becomes the eos id followed by its own ids, so a stream of documents reads EOS a EOS b EOS c: the
 end of a document is predicted from the document, and its first token from EOS.
@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -24,18 +24,39 @@ from transformers import PreTrainedTokenizerFast
 from kanlm.data.tokenizer import packing_tokenizer
 from kanlm.metrics import TextCounts, total_counts
 
-BATCH_CHARACTERS = 1 << 20
+BATCH_CHARACTERS = 1 << 17
 PIECE_CHARACTERS = 1 << 14
+MAX_THREADS = 16
+"""Beyond these the interpreter's lock is the limit, and processes (data.num_workers) are faster."""
 _PIECE_END = re.compile(r"[ \n](?=\S)")
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Documents of one batch: ids of all of them in a row, and how many each has (eos included)."""
+    """Documents of one batch: ids of all of them in a row, and how many each has (eos included).
+
+    Of a `Part` that begins in the middle of a document, the first length is that of the document's rest.
+    """
 
     ids: np.ndarray
     lengths: np.ndarray
     counts: TextCounts
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive pieces of consecutive documents."""
+
+    pieces: list[str] = field(default_factory=list)
+    firsts: list[int] = field(default_factory=list)
+    """Those of the pieces that begin a document."""
+    texts: list[str] = field(default_factory=list)
+    """The documents that begin here, whole."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the first piece begins a document."""
+        return self.firsts[:1] == [0]
 
 
 class Packer:
@@ -56,61 +77,106 @@ class Packer:
         self._backend.encode_special_tokens = True  # to_str() leaves it out
 
     def __call__(self, texts: list[str]) -> Packed:
-        """One Packed for `texts`; the tokenizer spreads them, and pieces of long ones, over its threads."""
-        cut = [pieces(text) if self._cuts else [text] for text in texts]
-        encodings = iter(
-            self._backend.encode_batch(list(itertools.chain.from_iterable(cut)), add_special_tokens=False)
+        """One Packed for `texts`, in this thread or, as the tokenizer likes, in threads of its own."""
+        (part,) = self._parts(texts, batch_characters=sum(map(len, texts)) + 1)
+        return self.encoded(part)
+
+    def encoded(self, part: Part) -> Packed:
+        """The ids of `part`, an EOS before each document that begins in it."""
+        encodings = self._backend.encode_batch(part.pieces, add_special_tokens=False)
+        ids = np.fromiter(  # twice as fast as np.array
+            itertools.chain.from_iterable(encoding.ids for encoding in encodings), dtype=self.dtype
         )
-        ids: list[int] = []
-        lengths = []
-        for parts in cut:
-            before = len(ids)
-            ids.append(self._eos)
-            for _ in parts:
-                ids.extend(next(encodings).ids)
-            lengths.append(len(ids) - before)
-        packed = np.fromiter(ids, dtype=self.dtype, count=len(ids))  # twice as fast as np.array
-        return Packed(packed, np.array(lengths, dtype=np.int64), total_counts(texts))
+        ends = np.cumsum([0, *map(len, encodings)])
+        starts = ends[part.firsts]
+        lengths = np.diff(starts, append=ends[-1]) + 1
+        if not part.whole:
+            lengths = np.concatenate([starts[:1] if len(starts) else ends[-1:], lengths])
+        return Packed(np.insert(ids, starts, self._eos), lengths, total_counts(part.texts))
 
     def packed(self, texts: Iterable[str], num_workers: int = 0) -> Iterator[Packed]:
-        """Batches of `texts` in order, encoded while this thread reads on: by `num_workers` processes, or
-        where these are fewer than two by the tokenizer's own threads."""
-        with self._pool(num_workers) as (pool, encode):
-            waiting: deque[Future[Packed]] = deque()
+        """`texts` in order, in batches of whole documents, encoded while this thread reads on: by
+        `num_workers` processes, or where these are fewer than two by as many threads as there are cores."""
+        with self._pool(num_workers) as (pool, encode, width):
+            waiting: deque[tuple[bool, Future[Packed]]] = deque()
+            begun: list[Packed] = []
             try:
-                for batch in text_batches(texts):
-                    waiting.append(pool.submit(encode, batch))
-                    if len(waiting) > 2 * max(1, num_workers):
-                        yield waiting.popleft().result()
+                for part in self._parts(texts, BATCH_CHARACTERS):
+                    waiting.append((part.whole, pool.submit(encode, part)))
+                    if len(waiting) > 2 * width:
+                        yield from _whole_documents(begun, *waiting.popleft())
                 while waiting:
-                    yield waiting.popleft().result()
+                    yield from _whole_documents(begun, *waiting.popleft())
+                if begun:
+                    yield _joined(begun)
             finally:
-                for future in waiting:
+                for _, future in waiting:
                     future.cancel()
 
+    def _parts(self, texts: Iterable[str], batch_characters: int) -> Iterator[Part]:
+        """Consecutive pieces of `texts` of about `batch_characters` together; long documents span several."""
+        part, size = Part(), 0
+        for text in texts:
+            part.firsts.append(len(part.pieces))
+            part.texts.append(text)
+            for piece in pieces(text) if self._cuts else (text,):
+                if size >= batch_characters:
+                    yield part
+                    part, size = Part(), 0
+                part.pieces.append(piece)
+                size += len(piece)
+            if size >= batch_characters:
+                yield part
+                part, size = Part(), 0
+        if part.pieces:
+            yield part
+
     @contextmanager
-    def _pool(self, num_workers: int) -> Iterator[tuple[Executor, Callable[[list[str]], Packed]]]:
+    def _pool(self, num_workers: int) -> Iterator[tuple[Executor, Callable[[Part], Packed], int]]:
         if num_workers < 2:
-            with ThreadPoolExecutor(2, thread_name_prefix="packing") as threads:
-                yield threads, self
+            width = min(len(os.sched_getaffinity(0)), MAX_THREADS)
+            with _serial_calls(), ThreadPoolExecutor(width, thread_name_prefix="packing") as threads:
+                yield threads, self.encoded, width
         else:
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(num_workers, context, _start_worker, (self,)) as processes:
-                yield processes, _pack_in_worker
+                yield processes, _encode_in_worker, num_workers
 
 
-def text_batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Lists of consecutive texts of about BATCH_CHARACTERS together."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _whole_documents(begun: list[Packed], whole: bool, future: Future[Packed]) -> Iterator[Packed]:
+    """Add a result to those `begun`; what these hold comes out where their last document has ended."""
+    if whole and begun:
+        yield _joined(begun)
+        begun.clear()
+    begun.append(future.result())
+
+
+def _joined(parts: list[Packed]) -> Packed:
+    """Parts of which each but the first goes on with the last document of the one before."""
+    lengths = list(parts[0].lengths)
+    for part in parts[1:]:
+        lengths[-1] += part.lengths[0]
+        lengths.extend(part.lengths[1:])
+    return Packed(
+        np.concatenate([part.ids for part in parts]),
+        np.array(lengths, dtype=np.int64),
+        sum((part.counts for part in parts), TextCounts()),
+    )
+
+
+@contextmanager
+def _serial_calls() -> Iterator[None]:
+    """Each call of a tokenizer stays in its thread: with a part for each thread that is faster than the
+    library's own threads, which wait for each other at the end of a call."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 def splits_at_words(backend: Tokenizer) -> bool:
@@ -145,9 +211,9 @@ _worker_packer: Packer
 
 def _start_worker(packer: Packer) -> None:
     global _worker_packer
-    os.environ["RAYON_NUM_THREADS"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_packer = packer
 
 
-def _pack_in_worker(texts: list[str]) -> Packed:
-    return _worker_packer(texts)
+def _encode_in_worker(part: Part) -> Packed:
+    return _worker_packer.encoded(part)

@@ -19,7 +19,7 @@ from kanlm.data.cache import TokenCache, cached
 from kanlm.data.corpus import split_sources
 from kanlm.data.packing import Packer
 from kanlm.data.tokenizer import trained_tokenizer
-from kanlm.metrics import total_counts
+from kanlm.metrics import TextCounts, total_counts
 
 
 def test_cache_holds_every_document_after_an_eos(jsonl, config_for):
@@ -226,3 +226,30 @@ def test_killed_build_resumes_and_two_builders_share_one_build(jsonl, tmp_path, 
     (folder,) = [path for path in partial.parent.iterdir() if path.is_dir()]
     assert (folder / "shard-00000.bin").stat().st_mtime_ns == written
     assert np.array_equal(TokenCache(folder).document_starts, reference.document_starts)
+
+
+@pytest.mark.parametrize("batch_characters", [30, 1000, 1 << 30])
+def test_documents_longer_than_a_batch_are_packed_whole(monkeypatch, batch_characters):
+    texts = sample_texts(40)
+    texts[7:7] = [" ".join(sample_texts(90)), "x", " ".join(sample_texts(50, seed=1))]
+    tokenizer = trained_tokenizer(iter(texts), 400)
+    monkeypatch.setattr(packing, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(packing, "BATCH_CHARACTERS", batch_characters)
+    parts = list(Packer(tokenizer).packed(texts))
+    assert sum((part.counts for part in parts), TextCounts()) == total_counts(texts)
+    documents = []
+    for part in parts:
+        assert part.lengths.sum() == len(part.ids)
+        documents += np.split(part.ids.astype(int), np.cumsum(part.lengths)[:-1])
+    assert [ids[0] for ids in documents] == [tokenizer.eos_token_id] * len(texts)
+    assert [ids[1:].tolist() for ids in documents] == [tokenizer(text)["input_ids"] for text in texts]
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
+
+
+def test_setting_of_the_tokenizers_library_is_given_back(monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    packed = Packer(trained_tokenizer(iter(sample_texts(50)), 300)).packed(sample_texts(5))
+    next(packed)
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+    packed.close()
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "true"

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kanlm.config import UserError
 from kanlm.data import packing, tokenizer_for
-from kanlm.data.packing import Packer, pieces, splits_at_words, text_batches
+from kanlm.data.packing import Packer, pieces, splits_at_words
 from kanlm.data.tokenizer import (
     END_OF_TEXT,
     loaded_tokenizer,
@@ -119,9 +119,9 @@ def test_existing_tokenizer_is_used_and_mistakes_are_one_line(tmp_path, jsonl, c
         assert "\n" not in str(caught.value)
 
 
-def test_batches_keep_the_order(monkeypatch):
-    monkeypatch.setattr(packing, "BATCH_CHARACTERS", 100)
+def test_parts_keep_the_order():
     texts = sample_texts(50)
-    batches = list(text_batches(texts))
-    assert [text for batch in batches for text in batch] == texts
-    assert len(batches) > 10
+    parts = list(Packer(trained_tokenizer(iter(texts), 300))._parts(texts, batch_characters=100))
+    assert "".join(piece for part in parts for piece in part.pieces) == "".join(texts)
+    assert [text for part in parts for text in part.texts] == texts
+    assert len(parts) > 10
