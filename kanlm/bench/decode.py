@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from kanlm.bench.measure import Arm, peak_memory, report, require_device
-from kanlm.bench.train import ARMS, VOCAB_SIZE, built, passing
+from kanlm import kernels
+from kanlm.bench.measure import Arm, peak_memory, relative_error, report, require_device
+from kanlm.bench.train import ARMS, VOCAB_SIZE, built, parity_case, passing
 from kanlm.config import UserError
 from kanlm.sizing import parameter_counts
 
@@ -43,6 +45,22 @@ def decoding_arm(name: str, size: str, backend: str, device: str = "cpu") -> Arm
     )
 
 
+@torch.no_grad()
+def decoding_parity(name: str, size: str, backend: str, device: str = "cpu") -> float:
+    """Worst relative error of the logits of cached decoding against the fp64 reference's, read at once."""
+    model, ids = parity_case(name, size, backend, device)
+    model.eval()
+    reference = copy.deepcopy(model).double()
+    kernels.select(reference, "reference")
+    expected = reference(input_ids=ids[:1], use_cache=False).logits
+    output = model(input_ids=ids[:1, :16], use_cache=True)
+    logits = [output.logits]
+    for at in range(16, ids.shape[1]):
+        output = model(input_ids=ids[:1, at : at + 1], past_key_values=output.past_key_values, use_cache=True)
+        logits.append(output.logits)
+    return relative_error(torch.cat(logits, dim=1), expected)
+
+
 def run(
     size: str = "1m",
     arms: tuple[str, ...] = (),
@@ -60,7 +78,7 @@ def run(
     """
     require_device(device)
     try:
-        names, red = passing(list(arms or ARMS), size, backend, device)
+        names, red = passing(list(arms or ARMS), size, backend, device, decoding_parity)
     except ValueError as error:
         raise UserError(str(error)) from None
     built_arms = [decoding_arm(name, size, backend, device) for name in names]

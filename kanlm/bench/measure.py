@@ -105,23 +105,34 @@ def rounds(
 
 
 def parity_error(module: nn.Module, *inputs: torch.Tensor) -> float:
-    """Largest relative error of output and gradients of `module` against its own fp64 reference."""
+    """Largest relative error of output and gradients of `module` against its own fp64 reference.
+
+    Each tensor's error is relative to its largest value. Integer inputs (token ids) have no gradient.
+    """
     reference = copy.deepcopy(module).double()
     kernels.select(reference, "reference")
     outputs = []
     for layer, dtype in ((reference, torch.float64), (module, inputs[0].dtype)):
-        leaves = [x.detach().clone().to(dtype).requires_grad_() for x in inputs]
+        given = [
+            x.detach().clone().to(dtype).requires_grad_() if x.is_floating_point() else x for x in inputs
+        ]
         layer.zero_grad()
-        y = layer(*leaves)
+        y = layer(*given)
         y.backward(torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape).to(y.dtype))
+        leaves = [x for x in given if x.requires_grad]
         outputs.append([y.detach(), *(x.grad for x in leaves), *(p.grad for p in layer.parameters())])
     module.zero_grad()
-    worst = 0.0
-    for expected, got in zip(*outputs, strict=True):
-        scale = expected.abs().max().clamp_min(1e-30)
-        error = float((got.double() - expected).abs().max() / scale)
-        worst = max(worst, error if error == error else float("inf"))
-    return worst
+    return max(
+        relative_error(got, expected)
+        for expected, got in zip(*outputs, strict=True)
+        if expected is not None or got is not None
+    )
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest error relative to the largest expected value; infinite where something is not a number."""
+    error = float((got.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    return error if error == error else float("inf")
 
 
 def _status_bytes(key: str) -> int:

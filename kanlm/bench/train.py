@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from kanlm import kernels
 from kanlm.bench.measure import (
@@ -111,22 +112,41 @@ def training_arm(name: str, size: str, backend: str, device: str = "cpu", compil
     )
 
 
-def arm_parity(name: str, size: str, backend: str, device: str = "cpu") -> float:
-    """Worst relative error of the arm's first FFN block, outputs and gradients, on 96 tokens."""
+class Logits(nn.Module):
+    """A model as a function of token ids [B, T] to logits [B, T, V], without a cache."""
+
+    def __init__(self, model: KanLMForCausalLM):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+def parity_case(name: str, size: str, backend: str, device: str) -> tuple[KanLMForCausalLM, torch.Tensor]:
+    """The arm's whole model, all FFN weights and coefficients away from their start, and ids [2, 24]."""
     model, _ = built(name, size, backend, device)
-    block = model.model.layers[0].mlp
     with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, device=device))
-    x = torch.randn(2, 48, model.config.hidden_size, generator=torch.Generator().manual_seed(2)).to(device)
-    return parity_error(block, x)
+        for layer in model.model.layers:
+            for parameter in layer.mlp.parameters():
+                parameter.add_(0.02 * torch.randn(parameter.shape, device=device))
+    ids = torch.randint(0, VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(2))
+    return model, ids.to(device)
 
 
-def passing(names: list[str], size: str, backend: str, device: str) -> tuple[list[str], dict[str, str]]:
+def arm_parity(name: str, size: str, backend: str, device: str = "cpu") -> float:
+    """Worst relative error of the whole model's logits and of every parameter's gradient, in fp32."""
+    model, ids = parity_case(name, size, backend, device)
+    return parity_error(Logits(model), ids)
+
+
+def passing(
+    names: list[str], size: str, backend: str, device: str, parity: Callable[..., float] = arm_parity
+) -> tuple[list[str], dict[str, str]]:
     """The arms whose parity is green, and a line for each of the others."""
     green, red = [], {}
     for name in names:
-        error = arm_parity(name, size, backend, device)
+        error = parity(name, size, backend, device)
         if error < PARITY[torch.float32]:
             green.append(name)
         else:

@@ -292,12 +292,14 @@ Prepared = tuple[int, int, Function, Tensor | None]
 def value(prepared: Prepared, a: Tensor, u: Tensor | None) -> Tensor:
     """phi(a) * u, fp32, of tensors [..., C]."""
     address, channels, *_ = prepared
-    a, u = _wide(a), None if u is None else _wide(u)
+    a = _wide(a)
+    second = None
+    if u is not None:
+        u = _wide(u)
+        second = u.data_ptr()
     y = torch.empty_like(a)
-    library().kanlm_elementwise(
-        *(address, a.data_ptr(), None if u is None else u.data_ptr(), y.data_ptr()),
-        *(a.numel() // channels, torch.get_num_threads()),
-    )
+    rows, threads = a.numel() // channels, torch.get_num_threads()
+    library().kanlm_elementwise(address, a.data_ptr(), second, y.data_ptr(), rows, threads)
     return y
 
 

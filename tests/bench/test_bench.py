@@ -9,6 +9,7 @@ from kanlm import kernels
 from kanlm.bench import decode, layer, measure, train
 from kanlm.config import UserError
 from kanlm.kernels.native import NativeUnavailable, library
+from kanlm.model.kan import LearnedFunction
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +110,40 @@ def test_red_arm_is_not_timed(tmp_path, monkeypatch):
     )  # fmt: skip
     assert [record["arm"] for record in records] == ["mlp"]
     assert any("parity is red" in line for line in lines)
+
+
+@pytest.mark.parametrize("module", [train, decode])
+@pytest.mark.parametrize("place", ["last layer", "gradient"])
+def test_parity_is_of_the_whole_model(module, place, tmp_path, monkeypatch):
+    """A kernel that is wrong only in the last layer, or only in its gradient, is not timed."""
+    try:
+        library()
+    except NativeUnavailable as error:
+        pytest.skip(str(error))
+    if module is decode and place == "gradient":
+        pytest.skip("decoding has no gradients")
+    monkeypatch.setitem(train.SIZES, "tiny", (128, 344, 2, 2, 1, 16))
+    right_select, right = kernels.select, kernels.cpu.learned
+
+    def wrong(layer, a, u):
+        y = right(layer, a, u)
+        return 1.01 * y if place == "last layer" else 1.01 * y - 0.01 * y.detach()
+
+    def select(model, backend="auto"):
+        chosen = right_select(model, backend)
+        learned = [layer for layer in model.modules() if isinstance(layer, LearnedFunction)]
+        if backend == "cpu" and learned:
+            learned[-1].kernel = wrong
+        return chosen
+
+    monkeypatch.setattr(kernels, "select", select)
+    lines = []
+    records = module.run(
+        "tiny", ("swiglu", "kan_glu"), backend="cpu", seconds=0.0, memory=False,
+        out=str(tmp_path / "out.json"), echo=lines.append,
+    )  # fmt: skip
+    assert [record["arm"] for record in records] == ["swiglu"]
+    assert any("skipped kan_glu: parity is red" in line for line in lines)
 
 
 def test_training_arms_have_equally_many_parameters():
