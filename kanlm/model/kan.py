@@ -132,8 +132,8 @@ class KANLinear(nn.Module):
         recompute: compute the basis again in backward, in chunks, and save only x.
 
     Raises:
-        ValueError: see `make_basis`; unknown names; knots that do not ascend; a last dimension of x that is
-            not I.
+        ValueError: see `make_basis`; sizes below 1; unknown names; knots that do not ascend; a share outside
+            0..1; a last dimension of x that is not I.
     """
 
     def __init__(
@@ -157,6 +157,13 @@ class KANLinear(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        if min(in_features, out_features) < 1:
+            raise ValueError(
+                f"in_features, out_features: must be at least 1, got {in_features} and {out_features}; "
+                "write positive ints"
+            )
+        if not 0 <= spline_share <= 1:
+            raise ValueError(f"spline_share: a share lies in 0..1, got {spline_share}; 0.05 is the default")
         if base not in ("silu", None):
             raise ValueError(f"base: unknown function {base!r}; choose 'silu' or None")
         if conditioning not in ("none", "whitened"):

@@ -306,12 +306,16 @@ def test_a_layer_of_lora_or_quantised_children_is_called_as_a_module():
         ({"knots": [0, 2, 1]}, ["knots", "ascend", "[0.0, 2.0, 1.0]"]),
         ({"knots": [0, 1, 1, 2]}, ["knots", "repetition"]),
         ({"knots": [0]}, ["knots", "2"]),
+        ({"knots": [0, float("nan"), 1]}, ["knots", "ascend", "nan"]),
+        ({"in_features": 0}, ["in_features", "at least 1", "0"]),
+        ({"out_features": -2}, ["out_features", "at least 1", "-2"]),
+        ({"spline_share": 1.5}, ["spline_share", "0..1", "1.5"]),
         ({"basis": "rbf", "grid": "adaptive"}, ["grid", "rbf", "uniform"]),
     ],
 )
 def test_bad_arguments_are_named(arguments, words):
     with pytest.raises(ValueError) as error:
-        KANLinear(3, 2, **arguments)
+        KANLinear(**{"in_features": 3, "out_features": 2, **arguments})
     assert all(word in str(error.value) for word in words), error.value
 
 
