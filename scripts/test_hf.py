@@ -4,6 +4,8 @@ Gets the source distribution of the installed transformers from the package regi
 test files beside our model test (scripts/hf_suite/), runs them for three arms, and prints what passed and
 why the rest was skipped. The source distribution holds the common tests, but not tests/generation,
 tests/exporters and tests/utils: those mixins are empty here, and tests/hf covers generation and export.
+torchao, which prints to stderr whenever transformers is imported, is not in the environment: it is put into
+.cache/ too, for the suite's test of it and for ours.
 
     python scripts/test_hf.py [--arms kan kan_glu swiglu] [--no-distributed] [PYTEST ARGUMENTS]
 """
@@ -44,6 +46,15 @@ def source_archive(version: str, cache: Path) -> Path:
     return path
 
 
+def torchao(cache: Path) -> Path:
+    """A folder to import torchao from, of the version in constraints.txt, downloaded once."""
+    path = cache / "torchao"
+    if not path.is_dir():
+        wanted = ["--no-deps", "--target", str(path), "-c", str(ROOT / "constraints.txt"), "torchao"]
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *wanted], check=True)
+    return path
+
+
 def test_tree(version: str, cache: Path) -> Path:
     """A folder with the release's tests, what they lack, and our model test; made anew."""
     tree = cache / f"hf-suite-{version}"
@@ -79,7 +90,7 @@ def run_arm(arm: str, tree: Path, arguments: list[str]) -> list[tuple[str, str, 
         "OMP_NUM_THREADS": "1",
         "RUN_SLOW": "1",
         "RUN_TRAINING_TESTS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(tree)]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(tree), str(torchao(tree.parent))]),
     }
     command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", ".", "tests/models/kanlm", "-q"]
     command += [
@@ -106,6 +117,13 @@ def run_arm(arm: str, tree: Path, arguments: list[str]) -> list[tuple[str, str, 
     return outcomes
 
 
+def our_torchao_tests(cache: Path) -> bool:
+    """Whether our tests of quantised models pass, which tests/hf skips where torchao is not installed."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(torchao(cache))])}
+    command = [sys.executable, "-m", "pytest", "tests/hf/test_hf_tools.py", "-q", "-W", "ignore"]
+    return not subprocess.run([*command, "-k", "torchao"], cwd=ROOT, env=environment).returncode
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arms", nargs="+", default=ARMS)
@@ -121,7 +139,7 @@ def main() -> None:
 
     print(f"\ntransformers {version}: its model tests on kanlm's classes\n")
     skipped: dict[str, set[str]] = {}
-    good = True
+    good = our_torchao_tests(ROOT / ".cache")
     for arm, outcomes in results.items():
         counts = Counter(outcome for _, outcome, _ in outcomes)
         print(f"{arm:10} {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")

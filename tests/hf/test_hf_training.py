@@ -79,6 +79,16 @@ def test_trainer_honours_the_number_of_items(build, tmp_path):
         torch.testing.assert_close(whole, accumulated, atol=1e-5, rtol=1e-4)
 
 
+def test_trainer_predicts_logits_alone(build, tmp_path):
+    run = trainer(build("kan_glu"), tmp_path)
+    found = run.predict(run.train_dataset.select(range(6)))
+    assert found.predictions.shape == (6, 16, 300)  # a cache among the outputs would make it a tuple
+    with torch.no_grad():
+        ids = torch.tensor(run.train_dataset[:6]["input_ids"])
+        expected = run.model(ids).logits
+    torch.testing.assert_close(torch.from_numpy(found.predictions), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_trainer_with_gradient_checkpointing(build, arm, tmp_path):
     losses = []
     for checkpointing in (False, True):
