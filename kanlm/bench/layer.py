@@ -200,7 +200,7 @@ def run(
             runnable.append(name)
     arguments = (tokens, inputs, outputs, grid, order, backend)
     built_arms = [layer_arm(name, *arguments, device) for name in runnable]
-    peaks = {}
+    peaks: dict[str, dict[str, int] | None] = {}
     if memory:
         for arm in built_arms:
             if device == "cuda":
@@ -234,7 +234,7 @@ def _reason_to_skip(
     except ValueError as error:
         raise UserError(str(error)) from None
     x = torch.randn(64, inputs, generator=torch.Generator().manual_seed(2)).to(device)
-    error = parity_error(layer, x)
-    if error < PARITY[torch.float32]:
+    worst = parity_error(layer, x)
+    if worst < PARITY[torch.float32]:
         return None
-    return f"parity is red: relative error {error:.2g} >= {PARITY[torch.float32]}"
+    return f"parity is red: relative error {worst:.2g} >= {PARITY[torch.float32]}"

@@ -136,8 +136,9 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _status_bytes(key: str) -> int:
-    text = Path("/proc/self/status").read_text()
-    return int(re.search(rf"^{key}:\s+(\d+) kB", text, re.M).group(1)) * 1024
+    found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    assert found, f"the kernel does not tell {key}"
+    return int(found.group(1)) * 1024
 
 
 def _peak_in_process(builder: Callable[..., Arm], arguments: tuple, threads: int) -> dict[str, int]:

@@ -74,7 +74,7 @@ def built(arm: str, size: str, backend: str, device: str, seed: int = 0) -> tupl
     torch.manual_seed(seed)
     config = architecture(arm, size)
     config._attn_implementation = "sdpa"
-    model = KanLMForCausalLM(config).to(device)
+    model = KanLMForCausalLM(config).to(device)  # type: ignore[arg-type]
     chosen = set(kernels.select(model, backend).values())
     return model, "+".join(sorted(chosen)) or "-"
 

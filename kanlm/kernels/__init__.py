@@ -11,9 +11,11 @@ model is on its device: a kernel refuses tensors of another one.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
+from typing import Any
 
 from torch import nn
 
@@ -105,10 +107,7 @@ def _require_cpu(device: str) -> None:
 
 def _kernel(module: nn.Module, backend: str):
     """The function that stands in for the module's reference, or None where there is none."""
-    if backend == "cpu":
-        ops = cpu
-    else:
-        from kanlm.kernels import triton_ops as ops
+    ops: Any = cpu if backend == "cpu" else importlib.import_module("kanlm.kernels.triton_ops")
     if isinstance(module, KANLinear):
         return ops.edge if ops.supports_edge(module) else None
     if isinstance(module, LearnedFunction):

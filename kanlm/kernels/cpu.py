@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kanlm.kernels.native import MAX_ORDER, Few, Function, library, pointer
-from kanlm.model.basis import BSpline
+from kanlm.model.basis import Basis, BSpline
 from kanlm.model.ffn import relu2
 from kanlm.model.kan import KANLinear, LearnedFunction, is_plain_linear, product_dtype
 
@@ -65,7 +65,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _edge_arguments(
-    basis: BSpline, rows: int, inputs: int, outputs: int, functions: int | None = None
+    basis: Basis, rows: int, inputs: int, outputs: int, functions: int | None = None
 ) -> tuple:
     """What all edge kernels end with: N, I, P, K (or `functions`), order, G, lo, 1 / step, threads."""
     return (
@@ -92,7 +92,7 @@ def _edge_output(
     x: Tensor,
     packed: Tensor,
     base: Tensor | None,
-    basis: BSpline,
+    basis: Basis,
     outputs: int,
     functions: int | None = None,
 ) -> Tensor:
@@ -163,10 +163,10 @@ def edge(layer: KANLinear, x: Tensor) -> Tensor:
     reference.
     """
     # In decoding, every look-up of an attribute by nn.Module counts: these go to its dictionaries.
-    children, buffers = layer._modules, layer._buffers
-    spline, base_layer = children["spline"], children.get("base")
+    spline: Any = layer._modules["spline"]
+    base_layer: Any = layer._modules.get("base")
     plain_children = is_plain_linear(spline) and (base_layer is None or is_plain_linear(base_layer))
-    if not plain_children or buffers["knots"] is not None:
+    if not plain_children or layer._buffers["knots"] is not None:
         return layer.reference(x)
     weight = spline._parameters["weight"]
     if (
@@ -204,11 +204,12 @@ def _few_rows(layer: KANLinear, x: Tensor) -> Tensor:
 
 
 def _kept_layer(layer: KANLinear) -> tuple[int, Few, Tensor]:
-    children, whitening = layer._modules, layer._buffers["whitening"]
-    sources = [children["spline"]._parameters["weight"]]
-    if base := children.get("base"):
+    spline: Any = layer._modules["spline"]
+    base: Any = layer._modules.get("base")
+    sources = [spline._parameters["weight"]]
+    if base is not None:
         sources.append(base._parameters["weight"])
-    if whitening is not None:
+    if (whitening := layer._buffers["whitening"]) is not None:
         sources.append(whitening)
     return kept(layer, sources, _packed_layer)
 
@@ -260,7 +261,7 @@ class _Function:
     """What the elementwise kernel needs to know of a function beside its coefficients."""
 
     def __init__(
-        self, kind: int, channels: int, groups: int = 1, basis: BSpline | None = None, silu: bool = False
+        self, kind: int, channels: int, groups: int = 1, basis: Basis | None = None, silu: bool = False
     ):
         self.channels, self.groups, self.basis = channels, groups, basis
         order, cells, low, inverse = (0, 0, 0.0, 0.0)
@@ -336,7 +337,7 @@ class _Elementwise(torch.autograd.Function):
 @opaque
 def learned(layer: LearnedFunction, a: Tensor, u: Tensor | None) -> Tensor:
     """LearnedFunction: phi(a) * u, or phi(a) where u is None; [..., C]."""
-    coefficients = layer._parameters["coefficients"]
+    coefficients: Any = layer._parameters["coefficients"]
     if torch.float64 in (a.dtype, coefficients.dtype):
         return layer.reference(a, u)
     if torch.is_grad_enabled():
@@ -361,11 +362,11 @@ def activation(function: Callable) -> Callable | None:
         name = "gelu" if function.approximate == "none" else None
     else:
         name = {F.silu: "silu", F.gelu: "gelu", relu2: "relu2"}.get(function)
-    return name and partial(_activated, ACTIVATIONS[name])
+    return partial(_activated, ACTIVATIONS[name]) if name else None
 
 
 @opaque
-def _activated(kind: int, module: nn.Module, a: Tensor, u: Tensor | None) -> Tensor:
+def _activated(kind: int, module: Any, a: Tensor, u: Tensor | None) -> Tensor:
     if a.dtype == torch.float64:
         return module.activation(a) if u is None else module.activation(a) * u
     if torch.is_grad_enabled():

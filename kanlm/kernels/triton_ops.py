@@ -13,6 +13,7 @@ Not yet run on a GPU; see docs/performance.md.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from kanlm.model.basis import MAX_ORDER as MAX_LEARNED_ORDER
-from kanlm.model.basis import BSpline, uniform_pieces
+from kanlm.model.basis import Basis, BSpline, uniform_pieces
 from kanlm.model.kan import KANLinear, LearnedFunction, product_dtype
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -375,7 +376,7 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def _edge_meta(basis: BSpline, dtype: torch.dtype) -> dict:
+def _edge_meta(basis: Basis, dtype: torch.dtype) -> dict:
     return {
         "K": basis.num_functions,
         "G": basis.grid_size,
@@ -504,7 +505,7 @@ class _Function:
         self,
         channels: int,
         groups: int = 1,
-        basis: BSpline | None = None,
+        basis: Basis | None = None,
         *,
         rational: bool = False,
         silu: bool = False,
@@ -538,6 +539,7 @@ class _Function:
 
     def _pieces(self, like: Tensor) -> Tensor:
         """[k + 1 functions, k + 1 powers]."""
+        assert self.basis is not None
         return torch.tensor(uniform_pieces(self.basis.order), dtype=like.dtype, device=like.device)
 
 
@@ -559,7 +561,7 @@ def activation(function: Callable) -> Callable | None:
 
 
 @torch.compiler.disable
-def _silu(module: nn.Module, a: Tensor, u: Tensor | None) -> Tensor:
+def _silu(module: Any, a: Tensor, u: Tensor | None) -> Tensor:
     if a.dtype == torch.float64:
         return module.activation(a) * u
     return _Elementwise.apply(a, u, None, _Function(a.shape[-1], silu=True))
