@@ -237,6 +237,37 @@ def test_gradient_checkpointing_changes_no_gradient(build, arm, ids, reentrant):
 @pytest.mark.parametrize(
     "rope",
     [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_rotary_embeddings_are_those_of_llama(build, rope):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = {"rope_theta": 500.0, **rope}
+    model = build("kan_glu", rope_parameters=dict(rope))
+    sizes = dict(hidden_size=32, num_attention_heads=4, max_position_embeddings=64)
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**sizes, rope_parameters=dict(rope)))
+    positions = torch.tensor([[0, 1, 5, 63, 90]])
+    x = torch.randn(1, 5, 32)
+    for found, expected in zip(model.model.rotary_emb(x, positions), theirs(x, positions), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
         {"rope_type": "linear", "factor": 4.0},
         {"rope_type": "dynamic", "factor": 4.0},
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},

@@ -92,6 +92,10 @@ def test_int8_weights_by_torchao(build, arm, ids, tmp_path):
     assert 0 < error < 0.1
     layer = quantised.model.layers[0]
     assert layer.input_layernorm.weight.dtype == torch.float32
+    quantised.save_pretrained(tmp_path / "int8")
+    again = KanLMForCausalLM.from_pretrained(tmp_path / "int8")
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, rounded)
 
 
 @pytest.mark.gpu
