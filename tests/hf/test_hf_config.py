@@ -85,6 +85,8 @@ def test_a_wrong_type_is_refused_at_construction_and_on_assignment(field, value)
             "kan_basis: unknown value 'hermite'; .*" + ", ".join(EDGE_BASES),
         ),
         ({"ffn_type": "kan", "kan_basis": "rational"}, "kan_basis: 'rational' .*kan_glu"),
+        ({"ffn_type": "kan", "kan_base": "gelu"}, "kan_base: unknown value 'gelu'; choose one of silu, none"),
+        ({"ffn_type": "kan", "kan_conditioning": "pca"}, "kan_conditioning: unknown value 'pca'; .*whitened"),
         ({"kan_order": 9}, r"kan_order: must lie in 0\.\.5, got 9"),
         ({"kan_order": -1}, "kan_order: .*-1"),
         ({"kan_grid_min": 2.0, "kan_grid_max": 2.0}, "kan_grid_min: .*below kan_grid_max, got 2.0 and 2.0"),
@@ -95,6 +97,10 @@ def test_a_wrong_type_is_refused_at_construction_and_on_assignment(field, value)
         (
             {"intermediate_size": 100, "kan_num_groups": 8},
             "kan_num_groups: 8 does not divide intermediate_size 100",
+        ),
+        (
+            {"ffn_type": "kan_grouped", "intermediate_size": 96, "hidden_size": 36, "kan_num_groups": 8},
+            "kan_num_groups: 8 does not divide hidden_size 36",
         ),
         ({"rope_parameters": {"rope_type": "spiral"}}, "rope_parameters: .*'spiral'"),
         (
