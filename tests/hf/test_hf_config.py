@@ -99,7 +99,7 @@ def test_a_wrong_type_is_refused_at_construction_and_on_assignment(field, value)
             "kan_num_groups: 8 does not divide intermediate_size 100",
         ),
         (
-            {"ffn_type": "kan_grouped", "intermediate_size": 96, "hidden_size": 36, "kan_num_groups": 8},
+            {"ffn_type": "kan_grouped", "intermediate_size": 96, "hidden_size": 36, "num_attention_heads": 2},
             "kan_num_groups: 8 does not divide hidden_size 36",
         ),
         ({"rope_parameters": {"rope_type": "spiral"}}, "rope_parameters: .*'spiral'"),
