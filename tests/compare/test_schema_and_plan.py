@@ -7,7 +7,8 @@ import pytest
 
 from kanlm.compare.plan import final_trials, planned_arms, sweep_trials, toml_text, trial_config
 from kanlm.compare.schema import CompareConfig, load_compare_config
-from kanlm.config import RunConfig, UserError
+from kanlm.config import RunConfig, UserError, load_run_config
+from kanlm.sizing import architecture
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 VOCAB = 512
@@ -191,3 +192,20 @@ def test_toml_text_keeps_awkward_values():
     }
     expected = {key: value for key, value in table.items() if value is not None}
     assert tomllib.loads(toml_text(table)) == expected
+
+
+def test_the_comparison_of_all_tiny_arms_trains_what_their_own_files_train():
+    config = load_compare_config(CONFIGS / "tiny.toml")
+    seen = set()
+    rate = config.base["train"]["learning_rate"]
+    rates = {("base", arm.name): rate for arm in config.arms}
+    for arm in planned_arms(config, 4096):
+        (trial,) = (trial for trial in final_trials(config, rates) if trial.arm == arm.arm)
+        compared = trial_config(config, arm, trial).model_dump(exclude={"name", "output_dir"})
+        own = load_run_config(CONFIGS / f"tiny-{arm.arm}.toml").model_dump(exclude={"name", "output_dir"})
+        assert architecture(RunConfig(**compared, name="a"), 4096) == architecture(
+            RunConfig(**own, name="a"), 4096
+        )
+        assert {**compared, "model": 0} == {**own, "model": 0}
+        seen.add(f"tiny-{arm.arm}.toml")
+    assert seen == {path.name for path in CONFIGS.glob("tiny-*.toml")}
