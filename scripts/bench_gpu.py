@@ -2,16 +2,19 @@
 moment.
 
     python scripts/bench_gpu.py [--out docs/benchmarks/DATE-gpu.json] [--seconds 600]
+    TRITON_INTERPRET=1 python scripts/bench_gpu.py --dry-run --out /tmp/gpu.json   # without a GPU
 
 Results are written after each part, so what was measured before an interruption is kept. Parts, in order:
 the tests of the Triton kernels; full-edge forward and backward as a fraction of the matrix product of equal
 FLOPs, in bf16, over tile sizes; phi(a) * u against SiLU(a) * u; training steps of 100M-parameter arms,
-eager and compiled.
+eager and compiled. A dry run goes through the same parts with tiny sizes on the CPU, in Triton's interpreter;
+its timings mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -28,33 +31,40 @@ from kanlm.config import UserError
 from kanlm.model.kan import KANLinear, LearnedFunction
 from kanlm.runs import provenance, write_json
 
+DRY = "--dry-run" in sys.argv
+DEVICE, HALF = ("cpu", torch.float32) if DRY else ("cuda", torch.bfloat16)
 TILES = ((128, 32, 128), (128, 64, 128), (64, 32, 128), (128, 32, 256), (64, 64, 64))
 """Rows, inputs and outputs of a tile."""
 
 
 def median_seconds(step, budget: float = 3.0) -> float:
-    taken = rounds([Arm("x", step, 1, 0)], budget, "cuda", least=10, most=200)["x"]
+    seconds, least = (0.0, 1) if DRY else (budget, 10)
+    taken = rounds([Arm("x", step, 1, 0)], seconds, DEVICE, least=least, most=200)["x"]
     return sorted(taken)[len(taken) // 2]
 
 
 def kernel_tests() -> dict:
     command = [sys.executable, "-m", "pytest", "-q", "tests/kernels/test_triton.py"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    if DRY:
+        command += ["-k", "two_runs"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     return {"passed": result.returncode == 0, "tail": result.stdout[-2000:]}
 
 
 def full_edge(tiles: tuple[int, int, int], width: int = 1024, tokens: int = 16384, grid: int = 8) -> dict:
     from kanlm.kernels import triton_ops
 
+    if DRY:
+        tiles, width, tokens = (16, 16, 16), 16, 32
     rows, inputs, outputs = tiles
     meta = {"BN": rows, "BI": inputs, "BO": outputs, "num_warps": 8, "num_stages": 3}
     chosen, triton_ops._tiles = triton_ops._tiles, lambda: meta
     try:
-        layer = KANLinear(width, width, grid_size=grid, base=None).to("cuda", torch.bfloat16)
+        layer = KANLinear(width, width, grid_size=grid, base=None).to(DEVICE, HALF)
         kernels.select(layer, "triton")
-        x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        dense = torch.randn(tokens, width * (grid + 3), device="cuda", dtype=torch.bfloat16)
-        grad = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(tokens, width, device=DEVICE, dtype=HALF, requires_grad=True)
+        dense = torch.randn(tokens, width * (grid + 3), device=DEVICE, dtype=HALF)
+        grad = torch.randn(tokens, width, device=DEVICE, dtype=HALF)
         weight = layer.spline.weight
 
         def both() -> None:
@@ -79,21 +89,36 @@ def full_edge(tiles: tuple[int, int, int], width: int = 1024, tokens: int = 1638
 
 
 def gate(width: int = 2048, tokens: int = 65536) -> dict:
-    a, u, grad = (torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    if DRY:
+        width, tokens = 32, 64
+    a, u, grad = (torch.randn(tokens, width, device=DEVICE, dtype=HALF) for _ in range(3))
     a.requires_grad_(), u.requires_grad_()
-    function = LearnedFunction(width, 8).to("cuda")
-    kernels.select(function, "triton")
-    silu = torch.compile(lambda a, u: F.silu(a) * u)
+    cubic, linear, rational = (
+        LearnedFunction(width, 8, basis).to(DEVICE) for basis in ("bspline", "linear", "rational")
+    )
+    for function in (cubic, linear, rational):
+        kernels.select(function, "triton")
     seconds = {}
-    for name, op in (("learned", function.gated), ("compiled silu", silu)):
+    ops = {"cubic": cubic, "linear": linear, "rational": rational, "compiled silu": compiled_silu()}
+    for name, op in ops.items():
         seconds[name] = median_seconds(lambda op=op: op(a, u).backward(grad))
     return seconds
 
 
-def training(names: tuple[str, ...], compiled: bool) -> list[dict]:
+def compiled_silu():
+    def silu(a, u):
+        return F.silu(a) * u
+
+    return silu if DRY else torch.compile(silu)
+
+
+def training(names: tuple[str, ...], compiled: bool, out: Path) -> list[dict]:
+    if DRY:
+        train.SIZES["dry"] = (128, 344, 1, 2, 1, 8)
     return train.run(
-        "100m", names, device="cuda", compiled=compiled, seconds=60, memory=True,
-        out=f"docs/benchmarks/gpu-train-{'compiled' if compiled else 'eager'}.json",
+        "dry" if DRY else "100m", names, "triton", DEVICE, compiled=compiled and not DRY,
+        seconds=0.0 if DRY else 60.0, memory=not DRY,
+        out=str(out.with_name(f"{out.stem}-train-{'compiled' if compiled else 'eager'}.json")),
     )  # fmt: skip
 
 
@@ -103,17 +128,23 @@ def main() -> int:
     )
     parser.add_argument("--out", default=f"docs/benchmarks/{datetime.now(UTC):%Y-%m-%d}-gpu.json")
     parser.add_argument("--seconds", type=float, default=600.0, help="start no further part after this time")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU; needs no GPU")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    out = Path(arguments.out)
+    if DRY and os.environ.get("TRITON_INTERPRET") != "1":
+        print("bench_gpu: --dry-run needs TRITON_INTERPRET=1", file=sys.stderr)
+        return 2
+    if not DRY and not torch.cuda.is_available():
         print("bench_gpu: torch sees no CUDA device", file=sys.stderr)
         return 2
     names = ("swiglu", "kan_glu", "kan_glu_linear", "gelu", "kan_mixed")
+    tried = TILES[:1] if DRY else TILES
     parts = {
         "tests": kernel_tests,
-        **{f"full_edge {tiles}": (lambda tiles=tiles: full_edge(tiles)) for tiles in TILES},
+        **{f"full_edge {tiles}": (lambda tiles=tiles: full_edge(tiles)) for tiles in tried},
         "gate": gate,
-        "training eager": lambda: training(names, compiled=False),
-        "training compiled": lambda: training(names, compiled=True),
+        "training eager": lambda: training(names, False, out),
+        "training compiled": lambda: training(names[:2] if DRY else names, True, out),
     }
     start, results = time.monotonic(), {}
     for name, part in parts.items():
@@ -125,8 +156,9 @@ def main() -> int:
         except (RuntimeError, UserError) as error:  # a tile that does not fit must not cost the other parts
             results[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
         print(name, results[name], flush=True)
-        write_json(Path(arguments.out), {"parts": results, **provenance()})
-    return 0 if results.get("tests", {}).get("passed") else 1
+        write_json(out, {"parts": results, "dry_run": DRY, **provenance()})
+    failed = [name for name, result in results.items() if isinstance(result, dict) and "error" in result]
+    return 0 if results.get("tests", {}).get("passed") and not failed else 1
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
 """The benchmarks: complete records, refusal of a red arm, ratios, and user mistakes."""
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +86,24 @@ def test_layer_benchmark_writes_a_complete_record(tmp_path):
     assert mlp["speed_ratio"] == 1.0 and ours["baseline"] == "mlp" and ours["seconds"] > 0
     assert abs(mlp["parameters"] / ours["parameters"] - 1) < 0.1
     assert any("kanlm reference" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_goes_through_every_part_without_a_gpu(tmp_path):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    script = Path(__file__).parents[2] / "scripts" / "bench_gpu.py"
+    result = subprocess.run(
+        [sys.executable, script, "--dry-run", "--out", tmp_path / "gpu.json"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert parts["tests"]["passed"] and parts["gate"].keys() >= {"cubic", "linear", "rational"}
+    kernels_used = {record["arm"]: record["kernels"] for record in parts["training eager"]}
+    assert kernels_used["kan_glu"] == kernels_used["kan_mixed"] == "triton"
+    assert [record["arm"] for record in parts["training compiled"]] == ["swiglu", "kan_glu"]
+    assert json.loads((tmp_path / "gpu-train-eager.json").read_text())["arms"] == parts["training eager"]
 
 
 def test_absent_peer_is_skipped_with_a_line(tmp_path, monkeypatch):
