@@ -110,14 +110,15 @@ def cached(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
-            manifest = identity | {
+            manifest: dict[str, Any] = identity | {
                 "split": split,
                 "source": ", ".join(source.name for source in sources),
                 "licence": ", ".join(dict.fromkeys(source.reader.licence for source in sources)),
             }
-            if all(source.known_bits for source in sources):
+            known = [(source, source.known_bits) for source in sources if source.known_bits is not None]
+            if len(known) == len(sources):
                 manifest["known_bits"] = sum(
-                    source.known_bits(text) for source in sources for text in TextStream(source)
+                    known_bits(text) for source, known_bits in known for text in TextStream(source)
                 )
             partial = folder.with_name(f"{folder.name}.partial")
             try:

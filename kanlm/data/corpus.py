@@ -121,6 +121,7 @@ def split_sources(config: RunConfig, split: Split) -> tuple[Source, ...]:
 
 
 def _validation_spec(data: DataConfig) -> SourceConfig:
+    assert data.validation_source is not None
     return SourceConfig(
         source=data.validation_source,
         split=data.validation_split or "train",
@@ -134,7 +135,7 @@ def _source(data: DataConfig, spec: SourceConfig, split: Split) -> Source:
     if held_out_apart:
         if split == "train":
             _check_apart(data, spec)
-        elif data.validation_source is None:
+        elif data.validation_split is not None and data.validation_source is None:
             spec = _with_split(spec, data.validation_split)
     found = reader(spec, invalid_utf8=data.invalid_utf8, streaming=data.streaming)
     max_documents = None if held_out_apart and split == "validation" else data.max_documents
@@ -149,12 +150,11 @@ def _source(data: DataConfig, spec: SourceConfig, split: Split) -> Source:
         part = (_tail_rule if few else _hash_rule)(split, fraction)
         if data.streaming and split == "validation":
             max_parts = STREAMED_VALIDATION_DOCUMENTS
-    identity = [found.fingerprint, split, rule, max_documents, max_parts]
+    identity: list[Any] = [found.fingerprint, split, rule, max_documents, max_parts]
     if rule != "whole":
         identity.append(fraction)
     fingerprint = hashlib.sha256(json.dumps(identity).encode("utf-8")).hexdigest()
-    known_bits = found.known_bits if rule != "tails" else None
-    return Source(found, spec.weight, part, max_documents, max_parts, known_bits, fingerprint)
+    return Source(found, spec.weight, part, max_documents, max_parts, found.known_bits, fingerprint)
 
 
 @lru_cache

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,20 +60,21 @@ class TokenLoader:
         specs = [spec for spec in config.data.mixture if spec.weight > 0]
         weights = [spec.weight for spec in specs] or [1.0]
         self._mixture = Mixture(weights, config.data_seed)
-        self._sources: list[_CachedBlocks] | list[StreamedBlocks]
+        self._sources: Sequence[_CachedBlocks | StreamedBlocks]
+        self._streams: list[StreamedBlocks] = []
         if config.data.streaming:
             pack, window = Packer(tokenizer), config.data.shuffle_buffer
-            self._sources = [
+            self._sources = self._streams = [
                 StreamedBlocks(source, pack, self._block_size, window, (config.data_seed, number))
                 for number, source in enumerate(split_sources(config, "train"))
             ]
-            self.manifest = _streamed_manifest(self._sources, tokenizer)
+            self.manifest = _streamed_manifest(self._streams, tokenizer)
         else:
-            self._sources = [
+            self._sources = cached = [
                 _CachedBlocks(cache, self._block_size, (config.data_seed, number))
                 for number, cache in enumerate(train_caches(config, tokenizer))
             ]
-            self.manifest = _cached_manifest([source.cache.manifest for source in self._sources])
+            self.manifest = _cached_manifest([source.cache.manifest for source in cached])
         self._identity = {
             "data_seed": config.data_seed,
             "data.block_size": self._block_size,
@@ -95,7 +96,7 @@ class TokenLoader:
         """The place of the next micro-batch, JSON only. Any process's state serves all, of any number."""
         state = {"consumed": self.consumed, "identity": self._identity}
         if self.manifest["streaming"]:
-            state["streams"] = [source.state_dict() for source in self._sources]
+            state["streams"] = [stream.state_dict() for stream in self._streams]
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -108,8 +109,8 @@ class TokenLoader:
                     "start a new run under another name"
                 )
         self.consumed = state["consumed"]
-        for source, stream in zip(self._sources, state.get("streams", ()), strict=False):
-            source.load_state_dict(stream)
+        for stream, place in zip(self._streams, state.get("streams", ()), strict=True):
+            stream.load_state_dict(place)
 
     def _batch(self, numbers: np.ndarray) -> dict[str, Tensor]:
         ids = np.empty((len(numbers), self._block_size), dtype=np.int64)  # [B, T]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,9 @@ class _Window:
 
 class StreamedBlocks:
     """Blocks by their number, in rising order; a thread packs the next window while this one is used."""
+
+    _window: _Window
+    _next: Future[_Window]
 
     def __init__(self, source: Source, pack: Packer, block_size: int, window: int, key: tuple[int, ...]):
         self.source, self.key = source, key

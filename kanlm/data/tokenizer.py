@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -80,7 +81,7 @@ def loaded_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
             f"tokenizer.path: no tokenizer could be loaded from {str(path)!r}: {reason}; give a folder with "
             "tokenizer.json or a hub id that can be reached, or leave it out to train one"
         ) from None
-    if not getattr(tokenizer, "is_fast", False):
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             f"tokenizer.path: {str(path)!r} has no fast tokenizer (tokenizer.json); choose another"
         )
@@ -107,7 +108,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def _key(config: RunConfig) -> str:
-    parts = [[source.fingerprint, source.weight] for source in split_sources(config, "train")]
+    parts: list[Any] = [[source.fingerprint, source.weight] for source in split_sources(config, "train")]
     parts += [config.tokenizer.vocab_size, SAMPLE_CHARACTERS, _RECIPE]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
