@@ -251,11 +251,12 @@ class CheckpointWriter:
             self.thread.join()
             self.thread = None
 
-    def finish(self) -> None:
+    def finish(self, last: bool = False) -> None:
+        """Wait, and report a failure; that of a run's last checkpoint is an error in any case."""
         self.wait()
         if self.error is not None:
             message, self.error = self.error, None
-            if self.on_error == "stop":
+            if last or self.on_error == "stop":
                 raise UserError(message)
             self.say(f"{message}; training goes on without it (train.on_checkpoint_error = continue)")
 

@@ -349,7 +349,7 @@ def run_steps(session: Session) -> None:
             saved_step = state.step
     if saved_step != state.step:
         save(session)
-    session.writer.finish()
+    session.writer.finish(last=True)
     session.accelerator.wait_for_everyone()  # a launcher ends all processes when the first one has ended
 
 

@@ -145,14 +145,15 @@ def test_snapshot_is_not_touched_by_later_steps(run_config, monkeypatch):
 
 
 @pytest.fixture
-def full_disk(monkeypatch):
-    """Files of this process cannot grow over 20 kB from the second checkpoint on."""
+def full_disk(monkeypatch, request):
+    """Files of this process cannot grow over 20 kB from step 8 on, until `has_space_at` (0 = never)."""
+    has_space_at = getattr(request, "param", 0)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then the write itself fails, as on a full disk
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     real = checkpoint.Snapshot.write
 
     def write(self, folder):
-        if self.step < 8:
+        if self.step < 8 or (has_space_at and self.step >= has_space_at):
             return real(self, folder)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
         try:
@@ -186,11 +187,26 @@ def test_full_disk_stops_the_run_and_leaves_the_last_checkpoint_intact(
     assert losses(config) == losses(other)
 
 
+@pytest.mark.parametrize("full_disk", [12], indirect=True)
 def test_full_disk_can_be_outlived_by_option(run_config, full_disk, capsys):
-    config = run_config("train.save_every=4", "train.on_checkpoint_error=continue")
+    config = run_config("train.save_every=4", "train.on_checkpoint_error=continue", "train.keep_last=3")
     assert loop.train(config).state == "finished"
     assert "training goes on without it" in capsys.readouterr().out
-    assert [path.name for path in RunDir(config.run_dir).checkpoints.iterdir()] == ["step-00000004"]
+    kept = sorted(path.name for path in RunDir(config.run_dir).checkpoints.iterdir())
+    assert kept == ["step-00000004", "step-00000012"]
+
+
+def test_last_checkpoint_that_cannot_be_written_is_an_error_in_any_case(
+    run_config, full_disk, interrupt_after, capsys
+):
+    """Else a run would say that it is finished, or saved, and its weights would be lost."""
+    settings = ("train.save_every=4", "train.on_checkpoint_error=continue")
+    with pytest.raises(UserError, match="step-00000012: the checkpoint could not be written"):
+        loop.train(run_config(*settings))
+    interrupt_after(10)
+    with pytest.raises(UserError, match="step-00000010: the checkpoint could not be written .*00000004 is"):
+        loop.train(run_config("name=stopped", *settings))
+    assert "run the same command again" not in capsys.readouterr().out
 
 
 def test_leftovers_of_a_killed_writer_are_removed(run_config):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from kanlm.config import UserError
 from kanlm.model import KanLMForCausalLM
 from kanlm.runs import RunDir, RunRecord
-from kanlm.train import loop
+from kanlm.train import loop, parallel
 from kanlm.train.checkpoint import load_model, load_tokenizer
 from kanlm.train.faults import Diverged, StopSignal
 
@@ -408,3 +409,12 @@ def test_compiled_layers_learn_the_same(run_config, losses):
     loop.train(compiled)
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
     assert load_model(compiled.run_dir)[1].keys() == load_model(plain.run_dir)[1].keys()
+
+
+def test_gpu_without_bf16_is_told_so(run_config, monkeypatch):
+    """A stand-in for a device that this machine lacks as well."""
+    state = SimpleNamespace(num_processes=1, device=torch.device("cuda"))
+    monkeypatch.setattr(parallel, "PartialState", lambda **_: state)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    with pytest.raises(UserError, match="train.mixed_precision: this GPU has no bf16; use 'fp16'"):
+        loop.train(run_config("train.mixed_precision=bf16"))
