@@ -3,9 +3,10 @@
     python scripts/fit_functions.py            # writes docs/fit_functions.md, .png and .json
     python scripts/fit_functions.py --out DIR
 
-Both kinds get the same samples, the same optimiser (L-BFGS with a strong Wolfe line search, fp64), the same
-number of iterations and the same number of random starts, of which the one with the lowest training error is
-kept. A KAN grows by refining the grid of the smaller fit, an MLP by its width. Errors are on fresh samples.
+Both kinds get the same samples, the same optimiser (Levenberg-Marquardt in fp64), several shapes, and as many
+random starts and iterations; the start with the lowest training error goes on. A KAN grows by refining the
+grid of the smaller fit; each MLP is trained by itself with as many iterations as a KAN of one shape has for
+all its grids. Errors are on fresh samples.
 """
 
 from __future__ import annotations
@@ -30,66 +31,93 @@ from tqdm import tqdm
 
 from kanlm.model.kan import KANLinear
 
-TRAINING_SAMPLES = 3000
 TEST_SAMPLES = 1000
-ITERATIONS = 200
-"""L-BFGS iterations of an MLP, and of a KAN over all its grid sizes."""
-STARTS = 2
-START_ITERATIONS = 80
-"""Iterations after which a KAN's start on the coarsest grid is judged."""
-MLP_WIDTHS = (4, 8, 16, 32, 64)
+STARTS = 6
+START_ITERATIONS = 50
+"""Iterations after which a start, of a KAN on its coarsest grid, is judged."""
+ITERATIONS = 300
+"""Iterations that follow: of an MLP, and of a KAN over all its grid sizes."""
+FIRST_SCALES = (1.0, 3.0, 10.0)
+"""An MLP's starts multiply the first layer's default initialisation by these in turn: with one input the
+default holds no more than half an oscillation."""
+LEARNING_RATES = (3e-3, 1e-2, 3e-2)
+ADAM_STEPS = 2000
+LARGE_ITERATIONS = 10, 10
+"""Of the KAN of a large target: at the start, and at each grid size."""
+HIDDEN = ((4,), (8,), (16,), (32,), (4, 4), (8, 8), (12, 12), (16, 16), (8, 8, 8))
+"""Hidden layers of the MLPs."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A function of inputs in [-1, 1]^n and the KAN that is fitted to it."""
+    """A function of inputs in [-1, 1]^n and the networks that are fitted to it."""
 
     name: str
     function: Callable[[np.ndarray], np.ndarray]
-    shape: tuple[int, ...]
-    """Widths of the KAN's layers."""
-    grid_sizes: tuple[int, ...] = (3, 6, 12, 24, 48)
+    shapes: tuple[tuple[int, ...], ...]
+    """Widths of the KANs' layers."""
+    grid_sizes: tuple[int, ...] = (3, 6, 12, 24)
+    hidden: tuple[tuple[int, ...], ...] = HIDDEN
+    training_samples: int = 3000
+    is_large: bool = False
+    """Its MLPs are too large for a Jacobian: Adam at several learning rates. Its KAN has one start."""
+
+    @property
+    def inputs(self) -> int:
+        return self.shapes[0][0]
 
 
 def between(x: np.ndarray, low: float, high: float) -> np.ndarray:
     return low + (x + 1) / 2 * (high - low)
 
 
+def shapes_of(inputs: int) -> tuple[tuple[int, ...], ...]:
+    """Two layers with n + 1 and, as in Kolmogorov's theorem, 2 n + 1 hidden units; three layers."""
+    n = inputs
+    return (n, n + 1, 1), (n, 2 * n + 1, 1), (n, n + 1, n + 1, 1)
+
+
 TARGETS = (
-    Target("x y", lambda x: x[:, 0] * x[:, 1], (2, 2, 1)),
-    Target("J0(20 x)", lambda x: scipy.special.j0(20 * x[:, 0]), (1, 1), (6, 12, 24, 48, 96)),
+    Target("x y", lambda x: x[:, 0] * x[:, 1], ((2, 2, 1),), (1, 3, 6)),
+    Target("J0(20 x)", lambda x: scipy.special.j0(20 * x[:, 0]), ((1, 1),), (6, 12, 24, 48, 96)),
     Target(
         "exp(mean sin^2(pi x_i / 2)), 100 inputs",
         lambda x: np.exp(np.mean(np.sin(np.pi * x / 2) ** 2, axis=1)),
-        (100, 1, 1),
-        (3, 6, 12),
+        ((100, 1, 1),),
+        (1, 3),
+        hidden=((32,), (128,), (512,)),
+        training_samples=20_000,
+        is_large=True,
     ),
     Target(
         "ellipkinc(phi, m), phi to pi/2, m to 0.9",
         lambda x: scipy.special.ellipkinc(between(x[:, 0], 0, np.pi / 2), between(x[:, 1], 0, 0.9)),
-        (2, 3, 1),
+        shapes_of(2),
     ),
     Target(
         "jv(v, x), v in [0.5, 2], x to 10",
         lambda x: scipy.special.jv(between(x[:, 0], 0.5, 2), between(x[:, 1], 0, 10)),
-        (2, 3, 1),
+        shapes_of(2),
     ),
-    Target("airy Ai(x), x in [-10, 2]", lambda x: scipy.special.airy(between(x[:, 0], -10, 2))[0], (1, 1)),
+    Target(
+        "airy Ai(x), x in [-10, 2]",
+        lambda x: scipy.special.airy(between(x[:, 0], -10, 2))[0],
+        ((1, 1),),
+        (6, 12, 24, 48),
+    ),
     Target(
         "betainc(a, b, x), a, b in [0.5, 3]",
         lambda x: scipy.special.betainc(
             between(x[:, 0], 0.5, 3), between(x[:, 1], 0.5, 3), between(x[:, 2], 0, 1)
         ),
-        (3, 4, 1),
-        (3, 6, 12, 24),
+        shapes_of(3),
     ),
     Target(
         "voigt_profile(x, sigma, gamma)",
         lambda x: scipy.special.voigt_profile(
             between(x[:, 0], -3, 3), between(x[:, 1], 0.3, 1), between(x[:, 2], 0.1, 1)
         ),
-        (3, 4, 1),
-        (3, 6, 12, 24),
+        shapes_of(3),
     ),
 )
 
@@ -111,7 +139,7 @@ SERIES = (
         Target(
             "exp(sin(pi x) + y^2)",
             lambda x: np.exp(np.sin(np.pi * x[:, 0]) + x[:, 1] ** 2),
-            (2, 1, 1),
+            ((2, 1, 1),),
             (5, 10, 20, 50, 100),
         ),
         (6.8e-3, 3.4e-4, 1.9e-5, 4.9e-7, 3.3e-8),
@@ -128,7 +156,7 @@ SERIES = (
                 )
                 / 2
             ),
-            (4, 2, 1, 1),
+            ((4, 2, 1, 1),),
             (3, 5, 10, 20, 50),
         ),
         (9.2e-3, 3.2e-3, 1.1e-3, 3.8e-4, 3.8e-5),
@@ -140,6 +168,7 @@ SERIES = (
 
 @dataclass(frozen=True)
 class Fit:
+    widths: tuple[int, ...]
     parameters: int
     train_rmse: float
     test_rmse: float
@@ -147,7 +176,7 @@ class Fit:
 
 def samples(target: Target, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Uniform inputs [count, n] and values [count, 1], fp64."""
-    x = np.random.default_rng(seed).uniform(-1, 1, (count, target.shape[0]))
+    x = np.random.default_rng(seed).uniform(-1, 1, (count, target.inputs))
     return torch.tensor(x), torch.tensor(target.function(x)).unsqueeze(-1)
 
 
@@ -166,16 +195,15 @@ def new_kan(shape: tuple[int, ...], grid_size: int, seed: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def new_mlp(inputs: int, width: int, seed: int) -> nn.Sequential:
+def new_mlp(widths: tuple[int, ...], seed: int, activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
     torch.manual_seed(seed)
-    wide = {"dtype": torch.float64}
-    return nn.Sequential(
-        nn.Linear(inputs, width, **wide),
-        nn.Tanh(),
-        nn.Linear(width, width, **wide),
-        nn.Tanh(),
-        nn.Linear(width, 1, **wide),
-    )
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(inputs, outputs, dtype=torch.float64), activation()]
+    with torch.no_grad():
+        for parameter in layers[0].parameters():
+            parameter *= FIRST_SCALES[seed % len(FIRST_SCALES)]
+    return nn.Sequential(*layers[:-1])
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -202,8 +230,8 @@ def centre_on(model: nn.Sequential, x: Tensor):
             x = layer(x)
 
 
-def minimise(model: nn.Module, x: Tensor, y: Tensor, iterations: int):
-    """L-BFGS on the mean square error."""
+def lbfgs(model: nn.Module, x: Tensor, y: Tensor, iterations: int):
+    """L-BFGS with a strong Wolfe line search on the mean square error."""
     optimizer = torch.optim.LBFGS(
         model.parameters(),
         max_iter=iterations,
@@ -222,48 +250,147 @@ def minimise(model: nn.Module, x: Tensor, y: Tensor, iterations: int):
     optimizer.step(closure)
 
 
-def trained_kan(model: nn.Sequential, x: Tensor, y: Tensor, iterations: int):
+def matrices(model: nn.Sequential) -> list[nn.Linear]:
+    """The layers that hold the parameters: of a KAN, its coefficients."""
+    children = [layer.spline if isinstance(layer, KANLinear) else layer for layer in model]
+    return [child for child in children if isinstance(child, nn.Linear)]
+
+
+def jacobian(model: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs [N, 1] and their derivatives by the parameters [N, P].
+
+    Rows do not mix, so one backward pass of the sum gives every row's gradient by the outputs of each matrix;
+    that by the matrix is the outer product with its inputs.
+    """
+    seen: list[tuple[Tensor, Tensor]] = []
+    hooks = [
+        layer.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].detach(), output)))
+        for layer in matrices(model)
+    ]
+    y = model(x)
+    for hook in hooks:
+        hook.remove()
+    columns = []
+    gradients = torch.autograd.grad(y.sum(), [output for _, output in seen])
+    for layer, (inputs, _), gradient in zip(matrices(model), seen, gradients, strict=True):
+        columns.append((gradient.unsqueeze(-1) * inputs.unsqueeze(1)).flatten(1))
+        if layer.bias is not None:
+            columns.append(gradient)
+    return y.detach(), torch.cat(columns, dim=1)
+
+
+def levenberg_marquardt(model: nn.Sequential, x: Tensor, y: Tensor, iterations: int):
+    """Damped Gauss-Newton on the mean square error (Marquardt 1963); every step tried is an iteration."""
+    parameters = [p for layer in matrices(model) for p in layer.parameters()]
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float((model(x) - y).square().mean())
+
+    present, best, damping = nn.utils.parameters_to_vector(parameters).detach(), loss(), 1e-2
+    normal = None
+    for _ in range(iterations):
+        if normal is None:
+            output, rows = jacobian(model, x)
+            normal, slope = rows.t() @ rows, rows.t() @ (output - y)
+            scale = normal.diagonal()
+            scale = torch.diag(scale + 0.1 * scale.mean())
+        factor, failed = torch.linalg.cholesky_ex(normal + damping * scale)
+        if not failed:
+            tried = present - torch.cholesky_solve(slope, factor).squeeze(1)
+            nn.utils.vector_to_parameters(tried, parameters)
+            error = loss()
+            if error < best:
+                present, best, normal, damping = tried, error, None, damping / 5
+                continue
+        damping *= 4
+        if damping > 1e12:  # rounding hides any descent that is left
+            break
+    nn.utils.vector_to_parameters(present, parameters)
+
+
+def adam(model: nn.Module, x: Tensor, y: Tensor, steps: int, learning_rate: float):
+    """Adam on batches of 500 samples, with a one-cycle schedule."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        rows = torch.randint(len(x), (500,), generator=generator)
+        optimizer.zero_grad()
+        (model(x[rows]) - y[rows]).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+
+
+Minimiser = Callable[[nn.Sequential, Tensor, Tensor, int], None]
+
+
+def trained_kan(model: nn.Sequential, x: Tensor, y: Tensor, iterations: int, minimise: Minimiser):
     """Two rounds, as the hidden layers' inputs move while they train."""
     for _ in range(2):
         centre_on(model, x)
         minimise(model, x, y, iterations // 2)
 
 
-def kan_fits(target: Target, starts: int = STARTS, iterations: int | None = None) -> list[Fit]:
-    """A fit for each grid size: the best of the starts on the coarsest grid, then refined.
+def best_of(models: list[nn.Sequential], x: Tensor, y: Tensor) -> nn.Sequential:
+    return min(models, key=lambda model: rmse(model, x, y))
 
-    `iterations` at each size; default: so many that all together, the start's included, are ITERATIONS.
-    """
-    if iterations is None:
-        iterations = (ITERATIONS - START_ITERATIONS) // len(target.grid_sizes)
-    x, y = samples(target, TRAINING_SAMPLES, seed=0)
+
+def kan_fits(
+    target: Target,
+    widths: tuple[int, ...],
+    starts: int,
+    start_iterations: int,
+    iterations: int,
+    minimise: Minimiser,
+) -> list[Fit]:
+    """A fit for each grid size: the best of the starts on the coarsest grid, then refined; `iterations` at
+    each size."""
+    x, y = samples(target, target.training_samples, seed=0)
     test = samples(target, TEST_SAMPLES, seed=1)
-    candidates = []
-    for seed in range(starts):
-        model = new_kan(target.shape, target.grid_sizes[0], seed)
-        trained_kan(model, x, y, START_ITERATIONS)
-        candidates.append((rmse(model, x, y), seed, model))
-    model = min(candidates, key=lambda candidate: candidate[:2])[2]
+    models = [new_kan(widths, target.grid_sizes[0], seed) for seed in range(starts)]
+    for model in models:
+        trained_kan(model, x, y, start_iterations, minimise)
+    model = best_of(models, x, y)
     fits = []
     for grid_size in target.grid_sizes:
         if grid_size != model[0].basis.grid_size:
             for layer in model:
                 layer.refine(grid_size)
-        trained_kan(model, x, y, iterations)
-        fits.append(Fit(parameter_count(model), rmse(model, x, y), rmse(model, *test)))
+        trained_kan(model, x, y, iterations, minimise)
+        fits.append(Fit(widths, parameter_count(model), rmse(model, x, y), rmse(model, *test)))
     return fits
 
 
-def mlp_fits(target: Target, width: int) -> list[Fit]:
-    """The best of the starts at one width."""
-    x, y = samples(target, TRAINING_SAMPLES, seed=0)
+def series_fits(series: Series) -> list[Fit]:
+    target = series.target
+    return kan_fits(target, target.shapes[0], series.starts, 80, series.iterations, lbfgs)
+
+
+def fits_of_kan(target: Target, widths: tuple[int, ...]) -> list[Fit]:
+    if target.is_large:
+        effort = 1, *LARGE_ITERATIONS
+    else:
+        effort = STARTS, START_ITERATIONS, ITERATIONS // len(target.grid_sizes)
+    return kan_fits(target, widths, *effort, levenberg_marquardt)
+
+
+def fits_of_mlp(target: Target, widths: tuple[int, ...]) -> list[Fit]:
+    """The best of the starts, trained on; or the best of the learning rates."""
+    x, y = samples(target, target.training_samples, seed=0)
     test = samples(target, TEST_SAMPLES, seed=1)
-    fits = []
-    for seed in range(STARTS):
-        model = new_mlp(target.shape[0], width, seed)
-        minimise(model, x, y, ITERATIONS)
-        fits.append(Fit(parameter_count(model), rmse(model, x, y), rmse(model, *test)))
-    return [min(fits, key=lambda fit: fit.train_rmse)]
+    if target.is_large:
+        models = [new_mlp(widths, 0, nn.SiLU) for _ in LEARNING_RATES]
+        for model, learning_rate in zip(models, LEARNING_RATES, strict=True):
+            adam(model, x, y, ADAM_STEPS, learning_rate)
+        model = best_of(models, x, y)
+    else:
+        models = [new_mlp(widths, seed) for seed in range(STARTS)]
+        for model in models:
+            levenberg_marquardt(model, x, y, START_ITERATIONS)
+        model = best_of(models, x, y)
+        levenberg_marquardt(model, x, y, ITERATIONS)
+    return [Fit(widths, parameter_count(model), rmse(model, x, y), rmse(model, *test))]
 
 
 def parameters_for(fits: list[Fit], error: float) -> float:
@@ -280,41 +407,58 @@ def parameters_for(fits: list[Fit], error: float) -> float:
     return math.inf
 
 
-def named(name: str) -> Target:
-    return next(target for target in (*TARGETS, *(series.target for series in SERIES)) if target.name == name)
+def named(name: str) -> Target | Series:
+    series = {series.target.name: series for series in SERIES}
+    return series.get(name) or next(target for target in TARGETS if target.name == name)
 
 
-def kan_job(name: str, *settings: int) -> list[Fit]:
-    return kan_fits(named(name), *settings)
+def run(kind: str, name: str, widths: tuple[int, ...]) -> list[Fit]:
+    """One job: kind "kan" or "mlp"."""
+    what = named(name)
+    if isinstance(what, Series):
+        return series_fits(what)
+    return fits_of_kan(what, widths) if kind == "kan" else fits_of_mlp(what, widths)
 
 
-def mlp_job(name: str, width: int) -> list[Fit]:
-    return mlp_fits(named(name), width)
+def all_jobs() -> list[tuple[str, str, tuple[int, ...]]]:
+    """The arguments of `run`, the long ones first."""
+    by_size = sorted(TARGETS, key=lambda target: -target.inputs)
+    return [
+        *(("kan", series.target.name, ()) for series in reversed(SERIES)),
+        *(("kan", target.name, widths) for target in by_size for widths in target.shapes),
+        *(
+            ("mlp", target.name, (target.inputs, *hidden, 1))
+            for target in by_size
+            for hidden in reversed(target.hidden)
+        ),
+    ]
 
 
 def table(kan: dict[str, list[Fit]], mlp: dict[str, list[Fit]]) -> str:
-    """A row for each function: the best errors, and the parameters of each kind at two equal errors."""
+    """Rows for each function: the parameters of each kind at two equal errors."""
     lines = [
-        "| function | KAN layers | its deviation | best RMSE, KAN | best RMSE, MLP | equal RMSE "
-        "| KAN parameters | MLP parameters | MLP / KAN |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| function (its deviation) | best RMSE, KAN | best RMSE, MLP | equal RMSE | KAN parameters "
+        "| MLP parameters | MLP / KAN | 100 times fewer? |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for target in TARGETS:
-        ours, theirs = kan[target.name], mlp[target.name]
-        best = [min(fit.test_rmse for fit in fits) for fits in (ours, theirs)]
-        finest = max(best)
-        coarse = max(min(fits, key=lambda fit: fit.parameters).test_rmse for fits in (ours, theirs))
-        errors = [finest] if coarse <= finest else [math.sqrt(finest * coarse), finest]
-        for row, error in enumerate(errors):
-            counts = [parameters_for(fits, error * (1 + 1e-9)) for fits in (ours, theirs)]
-            deviation = float(samples(target, TEST_SAMPLES, seed=1)[1].std())
-            first = (
-                f"| {target.name} | {list(target.shape)} | {deviation:.1e} | {best[0]:.1e} | {best[1]:.1e} "
-            )
-            head = "| | | | | " if row else first
-            ratio = f"{counts[1] / counts[0]:.2g}"
-            lines.append(f"{head}| {error:.1e} | {counts[0]:.0f} | {counts[1]:.0f} | {ratio} |")
+        sides = kan[target.name], mlp[target.name]
+        best = [min(fits, key=lambda fit: fit.test_rmse) for fits in sides]
+        deviation = float(samples(target, TEST_SAMPLES, seed=1)[1].std())
+        finest = max(fit.test_rmse for fit in best)
+        for row, error in enumerate((math.sqrt(finest * deviation / 3), finest)):
+            counts = [parameters_for(fits, error * (1 + 1e-9)) for fits in sides]
+            ratio = counts[1] / counts[0]
+            cells = [f"{target.name} ({deviation:.1e})"]
+            cells += [f"{fit.test_rmse:.1e} ({kind_of(fit)})" for fit in best]
+            cells = ["", "", ""] if row else cells
+            cells += [f"{error:.1e}", *(f"{count:.0f}" for count in counts), f"{ratio:.2g}"]
+            lines.append(f"| {' | '.join(cells)} | {'yes' if ratio >= 100 else 'no'} |")
     return "\n".join(lines)
+
+
+def kind_of(fit: Fit) -> str:
+    return f"{'-'.join(map(str, fit.widths))}, {fit.parameters} parameters"
 
 
 def series_table(results: dict[str, list[Fit]]) -> str:
@@ -322,7 +466,7 @@ def series_table(results: dict[str, list[Fit]]) -> str:
     for series in SERIES:
         target = series.target
         lines += [
-            f"`{target.name}`, layers {list(target.shape)}:",
+            f"`{target.name}`, layers {list(target.shapes[0])}:",
             "",
             "| G | parameters | RMSE | published |",
         ]
@@ -341,11 +485,12 @@ def plot(kan: dict[str, list[Fit]], mlp: dict[str, list[Fit]], path: Path):
 
     figure, axes = pyplot.subplots(2, 4, figsize=(13, 5.6), constrained_layout=True)
     for axis, target in zip(axes.flat, TARGETS, strict=True):
-        for label, fits, marker in (("KAN", kan, "o-"), ("MLP", mlp, "s--")):
+        for label, fits, marker, colour in (("KAN", kan, "o", "C0"), ("MLP", mlp, "s", "C1")):
             points = sorted(fits[target.name], key=lambda fit: fit.parameters)
-            axis.loglog(
-                [fit.parameters for fit in points], [fit.test_rmse for fit in points], marker, label=label
-            )
+            sizes, errors = zip(*((fit.parameters, fit.test_rmse) for fit in points), strict=True)
+            axis.loglog(sizes, errors, marker, color=colour, alpha=0.4, markersize=4)
+            axis.step(sizes, np.minimum.accumulate(errors), colour, where="post", label=label)
+        axis.axhline(float(samples(target, TEST_SAMPLES, seed=1)[1].std()), color="grey", ls=":", lw=1)
         axis.set_title(target.name, fontsize=8)
         axis.grid(alpha=0.3)
     axes[0, 0].legend()
@@ -356,28 +501,40 @@ def plot(kan: dict[str, list[Fit]], mlp: dict[str, list[Fit]], path: Path):
 
 
 def report(kan: dict[str, list[Fit]], mlp: dict[str, list[Fit]]) -> str:
+    large = next(target for target in TARGETS if target.is_large)
+    shapes = ", ".join("-".join(map(str, hidden)) for hidden in HIDDEN)
+    large_shapes = ", ".join("-".join(map(str, hidden)) for hidden in large.hidden)
+    scales = ", ".join(map(str, FIRST_SCALES))
+    rates = ", ".join(map(str, LEARNING_RATES))
     return f"""# Known functions: parameters for equal error
 
 Written by `python scripts/fit_functions.py`.
 
-KAN: whitened cubic layers without a base branch, grown by refining the grid. MLP: two hidden layers of tanh,
-widths {", ".join(map(str, MLP_WIDTHS))}. Both: {TRAINING_SAMPLES} samples in [-1, 1]^n, L-BFGS in fp64,
-{ITERATIONS} iterations (an MLP of each width; a KAN over all grid sizes), {STARTS} starts. RMSE is that on
-{TEST_SAMPLES} fresh samples. Knots count as parameters. At each equal RMSE the parameters are interpolated
-between the fitted sizes; the last row of a function is the best error that both reach.
+KAN: whitened cubic layers without a base branch, grown by refining the grid. MLP: tanh, hidden layers
+{shapes}.
 
-The layers of the first three KANs were chosen knowing the function, as in the KAN papers; those of the others
-of several inputs have n + 1 hidden units, whatever the function is.
+Both: {TARGETS[0].training_samples} samples in [-1, 1]^n, {STARTS} random starts of {START_ITERATIONS}
+iterations of Levenberg-Marquardt in fp64, of which the one with the lowest training error goes on for
+{ITERATIONS} (each MLP by itself; a KAN over all its grids). An MLP's starts scale its first layer by
+{scales} in turn. RMSE is that on {TEST_SAMPLES} fresh samples. Knots count as parameters.
 
-How to read it: large ratios stand where one KAN function per input can follow a fast oscillation or where
-the layers repeat the function's own structure; small ones where n + 1 sums of functions do not. An MLP whose
-curve is flat in its width is held back by the optimiser at this number of iterations, not by its size: its
-ratio bounds what the KAN saves from above. An RMSE near the function's deviation means that nothing was
-learned.
+With 3000 samples an MLP learns nothing of the function of 100 inputs; there both kinds have
+{large.training_samples}. Its MLPs (SiLU, hidden layers {large_shapes}) have too many parameters for
+Levenberg-Marquardt and get {ADAM_STEPS} steps of Adam at {rates},
+of which the best counts; its KAN has one start and {LARGE_ITERATIONS[1]} iterations a grid.
+
+The layers of the first three KANs were chosen knowing the function, as in the KAN papers. Functions of one
+input have a single edge. All others have the shapes [n, n+1, 1], [n, 2n+1, 1] and [n, n+1, n+1, 1], whatever
+the function is. What counts of either kind is the smallest network that reaches an error, whatever its shape;
+parameters are interpolated between fitted sizes, and a network is not counted below its smallest fitted size.
+The second row of a function is the best error that both kinds reach, the first is the geometric mean of that
+and a third of the function's deviation.
 
 {table(kan, mlp)}
 
 ![RMSE against parameters](fit_functions.png)
+
+Lines: the smallest error up to that size; dotted: the function's deviation, the error of a constant.
 
 ## Grid refinement
 
@@ -386,6 +543,20 @@ L-BFGS has up to {SERIES[0].iterations} and {SERIES[1].iterations} iterations at
 {SERIES[0].starts} and {SERIES[1].starts} starts.
 
 {series_table(kan)}"""
+
+
+def write(kan: dict[str, list[Fit]], mlp: dict[str, list[Fit]], out: Path) -> str:
+    """The fits as JSON, the plot, and the report, which is returned."""
+    out.mkdir(parents=True, exist_ok=True)
+    fits = {
+        kind: {name: [vars(fit) for fit in found] for name, found in by_name.items()}
+        for kind, by_name in (("kan", kan), ("mlp", mlp))
+    }
+    (out / "fit_functions.json").write_text(json.dumps(fits, indent=1) + "\n", encoding="utf-8")
+    plot(kan, mlp, out / "fit_functions.png")
+    text = report(kan, mlp)
+    (out / "fit_functions.md").write_text(text, encoding="utf-8")
+    return text
 
 
 def main():
@@ -397,30 +568,14 @@ def main():
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: one for each core")
     arguments = parser.parse_args()
     kan: dict[str, list[Fit]] = {}
-    mlp: dict[str, list[Fit]] = {target.name: [] for target in TARGETS}
+    mlp: dict[str, list[Fit]] = {}
+    jobs = all_jobs()
     with ProcessPoolExecutor(arguments.processes) as pool:
-        # The long ones first.
-        names = [target.name for target in TARGETS]
-        jobs = {}
-        for series in SERIES:
-            settings = series.target.name, series.starts, series.iterations
-            jobs[pool.submit(kan_job, *settings)] = kan, series.target.name
-        jobs |= {pool.submit(kan_job, name): (kan, name) for name in names}
-        for width in reversed(MLP_WIDTHS):
-            jobs |= {pool.submit(mlp_job, name, width): (mlp, name) for name in names}
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc="fits"):
-            results, name = jobs[job]
-            results[name] = results.get(name, []) + job.result()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    fits = {
-        kind: {name: [vars(fit) for fit in found] for name, found in by_name.items()}
-        for kind, by_name in (("kan", kan), ("mlp", mlp))
-    }
-    (arguments.out / "fit_functions.json").write_text(json.dumps(fits, indent=1) + "\n", encoding="utf-8")
-    plot(kan, mlp, arguments.out / "fit_functions.png")
-    text = report(kan, mlp)
-    (arguments.out / "fit_functions.md").write_text(text, encoding="utf-8")
-    print(text)
+        submitted = {pool.submit(run, *job): job for job in jobs}
+        for done in tqdm(as_completed(submitted), total=len(jobs), desc="fits"):
+            kind, name, _ = submitted[done]
+            (kan if kind == "kan" else mlp).setdefault(name, []).extend(done.result())
+    print(write(kan, mlp, arguments.out))
 
 
 if __name__ == "__main__":

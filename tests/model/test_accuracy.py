@@ -89,11 +89,36 @@ def test_gradient_descent_converges_in_white_coordinates():
 
 def test_mlp_and_kan_interpolation_of_parameters_for_equal_error():
     module = fit_functions()
-    fits = [module.Fit(10, 0, 1e-1), module.Fit(1000, 0, 1e-3), module.Fit(2000, 0, 2e-3)]
+    sizes, errors = (10, 1000, 2000), (1e-1, 1e-3, 2e-3)
+    fits = [module.Fit((1, 1), size, 0, error) for size, error in zip(sizes, errors, strict=True)]
     assert module.parameters_for(fits, 0.2) == 10
     assert module.parameters_for(fits, 1e-2) == pytest.approx(100)
     assert module.parameters_for(fits, 1e-3) == pytest.approx(1000)
     assert module.parameters_for(fits, 1e-4) == math.inf
+
+
+@pytest.mark.parametrize("kind", ["kan", "mlp"])
+def test_jacobian_of_the_fits_is_that_of_autograd(kind):
+    module = fit_functions()
+    model = module.new_kan((2, 3, 1), 3, 0) if kind == "kan" else module.new_mlp((2, 4, 3, 1), 1)
+    x = torch.rand(7, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
+    y, rows = module.jacobian(model, x)
+    torch.testing.assert_close(y, model(x).detach())
+    for output, row in zip(model(x), rows, strict=True):
+        gradients = torch.autograd.grad(output, list(model.parameters()), retain_graph=True)
+        torch.testing.assert_close(row, torch.cat([g.flatten() for g in gradients]), atol=1e-12, rtol=1e-10)
+
+
+def test_levenberg_marquardt_reaches_the_optimum_of_a_linear_problem():
+    module = fit_functions()
+    x = torch.linspace(-1, 1, 200, dtype=torch.float64).unsqueeze(-1)
+    y = torch.sin(3 * x)
+    model = module.new_kan((1, 1), 6, 0)
+    with torch.no_grad():
+        features = model[0].features(x).flatten(1)
+        optimum = (features @ torch.linalg.lstsq(features, y).solution - y).square().mean().sqrt()
+    module.levenberg_marquardt(model, x, y, 30)
+    assert module.rmse(model, x, y) == pytest.approx(float(optimum), rel=1e-3)
 
 
 @pytest.mark.slow
@@ -101,7 +126,7 @@ def test_mlp_and_kan_interpolation_of_parameters_for_equal_error():
 def test_errors_keep_falling_under_grid_refinement(index):
     module = fit_functions()
     series = module.SERIES[index]
-    fits = module.kan_fits(series.target, series.starts, series.iterations)
+    fits = module.series_fits(series)
     errors = [fit.test_rmse for fit in fits]
     assert all(fine < coarse for coarse, fine in zip(errors, errors[1:], strict=False)), errors
     for grid_size, error, published in zip(series.target.grid_sizes, errors, series.published, strict=True):
