@@ -260,9 +260,11 @@ def test_rotary_embeddings_are_those_of_llama(build, rope):
     sizes = dict(hidden_size=32, num_attention_heads=4, max_position_embeddings=64)
     theirs = LlamaRotaryEmbedding(LlamaConfig(**sizes, rope_parameters=dict(rope)))
     positions = torch.tensor([[0, 1, 5, 63, 90]])
-    x = torch.randn(1, 5, 32)
-    for found, expected in zip(model.model.rotary_emb(x, positions), theirs(x, positions), strict=True):
-        torch.testing.assert_close(found, expected)
+    for dtype in (torch.float32, torch.bfloat16):  # angles are fp32 all the same
+        x = torch.randn(1, 5, 32, dtype=dtype)
+        for found, expected in zip(model.model.rotary_emb(x, positions), theirs(x, positions), strict=True):
+            assert found.dtype == dtype
+            torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(
