@@ -166,8 +166,8 @@ def _joined(parts: list[Packed]) -> Packed:
 
 @contextmanager
 def _serial_calls() -> Iterator[None]:
-    """Each call of a tokenizer stays in its thread: with a part for each thread that is faster than the
-    library's own threads, which wait for each other at the end of a call."""
+    """Each call of a tokenizer stays in its thread: with a part for each thread that was faster, measured,
+    than the library's own threads."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

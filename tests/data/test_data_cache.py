@@ -1,6 +1,7 @@
 """Token caches: exact, shared, resumed, and never trusted when something differs."""
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -253,3 +254,15 @@ def test_setting_of_the_tokenizers_library_is_given_back(monkeypatch):
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
     packed.close()
     assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
+
+
+def test_terminal_gets_a_bar_while_a_cache_is_built(jsonl, config_for, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    config = config_for(jsonl)
+    tokenizer = tokenizer_for(config)
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    token_cache(config, tokenizer, "train")
+    assert "packing train text" in terminal.getvalue()
