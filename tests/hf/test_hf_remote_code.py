@@ -224,8 +224,11 @@ def test_the_tokenizer_gives_every_text_back(exported, text):
     assert tokenizer.eos_token_id not in ids
 
 
-def test_special_tokens_are_declared(exported):
-    folder = exported("kan_glu")
+def test_special_tokens_are_declared(build, tokenizer, tmp_path):
+    from kanlm.export import export_model
+
+    model = build("kan_glu", bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    folder = export_model(model, tokenizer, tmp_path / "model", {})
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = KanLMForCausalLM.from_pretrained(folder)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
