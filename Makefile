@@ -45,6 +45,6 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy
 
-# clean       remove the environment and what runs left behind
+# clean       remove the environment and what the demo and the smoke left behind; other runs stay
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs/demo runs/smoke runs/cache build *.egg-info

@@ -18,7 +18,7 @@ import click
 from safetensors import SafetensorError
 
 from kanlm import __version__
-from kanlm.config import UserError, load_run_config
+from kanlm.config import UserError, load_run_config, one_line
 
 
 def verb(name: str, example: str, **settings):
@@ -233,10 +233,6 @@ def bench_decode_verb(**settings) -> None:
     from kanlm.bench.decode import run
 
     run(**settings)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def complaint(error: BaseException) -> str | None:

@@ -18,6 +18,11 @@ class UserError(ValueError):
     """A mistake of the user: one line that names key or file, value, rule and remedy. Exit status 2."""
 
 
+def one_line(error: BaseException) -> str:
+    """What `error` says, without its line breaks."""
+    return " ".join(str(error).split())
+
+
 class Section(BaseModel):
     """A frozen table of a TOML file: unknown keys, wrong types and values out of range are errors."""
 
@@ -29,7 +34,7 @@ class SourceConfig(Section):
 
     source: str = Field("stdlib", min_length=1)
     """`stdlib` (Python's own library sources), `stories` (seeded generator with known entropy), a path to a
-    .txt/.jsonl/.json/.parquet file (also .xz/.gz/.zst), a local dataset folder, or a hub dataset id."""
+    .txt/.jsonl/.json/.parquet file (also .xz/.gz/.bz2), a local dataset folder, or a hub dataset id."""
     config_name: str | None = None
     """Configuration name of a hub data set, e.g. `sample-10BT`."""
     split: str = "train"
@@ -68,7 +73,7 @@ class DataConfig(SourceConfig):
     cache_dir: str = "runs/cache"
     """Where tokenizers and packed tokens are kept."""
     num_workers: int = Field(0, ge=0)
-    """Processes that tokenise; 0 = none besides this one, whose tokenizer threads use every CPU core."""
+    """Processes that tokenise; 0 = none besides this one, in as many threads as cores, at most 16."""
 
 
 class TokenizerConfig(Section):

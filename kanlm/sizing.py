@@ -25,7 +25,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from kanlm.config import RunConfig, UserError
+from kanlm.config import RunConfig, UserError, one_line
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.model.configuration_kanlm import KAN_TYPES, MLP_TYPES
 
@@ -56,9 +56,8 @@ def architecture(config: RunConfig, vocab_size: int, **token_ids: int | None) ->
     try:
         architecture = KanLMConfig(**values)
     except (StrictDataclassError, ValueError, TypeError) as error:
-        message = " ".join(str(error).split())
         where = "model." if isinstance(error, ValueError) else "model: "
-        raise UserError(where + message) from None
+        raise UserError(where + one_line(error)) from None
     if architecture.vocab_size < vocab_size:
         raise UserError(
             f"model.vocab_size: got {architecture.vocab_size}, but the tokenizer has {vocab_size} entries; "
@@ -74,7 +73,8 @@ def architecture(config: RunConfig, vocab_size: int, **token_ids: int | None) ->
 
 def architecture_fields() -> list[str]:
     """Names of KanLMConfig's own fields that a user may set, sorted."""
-    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)} | {"format_version"}
+    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    inherited |= {"format_version", "kanlm_version"}
     return sorted({field.name for field in dataclasses.fields(KanLMConfig)} - inherited)
 
 
@@ -241,6 +241,18 @@ class Memory:
         return self.parameters + self.gradients + self.optimizer + self.activations + self.buffers
 
 
+def kan_coefficients(config: KanLMConfig) -> int:
+    """Coefficients of learned functions in the whole model."""
+    edges = config.hidden_size * config.intermediate_size
+    functions = {
+        "kan": 2 * edges,
+        "kan_mixed": edges,
+        "kan_grouped": 2 * config.kan_num_groups,
+        "kan_glu": config.kan_num_groups,
+    }.get(config.ffn_type, 0)
+    return config.num_hidden_layers * functions * num_basis_functions(config)
+
+
 def memory_bytes(
     config: KanLMConfig,
     *,
@@ -250,14 +262,14 @@ def memory_bytes(
     sharding: Literal["none", "ddp", "fsdp2"] = "none",
     mixed_precision: bool = True,
     optimizer: Literal["adamw", "muon"] = "adamw",
+    kan_optimizer: Literal["adamw", "muon"] = "adamw",
     gradient_checkpointing: bool = False,
 ) -> Memory:
     """Estimated peak of a training step on one device, without allocator slack and CUDA's own memory.
 
-    fp32 parameters and gradients (4 + 4 bytes each), Adam's two moments (8; Muon keeps one for the
-    matrices of the blocks), half-precision activations under autocast. `ddp` holds all of it on every device
-    and a copy of the gradients in buckets; `fsdp2` keeps 1/devices of it, and two decoder layers gathered at
-    once.
+    fp32 parameters and gradients (4 + 4 bytes each), Adam's two moments (8; Muon keeps one), half-precision
+    activations under autocast. `ddp` holds all of it on every device and a copy of the gradients in buckets;
+    `fsdp2` keeps 1/devices of it, and two decoder layers gathered at once.
     """
     if devices < 1 or (sharding == "none" and devices != 1):
         raise UserError(
@@ -267,7 +279,10 @@ def memory_bytes(
     layer = counts.non_embedding // config.num_hidden_layers
     share = devices if sharding == "fsdp2" else 1
     parameters = 4 * counts.total
-    moments = 8 * counts.total - (4 * counts.non_embedding if optimizer == "muon" else 0)
+    coefficients = kan_coefficients(config)
+    by_muon = counts.non_embedding - coefficients if optimizer == "muon" else 0
+    by_muon += coefficients if kan_optimizer == "muon" else 0
+    moments = 8 * counts.total - 4 * by_muon
     half = 2 if mixed_precision else 4
     buffers = {
         "none": 0,
@@ -465,6 +480,7 @@ def _device_plan(
         sharding=sharding,
         mixed_precision=train.mixed_precision != "no",
         optimizer=train.optimizer,
+        kan_optimizer=train.kan_optimizer,
         gradient_checkpointing=train.gradient_checkpointing,
     )
     return {

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from kanlm import sizing
-from kanlm.config import RunConfig, UserError, load_run_config, parsed
+from kanlm.config import RunConfig, TrainConfig, UserError, load_run_config, parsed
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.model.configuration_kanlm import EDGE_BASES, FFN_TYPES, FUNCTION_BASES
+from kanlm.train.optimizer import optimizers
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SHIPPED = sorted(path for path in CONFIGS.glob("*.toml") if re.match(r"(tiny|small|base|plan)-", path.name))
@@ -288,3 +289,31 @@ def test_mistakes_in_the_model_table_are_one_line(model, message):
 def test_a_budget_below_one_step_is_an_error():
     with pytest.raises(UserError, match="train.max_tokens: 4095 is less than one step of 4096"):
         sizing.plan(run_config(train={"max_tokens": 4095}))
+
+
+@pytest.mark.parametrize("kan_optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("ffn_type", ["gelu", "kan", "kan_mixed", "kan_grouped", "kan_glu"])
+def test_planned_optimizer_state_is_the_real_one(ffn_type, optimizer, kan_optimizer):
+    config = KanLMConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        ffn_type=ffn_type, kan_num_groups=4, kan_grid_size=4, max_position_embeddings=16,
+    )  # fmt: skip
+    model = KanLMForCausalLM(config)
+    settings = TrainConfig(max_tokens=1, optimizer=optimizer, kan_optimizer=kan_optimizer)
+    made = optimizers(model, settings, torch.device("cpu"))
+    ids = torch.arange(16).unsqueeze(0)
+    model(ids, labels=ids).loss.backward()
+    real = 0
+    for one in made:
+        one.step()
+        states = (state for of in one.state.values() for state in of.values())
+        real += sum(4 * state.numel() for state in states if torch.is_tensor(state) and state.ndim)
+    planned = sizing.memory_bytes(
+        config, micro_batch_size=1, block_size=16, optimizer=optimizer, kan_optimizer=kan_optimizer
+    ).optimizer
+    assert planned == pytest.approx(real, rel=0.01)  # vectors stay with AdamW; the plan counts them to Muon
+
+
+def test_the_version_that_wrote_a_config_is_no_choice():
+    assert "kanlm_version" not in sizing.architecture_fields()

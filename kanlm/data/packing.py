@@ -196,7 +196,7 @@ def pieces(text: str) -> list[str]:
     """`text` cut into pieces of about PIECE_CHARACTERS, each before a blank or newline that precedes a word.
 
     GPT-2's pattern gives the last white-space character before a word to that word or a token of its own, so
-    no token spans such a cut, and the tokenizer's threads share one long document.
+    no token spans such a cut, and several threads can share one long document.
     """
     if len(text) <= PIECE_CHARACTERS:
         return [text]

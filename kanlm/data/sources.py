@@ -49,7 +49,7 @@ _ENDINGS = {
     ".json": "json",
     ".parquet": "parquet",
 }
-_COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst", ".lz4")
+_COMPRESSIONS = (".gz", ".xz", ".bz2")
 _READ_ERRORS = (ValueError, OSError, EOFError, lzma.LZMAError, zlib.error, datasets.exceptions.DatasetsError)
 
 

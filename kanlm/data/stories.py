@@ -1,7 +1,7 @@
 """Short stories from a seeded grammar of our own, whose entropy is known exactly.
 
 Every random choice adds -log2 p to the story's `bits`, and no two sequences of choices give the same text
-(tests/data/test_stories.py derives them back from texts), so `bits` = -log2 p(text): the mean over stories is
+(tests/data/test_data_stories.py derives them back), so `bits` = -log2 p(text): the mean over stories is
 the entropy of the source, and no model has a lower expected loss. A model's loss minus the known bits is what
 it has not learned. What follows from earlier choices costs no bits but must be worked out: sums and
 differences, pronouns, plurals and verbs that agree over a distance, who holds what, and where it is.

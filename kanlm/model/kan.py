@@ -261,10 +261,6 @@ class KANLinear(nn.Module):
         """x [..., I] to the inputs of the coefficients [..., K, I], fp32 or fp64."""
         return self._white_basis().values(x)
 
-    def feature_derivatives(self, x: Tensor) -> Tensor:
-        """d features / dx: [..., I] to [..., K, I]."""
-        return self._white_basis().derivatives(x)
-
     def _white_basis(self):
         basis = self.present_basis()
         return basis if self.whitening is None else WhiteBasis(basis, self.whitening)

@@ -27,7 +27,12 @@ from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.model.health import kan_health
 from kanlm.model.kan import kan_coefficient_names
 from kanlm.runs import RunDir, RunRecord, provenance, write_json
-from kanlm.sizing import architecture, parameter_counts, training_flops_per_token
+from kanlm.sizing import (
+    architecture,
+    parameter_counts,
+    planned_vocab_size,
+    training_flops_per_token,
+)
 from kanlm.train import checkpoint
 from kanlm.train.faults import Diverged, StopSignal, ZeroGradientWatch, first_nonfinite_layer
 from kanlm.train.optimizer import optimizers
@@ -132,6 +137,8 @@ def prepare(config: RunConfig, run: RunDir, accelerator: Accelerator) -> Session
     behind.
     """
     settings = config.train
+    # Mistakes in sizes are told before any text is read; the tokenizer may turn out smaller than planned.
+    architecture(config, planned_vocab_size(config))
     micro_batch_size, accumulation_steps, total_steps = step_shape(config, accelerator.num_processes)
     set_threads(accelerator, settings.num_threads)
     with accelerator.main_process_first():

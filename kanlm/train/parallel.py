@@ -127,8 +127,12 @@ def new_accelerator(config: RunConfig) -> Iterator[Accelerator]:
             f"train.mixed_precision: 'fp16' needs a GPU, and this run is on {state.device.type}; "
             "use 'no', 'bf16' or 'auto'"
         )
-    if wanted == "fp16" and config.train.optimizer == "muon":
-        raise UserError("train.mixed_precision: 'fp16' does not go with train.optimizer = 'muon'; use 'bf16'")
+    if wanted == "fp16":  # its loss scale serves one optimiser
+        for key in ("optimizer", "kan_optimizer"):
+            if getattr(config.train, key) == "muon":
+                raise UserError(
+                    f"train.mixed_precision: 'fp16' does not go with train.{key} = 'muon'; use 'bf16'"
+                )
     accelerator = Accelerator(
         mixed_precision=wanted,
         log_with=tracking.log_with(config),

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from accelerate import Accelerator
 
-from kanlm.config import RunConfig, UserError
+from kanlm.config import RunConfig, UserError, one_line
 
 KEPT = "metrics.jsonl has every number"
 PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
@@ -117,10 +117,6 @@ def failures(name: str) -> tuple[type[BaseException], ...]:
 
         return (httpx.HTTPError, sqlite3.Error, OSError)
     return (OSError,)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def flat(table: dict[str, Any], prefix: str = "") -> dict[str, bool | str | float | int]:

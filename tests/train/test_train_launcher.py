@@ -38,6 +38,7 @@ slow = pytest.mark.slow
         (2, signal.SIGTERM),
         pytest.param(1, signal.SIGINT, marks=slow),
         pytest.param(2, signal.SIGINT, marks=slow),
+        pytest.param(1, signal.SIGKILL, marks=slow),
         pytest.param(2, signal.SIGKILL, marks=slow),
     ],
 )

@@ -411,6 +411,20 @@ def test_compiled_layers_learn_the_same(run_config, losses):
     assert load_model(compiled.run_dir)[1].keys() == load_model(plain.run_dir)[1].keys()
 
 
+@pytest.mark.parametrize("key", ["optimizer", "kan_optimizer"])
+def test_one_loss_scale_does_not_serve_two_optimisers(key, run_config, monkeypatch):
+    state = SimpleNamespace(num_processes=1, device=torch.device("cuda"))
+    monkeypatch.setattr(parallel, "PartialState", lambda **_: state)
+    with pytest.raises(UserError, match=f"'fp16' does not go with train.{key} = 'muon'"):
+        loop.train(run_config("train.mixed_precision=fp16", f"train.{key}=muon"))
+
+
+def test_impossible_sizes_are_told_before_any_text_is_read(run_config, tmp_path):
+    with pytest.raises(UserError, match="num_attention_heads"):
+        loop.train(run_config("model.num_attention_heads=3", f"data.cache_dir={tmp_path / 'fresh'}"))
+    assert not (tmp_path / "fresh").exists()
+
+
 def test_gpu_without_bf16_is_told_so(run_config, monkeypatch):
     """A stand-in for a device that this machine lacks as well."""
     state = SimpleNamespace(num_processes=1, device=torch.device("cuda"))
