@@ -77,6 +77,13 @@ def export_verb(run: str, out: str | None) -> None:
 @click.option("--context-length", type=click.IntRange(min=2), help="Default: the model's own.")
 @click.option("--stride", type=click.IntRange(min=1), help="Default: the context length.")
 @click.option("--document-separator", help="Text files: a line between documents, e.g. <|endoftext|>.")
+@click.option(
+    "--invalid-utf8",
+    type=click.Choice(["error", "replace"]),
+    default="error",
+    show_default=True,
+    help="Bytes of a file that are not UTF-8.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--max-documents", type=click.IntRange(min=1))
 @click.option(

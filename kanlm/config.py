@@ -57,7 +57,7 @@ class DataConfig(SourceConfig):
     validation_fraction: float = Field(0.05, gt=0, lt=1)
     """Share of the documents (by hash of their text; of a single document its tail) held out otherwise."""
     mixture: tuple[SourceConfig, ...] = Field((), strict=False)
-    """Several sources with weights; replaces `source`."""
+    """Several sources with weights, of a positive sum; replaces `source`."""
     block_size: int = Field(256, ge=8)
     """Tokens in a training sequence."""
     cross_document_attention: bool = True
@@ -227,8 +227,12 @@ def with_overrides(table: dict[str, Any], overrides: tuple[str, ...] | list[str]
     return table
 
 
-def parsed(kind: type[Section], table: dict[str, Any], where: str) -> Any:
-    """`table` as a `kind`; the first mistake becomes a one-line `UserError` that names the key."""
+def parsed(
+    kind: type[Section], table: dict[str, Any], where: str, overrides: tuple[str, ...] | list[str] = ()
+) -> Any:
+    """`table` as a `kind`; the first mistake becomes a one-line `UserError` that names the key, and `where`
+    or the override that it comes from.
+    """
     try:
         return kind.model_validate(table)
     except ValidationError as error:
@@ -249,6 +253,11 @@ def parsed(kind: type[Section], table: dict[str, Any], where: str) -> Any:
             )
         elif first["type"] == "missing":
             message = f"required, but absent; add it to {where}"
+        for override in overrides:
+            set_key = override.partition("=")[0].strip()
+            inside = first["type"] == "extra_forbidden" and set_key.startswith(f"{key}.")
+            if inside or f"{key}.".startswith(f"{set_key}."):
+                where = f"override {override!r}"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise UserError(f"{where}: {key}: {message}{shown}{more}") from None
 
@@ -267,4 +276,4 @@ def _fields_at(kind: type[Section], loc: tuple) -> list[str]:
 
 def load_run_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> RunConfig:
     """The run configuration in the TOML file at `path` with `overrides` applied."""
-    return parsed(RunConfig, with_overrides(toml_table(path), overrides), str(path))
+    return parsed(RunConfig, with_overrides(toml_table(path), overrides), str(path), overrides)

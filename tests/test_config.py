@@ -89,3 +89,13 @@ def test_config_round_trips_through_json(tmp_path):
 )
 def test_shipped_run_configs_parse(path):
     assert load_run_config(path).name
+
+
+@pytest.mark.parametrize("override", ["foo.bar=1", "data.block_size=abc", "train.batch_size=0"])
+def test_a_mistake_in_an_override_is_not_blamed_on_the_file(override):
+    path = CONFIGS / "tiny-kan.toml"
+    with pytest.raises(UserError) as caught:
+        load_run_config(path, ["train.max_tokens=100", override])
+    assert str(caught.value).startswith(f"override {override!r}: ")
+    with pytest.raises(UserError, match="tiny-kan.toml: train: batch_size 8 is not"):
+        load_run_config(path, ["train.micro_batch_size=3"])

@@ -216,7 +216,7 @@ def load_compare_config(path: str | Path, overrides: Iterable[str] = ()) -> Comp
     overrides = list(overrides)
     if isinstance(table.get("base"), str):
         table["base"] = toml_table(Path(path).parent / table["base"])
-    config = parsed(CompareConfig, with_overrides(table, overrides), str(path))
+    config = parsed(CompareConfig, with_overrides(table, overrides), str(path), overrides)
     for size in config.sizes:
         run_config(config, size, {"name": "base"}, where=f"{path}: base")
     return config

@@ -79,7 +79,7 @@ def reader(spec: SourceConfig, *, invalid_utf8: str = "error", streaming: bool =
         return _local(spec, path, invalid_utf8)
     if spec.source.startswith((".", "/", "~")) or _builder(path) is not None or spec.source.count("/") > 1:
         siblings = sorted(p.name for p in path.parent.iterdir())[:10] if path.parent.is_dir() else []
-        hint = f"; {path.parent}/ has: {', '.join(siblings)}" if siblings else ""
+        hint = f"; {path.parent} has: {', '.join(siblings)}" if siblings else ""
         raise UserError(f"data.source: no such file or folder: {spec.source!r}{hint}")
     return _hub(spec, invalid_utf8, streaming)
 
@@ -272,8 +272,8 @@ def _invalid_utf8_message(spec: SourceConfig, files: list[Path], error: UnicodeD
             where = f"{str(file)!r}, byte {offset}{unpacked}"
             break
     return (
-        f"data.source: {where}: not UTF-8 ({error.reason}); convert it, or set data.invalid_utf8=replace to "
-        "read such bytes as U+FFFD"
+        f"data.source: {where}: not UTF-8 ({error.reason}); convert it, or set data.invalid_utf8=replace "
+        "(kanlm eval: --invalid-utf8 replace) to read such bytes as U+FFFD"
     )
 
 

@@ -383,6 +383,7 @@ def held_out_documents(
     text_column: str = "text",
     document_separator: str | None = None,
     max_documents: int | None = None,
+    invalid_utf8: Literal["error", "replace"] = "error",
 ) -> tuple[Iterator[str], str, str]:
     """(documents, name, split) of a data specification.
 
@@ -414,7 +415,8 @@ def held_out_documents(
             "document_separator": document_separator,
         }
         spec = parsed(SourceConfig, table, "data")
-        return text_documents(spec, max_documents=max_documents), str(data), split or "all"
+        texts = text_documents(spec, max_documents=max_documents, invalid_utf8=invalid_utf8)
+        return texts, str(data), split or "all"
     if split not in (None, "train", "validation"):
         raise UserError(f"split: {data} has train and validation, got {split!r}")
     part: Literal["train", "validation"] = "train" if split == "train" else "validation"
@@ -430,6 +432,7 @@ def evaluate_spec(
     text_column: str = "text",
     document_separator: str | None = None,
     max_documents: int | None = None,
+    invalid_utf8: Literal["error", "replace"] = "error",
     **settings: Any,
 ) -> EvalReport:
     """`evaluate` of `model` on `held_out_documents(data, ...)`; `settings` are those of `evaluate`.
@@ -442,6 +445,7 @@ def evaluate_spec(
         text_column=text_column,
         document_separator=document_separator,
         max_documents=max_documents,
+        invalid_utf8=invalid_utf8,
     )
     return evaluate(model, documents, dataset, split, **{"progress": True, **settings})
 

@@ -302,7 +302,7 @@ class KanLMModel(KanLMPreTrainedModel):
             raise ValueError("input_ids, inputs_embeds: give exactly one of the two")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # [B, T, D]
-        if inputs_embeds.shape[1] == 0:
+        if 0 in inputs_embeds.shape:
             raise ValueError("input_ids: no token; begin an empty text with bos_token_id")
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
