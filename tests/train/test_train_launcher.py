@@ -51,13 +51,18 @@ def test_signal_to_the_launcher_saves_the_run(processes, number, write_toml, run
         how += ["--main_process_port", str(29630 + number)]
     command = [sys.executable, "-m", "accelerate.commands.launch", *how, "-m", "kanlm", "train", str(path)]
     with open(log, "w") as out:
-        launcher = subprocess.Popen(
-            command,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
+        # Where the tests run in the background, SIGINT is ignored, and a child would inherit that.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            launcher = subprocess.Popen(
+                command,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
     waited_for(lambda: run.metrics.exists() and run.metrics.read_text().count("\n") > 3, launcher, log)
     launcher.send_signal(number)
     assert launcher.wait(timeout=120) != 0  # a launcher's own status after a signal, of the run says nothing
