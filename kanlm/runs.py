@@ -192,7 +192,7 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any]:
-    """Commit and dirtiness of the checkout that holds kanlm; empty outside a checkout."""
+    """Commit and dirtiness of the checkout that holds kanlm; both None outside a checkout."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -206,7 +206,7 @@ def git_state() -> dict[str, Any]:
             "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         }
     except (subprocess.CalledProcessError, FileNotFoundError, subprocess.TimeoutExpired):
-        return {}
+        return {"commit": None, "dirty": None}
 
 
 def hardware() -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import synthetic
 
+from kanlm import runs
 from kanlm.compare.artifacts import load, load_curve
 from kanlm.compare.report import report, report_content, report_pictures, summary
 from kanlm.config import UserError
@@ -272,3 +273,16 @@ def test_wall_clock_table_reuses_the_references_runs(tmp_path):
         "parameters-base-kan-seed0",
         "parameters-base-kan-seed1",
     ]
+
+
+def test_a_report_from_an_installed_package_names_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))  # no checkout around it
+    values = losses(kan=4.1, swiglu=3.9)
+    synthetic.write(tmp_path / "study", values, seeds=list(SEEDS))
+    comparison = tmp_path / "study" / "compare.json"
+    record = json.loads(comparison.read_text())
+    record["provenance"]["git"] = runs.git_state()
+    comparison.write_text(json.dumps(record))
+    report(tmp_path / "study")
+    assert "kanlm 0.1.0\n" in (tmp_path / "study" / "report.md").read_text()
+    assert "<dd>0.1.0</dd>" in (tmp_path / "study" / "report.html").read_text()
