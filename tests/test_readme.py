@@ -55,6 +55,16 @@ def test_a_command_names_what_exists(words):
         command.make_context(name, arguments)  # parses, runs nothing
 
 
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: p.name
+)
+def test_a_page_names_files_that_exist(page):
+    named = set(
+        re.findall(r"\b(?:configs|scripts|docs|tests)/[\w./-]+\.[a-z]+\b", page.read_text(encoding="utf-8"))
+    )
+    assert not [name for name in sorted(named) if not (ROOT / name).exists()]
+
+
 @pytest.mark.slow
 def test_the_commands_for_own_text_run_in_their_order(tmp_path):
     """As written; only the training is made small by further overrides, as a reader may."""
