@@ -75,6 +75,13 @@ class DataConfig(SourceConfig):
     num_workers: int = Field(0, ge=0)
     """Processes that tokenise; 0 = none besides this one, in as many threads as cores, at most 16."""
 
+    @field_validator("mixture")
+    @classmethod
+    def positive_sum(cls, value: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        if value and sum(source.weight for source in value) <= 0:
+            raise ValueError("the weights sum to 0, not to a positive number; give a source a weight > 0")
+        return value
+
 
 class TokenizerConfig(Section):
     """Byte-level BPE, trained on the training split unless `path` is given."""

@@ -99,3 +99,13 @@ def test_a_mistake_in_an_override_is_not_blamed_on_the_file(override):
     assert str(caught.value).startswith(f"override {override!r}: ")
     with pytest.raises(UserError, match="tiny-kan.toml: train: batch_size 8 is not"):
         load_run_config(path, ["train.micro_batch_size=3"])
+
+
+def test_weights_must_sum_to_a_positive_number(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(
+        (CONFIGS / "tiny-kan.toml").read_text() + '\n[[data.mixture]]\nsource = "a.txt"\nweight = 0.0\n'
+    )
+    with pytest.raises(UserError, match="data.mixture: the weights sum to 0") as caught:
+        load_run_config(path)
+    assert "\n" not in str(caught.value)

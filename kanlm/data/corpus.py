@@ -108,16 +108,12 @@ def text_documents(
 
 
 def split_sources(config: RunConfig, split: Split) -> tuple[Source, ...]:
-    """The sources of a split: for a mixture one for each of positive weight, else one."""
+    """The sources of a split: one for each of positive weight in a mixture."""
     data = config.data
     if split == "validation" and data.validation_source is not None:
         return (_source(data, _validation_spec(data), split),)
-    specs = data.mixture or (data,)
-    if sum(spec.weight for spec in specs) <= 0:
-        raise UserError(
-            "data.mixture: the weights sum to 0, not to a positive number; give a source a weight > 0"
-        )
-    return tuple(_source(data, spec, split) for spec in specs if spec.weight > 0)
+    specs = [spec for spec in data.mixture if spec.weight > 0] or [data]
+    return tuple(_source(data, spec, split) for spec in specs)
 
 
 def _validation_spec(data: DataConfig) -> SourceConfig:

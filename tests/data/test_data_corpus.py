@@ -70,12 +70,6 @@ def test_mixture_holds_out_a_part_of_each_source(jsonl, texts, config_for):
     assert len(held_out) + len(train) == 400
 
 
-def test_weights_must_sum_to_a_positive_number(jsonl, config_for):
-    mixture = (SourceConfig(source=str(jsonl), weight=0.0),)
-    with pytest.raises(UserError, match="data.mixture: the weights sum to 0"):
-        list(documents(config_for(mixture=mixture), "train"))
-
-
 def test_streaming_bounds_the_hashed_out_documents(jsonl, texts, config_for, monkeypatch):
     monkeypatch.setattr("kanlm.data.corpus.STREAMED_VALIDATION_DOCUMENTS", 5)
     whole = config_for(jsonl, validation_fraction=0.3)
