@@ -139,8 +139,8 @@ def arm_parity(name: str, size: str, backend: str, device: str = "cpu") -> float
     """Worst relative error of the whole model's logits and of every parameter's gradient, in fp32.
 
     The derivative of a piecewise-linear function jumps at its knots, so an input which rounding moves across
-    one has another gradient, also in the reference when it runs in fp32. Such arms are therefore judged by the
-    best of `BATCHES_AT_KNOTS` batches; a wrong kernel is wrong on each of them.
+    one has another gradient, also in the reference when it runs in fp32. Such arms are therefore judged by
+    the best of `BATCHES_AT_KNOTS` batches; a wrong kernel is wrong on each of them.
     """
     model, ids = parity_case(name, size, backend, device)
     errors = [parity_error(Logits(model), ids)]
