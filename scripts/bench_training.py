@@ -1,27 +1,30 @@
 """Tokens per second of kanlm's training loop beside a bare PyTorch loop and transformers' Trainer.
 
-    python scripts/bench_training.py [CONFIG.toml] [section.key=value ...] [--rounds 5] [--steps 40]
-        [--out FILE.json]
+    python scripts/bench_training.py [CONFIG.toml] [section.key=value ...] [--steps 305] [--out FILE.json]
 
 All three train the same model from the same seed on the same batches, with the same fused AdamW and
-clipping, in one process. They take turns, round after round, so that a busy neighbour meets all of them;
-the ratio of a round is kanlm's speed over the other's in that round. Time is wall-clock from the start of
-step 5 to the end of the last step, with whatever each does between steps (logging every 10 steps), without
+clipping, each in a process of its own. They take turns step by step: while one does a step, the other two
+wait, so that a busy neighbour meets all of them. A ratio is kanlm's speed over the other's in a block of 10
+steps, that is with everything that each does between steps in such a block (logging once), without
 validation and checkpoints. What a checkpoint costs is shown apart.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import queue
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from torch import multiprocessing
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from kanlm import kernels
@@ -35,6 +38,7 @@ from kanlm.train.optimizer import optimizers
 from kanlm.train.schedule import learning_rate_factor
 
 WARMUP_STEPS = 5
+BLOCK_STEPS = 10
 DEFAULT = {
     "name": "bench",
     "model": {
@@ -51,24 +55,34 @@ DEFAULT = {
 
 
 class Clock:
-    """Wall-clock time from the start of step WARMUP_STEPS to `stop()`, the device waited for."""
+    """Seconds of each step of one contestant, from the moment its turn comes to the start of its next step.
 
-    def __init__(self, device: torch.device):
-        self.device, self.steps, self.started = device, 0, 0.0
+    `turns` holds one semaphore for each contestant, `place` is this one's; `barrier` lets none begin before
+    all are ready, and none go on after its last step before all have done theirs.
+    """
+
+    def __init__(self, device: torch.device, turns: list, place: int, barrier):
+        self.device, self.turns, self.place, self.barrier = device, turns, place, barrier
+        self.seconds: list[float] = []
+        self.began: float | None = None
 
     def step_begins(self) -> None:
-        if self.steps == WARMUP_STEPS:
-            self.started = self._now()
-        self.steps += 1
+        if self.began is None:
+            self.barrier.wait()
+        else:
+            self._pass_on()
+        self.turns[self.place].acquire()
+        self.began = time.perf_counter()
 
-    def stop(self, step_tokens: int) -> float:
-        """Tokens per second."""
-        return (self.steps - WARMUP_STEPS) * step_tokens / (self._now() - self.started)
+    def stop(self) -> None:
+        self._pass_on()
+        self.barrier.wait()
 
-    def _now(self) -> float:
+    def _pass_on(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        self.seconds.append(time.perf_counter() - self.began)
+        self.turns[(self.place + 1) % len(self.turns)].release()
 
 
 class Bench:
@@ -87,29 +101,25 @@ class Bench:
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
         return iter(TokenLoader(self.config, self.tokenizer))
 
-    def kanlm(self, folder: Path) -> float:
+    def kanlm(self, folder: Path, clock: Clock) -> None:
         """kanlm.train.loop, as the command line runs it."""
-        clock, real = Clock(self.device), loop.one_step
+        real = loop.one_step
 
         def timed(session, batches):
             clock.step_begins()
             done = real(session, batches)
-            if clock.steps == self.steps:
-                self.speed = clock.stop(self.step_tokens)
+            if len(clock.seconds) == self.steps - 1:
+                clock.stop()
             return done
 
         loop.one_step = timed
-        try:
-            loop.train(self.config.model_copy(update={"output_dir": str(folder)}))
-        finally:
-            loop.one_step = real
-        return self.speed
+        loop.train(self.config.model_copy(update={"output_dir": str(folder)}))
 
-    def bare(self, folder: Path) -> float:
+    def bare(self, folder: Path, clock: Clock) -> None:
         """The shortest loop that learns the same: no checks, no logs, no checkpoints."""
         model, settings = self.model(), self.config.train
         (optimizer,) = optimizers(model, settings, self.device)
-        clock, batches = Clock(self.device), self.batches()
+        batches = self.batches()
         low_precision = self.device.type == "cuda"
         for step in range(self.steps):
             clock.step_begins()
@@ -124,11 +134,11 @@ class Bench:
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        return clock.stop(self.step_tokens)
+        clock.stop()
 
-    def trainer(self, folder: Path) -> float:
+    def trainer(self, folder: Path, clock: Clock) -> None:
         """transformers' Trainer on the same batches."""
-        clock, batches, settings = Clock(self.device), self.batches(), self.config.train
+        batches, settings = self.batches(), self.config.train
 
         class Rows(torch.utils.data.IterableDataset):
             def __iter__(self):
@@ -158,7 +168,7 @@ class Bench:
             dataloader_pin_memory=self.device.type == "cuda",
         )
         Trainer(model=self.model(), args=arguments, train_dataset=Rows(), callbacks=[StepClock()]).train()
-        return clock.stop(self.step_tokens)
+        clock.stop()
 
     def checkpoint_seconds(self, asynchronous: bool) -> list[float]:
         """How long each checkpoint holds up the steps: a snapshot, or the whole write."""
@@ -180,8 +190,57 @@ class Bench:
         return held
 
 
+CONTESTANTS = {"kanlm": Bench.kanlm, "bare PyTorch": Bench.bare, "transformers Trainer": Bench.trainer}
+
+
+def contest(config: RunConfig, device: torch.device, name: str, turns: list, barrier, results) -> None:
+    """One contestant's process: its steps, their seconds put into `results`."""
+    clock = Clock(device, turns, list(CONTESTANTS).index(name), barrier)
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+        with contextlib.redirect_stdout(nowhere):
+            CONTESTANTS[name](Bench(config, device), Path(folder), clock)
+    results.put((name, clock.seconds))
+
+
+def step_seconds(config: RunConfig, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every step of every contestant; they take turns. SystemExit if one of them fails."""
+    context = multiprocessing.get_context("spawn")
+    turns = [context.Semaphore(int(place == 0)) for place in range(len(CONTESTANTS))]
+    barrier, results = context.Barrier(len(CONTESTANTS)), context.Queue()
+    processes = [
+        context.Process(target=contest, args=(config, device, name, turns, barrier, results), daemon=True)
+        for name in CONTESTANTS
+    ]
+    for process in processes:
+        process.start()
+    seconds: dict[str, list[float]] = {}
+    while len(seconds) < len(processes):
+        try:
+            seconds |= [results.get(timeout=0.5)]
+        except queue.Empty:
+            if any(process.exitcode not in (None, 0) for process in processes):
+                for process in processes:
+                    process.kill()  # kanlm's own would finish its step first, for which it waits
+                sys.exit("a contestant failed; its error stands above")
+    return {name: seconds[name] for name in CONTESTANTS}
+
+
+def block_ratios(ours: list[float], theirs: list[float]) -> list[float]:
+    """Our speed over theirs in each whole block of BLOCK_STEPS steps after the warm-up."""
+    starts = range(WARMUP_STEPS, len(ours) - BLOCK_STEPS + 1, BLOCK_STEPS)
+    return [sum(theirs[at : at + BLOCK_STEPS]) / sum(ours[at : at + BLOCK_STEPS]) for at in starts]
+
+
 def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    """Median, quartiles and extremes."""
+    quarter, _, three_quarters = statistics.quantiles(values, n=4)
+    return {
+        "median": statistics.median(values),
+        "quarter": quarter,
+        "three_quarters": three_quarters,
+        "min": min(values),
+        "max": max(values),
+    }
 
 
 def main() -> None:
@@ -190,10 +249,13 @@ def main() -> None:
     )
     parser.add_argument("config", nargs="?", help="default: 1M parameters of kan_glu on generated stories")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=WARMUP_STEPS + 30 * BLOCK_STEPS)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    if given.steps < WARMUP_STEPS + 2 * BLOCK_STEPS:
+        parser.error(
+            f"--steps: {given.steps} is below {WARMUP_STEPS + 2 * BLOCK_STEPS}: warm-up and 2 blocks"
+        )
     if given.config and "=" in given.config:
         given.config, given.overrides = None, [given.config, *given.overrides]
     if given.config:
@@ -206,33 +268,20 @@ def main() -> None:
     )
 
     bench = Bench(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    contestants: dict[str, Callable[[Path], float]] = {
-        "kanlm": bench.kanlm,
-        "bare PyTorch": bench.bare,
-        "transformers Trainer": bench.trainer,
-    }
-    speeds: dict[str, list[float]] = {name: [] for name in contestants}
-    for round_number in range(given.rounds):
-        order = list(contestants)[round_number % 3 :] + list(contestants)[: round_number % 3]
-        for name in order:
-            with tempfile.TemporaryDirectory() as folder:
-                speeds[name].append(contestants[name](Path(folder)))
-            print(f"round {round_number + 1}: {name}: {speeds[name][-1]:,.0f} tokens/s", file=sys.stderr)
-
+    bench.batches()  # the token cache is built once, before the three start
+    seconds = step_seconds(config, bench.device)
     ratios = {
-        name: [ours / theirs for ours, theirs in zip(speeds["kanlm"], values, strict=True)]
-        for name, values in speeds.items()
-        if name != "kanlm"
+        name: block_ratios(seconds["kanlm"], theirs) for name, theirs in seconds.items() if name != "kanlm"
     }
-    print(f"{'':24}{'tokens/s, median':>18}{'kanlm / it':>12}{'min':>8}{'max':>8}")
-    for name, values in speeds.items():
-        line = f"{name:24}{statistics.median(values):>18,.0f}"
+    print(f"{'':24}{'tokens/s, median':>18}{'kanlm / it':>12}{'quartiles':>16}{'extremes':>16}")
+    for name, values in seconds.items():
+        line = f"{name:24}{bench.step_tokens / statistics.median(values[WARMUP_STEPS:]):>18,.0f}"
         if name in ratios:
-            line += "".join(
-                f"{value:>{width}.3f}"
-                for value, width in zip(spread(ratios[name]).values(), (12, 8, 8), strict=True)
-            )
+            of = spread(ratios[name])
+            line += f"{of['median']:>12.3f}{of['quarter']:>10.3f}{of['three_quarters']:>6.3f}"
+            line += f"{of['min']:>10.3f}{of['max']:>6.3f}"
         print(line)
+
     checkpoints = {
         "written beside the training": bench.checkpoint_seconds(asynchronous=True),
         "written at once": bench.checkpoint_seconds(asynchronous=False),
@@ -246,8 +295,9 @@ def main() -> None:
             "steps": given.steps,
             "warmup_steps": WARMUP_STEPS,
             "threads": torch.get_num_threads(),
-            "tokens_per_second": speeds,
-            "ratios": {name: {"rounds": values} | spread(values) for name, values in ratios.items()},
+            "step_tokens": bench.step_tokens,
+            "seconds_of_steps": {name: [round(one, 6) for one in all_] for name, all_ in seconds.items()},
+            "ratios": {name: {"blocks": values} | spread(values) for name, values in ratios.items()},
             "checkpoint_holds_up_seconds": checkpoints,
             "hardware": hardware(),
             "versions": versions(),

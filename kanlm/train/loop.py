@@ -40,6 +40,7 @@ from kanlm.train.parallel import (
     clip_gradients,
     global_sum,
     gradient_norm,
+    keep_freed_memory,
     new_accelerator,
     no_sync,
     prepared,
@@ -141,6 +142,8 @@ def prepare(config: RunConfig, run: RunDir, accelerator: Accelerator) -> Session
     architecture(config, planned_vocab_size(config))
     micro_batch_size, accumulation_steps, total_steps = step_shape(config, accelerator.num_processes)
     set_threads(accelerator, settings.num_threads)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     with accelerator.main_process_first():
         tokenizer = tokenizer_for(config)
         loader = TokenLoader(
@@ -457,6 +460,7 @@ def accumulate_gradients(
             total += loss.detach()
             if z_loss > 0:
                 loss = loss + z_loss * squared_log_partition(output.logits, batch["labels"]) / valid_tokens
+            del output  # backward needs the logits' memory
             accelerator.backward(loss * accelerator.num_processes)
     return global_sum(total)
 

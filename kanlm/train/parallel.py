@@ -6,6 +6,7 @@ there torch's `fully_shard` is applied here, so that the same launch command sha
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from kanlm.config import RunConfig, UserError
 from kanlm.model import KanLMForCausalLM
 from kanlm.train import tracking
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 COLLECTIVE_TIMEOUT = timedelta(hours=3)
 """So long may one process tokenise a corpus while the others wait; the launcher sees a process that dies."""
 
@@ -162,7 +164,23 @@ def set_threads(accelerator: Accelerator, num_threads: int | None) -> None:
     if num_threads is None and accelerator.num_processes == 1 and "OMP_NUM_THREADS" in os.environ:
         return
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    torch.set_num_threads(num_threads or max(1, len(os.sched_getaffinity(0)) // local_processes))
+    wanted = num_threads or max(1, len(os.sched_getaffinity(0)) // local_processes)
+    if wanted != torch.get_num_threads():  # setting them, even to what they are, slows a step by some percent
+        torch.set_num_threads(wanted)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what a step on the CPU frees for the next one, which otherwise pays for fresh pages.
+
+    Tensors of up to 32 MiB, the most that glibc allows here, come from the heap, and the heap is not given
+    back; resident memory stays at its peak, which the next step reaches again. Does nothing elsewhere.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # not glibc
+        return
+    mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def gradient_norm(accelerator: Accelerator, model: nn.Module) -> torch.Tensor:
