@@ -169,6 +169,22 @@ def test_parity_is_of_the_whole_model(module, place, tmp_path, monkeypatch):
     assert any("skipped kan_glu: parity is red" in line for line in lines)
 
 
+def test_piecewise_linear_arm_is_judged_by_its_best_batch(monkeypatch):
+    """A batch with an input at a knot is no verdict; an error in every batch is, and smooth arms get one."""
+    errors = iter([0.04, 0.004, 1e-6])
+    monkeypatch.setattr(train, "parity_error", lambda model, ids: next(errors))
+    monkeypatch.setitem(train.SIZES, "tiny", (128, 344, 2, 2, 1, 16))
+    assert train.arm_parity("kan_glu_linear", "tiny", "reference") == 1e-6
+    seen = []
+    monkeypatch.setattr(train, "parity_error", lambda model, ids: seen.append(ids) or 0.04)
+    assert train.arm_parity("kan_glu_linear", "tiny", "reference") == 0.04
+    assert len(seen) == train.BATCHES_AT_KNOTS
+    assert all(not torch.equal(one, other) for one, other in zip(seen, seen[1:], strict=False))
+    seen.clear()
+    assert train.arm_parity("kan_glu", "tiny", "reference") == 0.04
+    assert len(seen) == 1
+
+
 def test_training_arms_have_equally_many_parameters():
     for size in train.SIZES:
         counts = {
