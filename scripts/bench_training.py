@@ -286,8 +286,8 @@ def main() -> None:
         "written beside the training": bench.checkpoint_seconds(asynchronous=True),
         "written at once": bench.checkpoint_seconds(asynchronous=False),
     }
-    for name, seconds in checkpoints.items():
-        print(f"checkpoint, {name}: steps held up for {statistics.median(seconds) * 1e3:.0f} ms (median)")
+    for name, held in checkpoints.items():
+        print(f"checkpoint, {name}: steps held up for {statistics.median(held) * 1e3:.0f} ms (median)")
     if given.out:
         result = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
