@@ -25,6 +25,7 @@ from .refit import (
     check_finer,
     even_points,
     finite_samples,
+    near_grid,
     normal_points,
     refit_map,
     share_of_samples,
@@ -338,8 +339,10 @@ class KANLinear(nn.Module):
         squares.
 
         Knots run from the smallest to the largest sample of each input: quantiles, mixed with `grid_eps` of a
-        uniform grid. Returns the drift, rms(new output - old output) / rms(old output) on the samples.
-        Grids and coefficients are equal on every rank. A whitened layer is whitened under the samples.
+        uniform grid. Returns the drift, rms(new output - old output) / rms(old output): the larger of that on
+        the samples and that on those of them within the old grid (without any: on points of every interval).
+        Grids and coefficients are equal on every rank. A whitened layer is whitened under the samples. One
+        far sample stretches the intervals beyond the others, which the drift shows; leave such samples out.
 
         Raises:
             ValueError: a layer with a uniform grid, grid_eps outside (0, 1] or so small that repeated
@@ -362,8 +365,8 @@ class KANLinear(nn.Module):
 
         A multiple of the present size on a uniform grid keeps the functions exactly; adaptive intervals are
         divided in proportion. The fit is to samples [..., I] of all ranks, where given, and to points of
-        every interval. Returns the drift, rms(new output - old output) / rms(old output), on the samples or
-        else on those points. `spline.weight` becomes a new parameter: build optimisers anew.
+        every interval. Returns the drift as `update_grid` does, without samples that on those points.
+        `spline.weight` becomes a new parameter: build optimisers anew.
 
         Raises:
             ValueError: fewer intervals without `allow_coarsen`, grid_size < 1, more intervals than the
@@ -395,8 +398,8 @@ class KANLinear(nn.Module):
         old, plain = self._wide_basis(), self._plain_coefficients()
         new = basis if knots is None else KnotSpline(knots.double(), basis.order)
         grid = basis_grid(new).to(weight.device)
-        probe = even_points(grid).expand(-1, self.in_features) if samples is None else samples
-        before = self(probe.to(weight.dtype)).double()
+        probes = self._probes(samples, grid)
+        before = [self(probe).double() for probe in probes]
         mapping = refit_map(
             (new.values(points), old.values(points), weights)
             for points, weights in self._fit_points(samples, grid)
@@ -406,9 +409,28 @@ class KANLinear(nn.Module):
         if self.whitening is not None:
             self.whitening = self._whitening(samples)
         self._set_coefficients(torch.einsum("iab,obi->oai", mapping, plain))
-        change = self(probe.to(weight.dtype)).double() - before
-        squares = summed_over_ranks(torch.stack((change.square().sum(), before.square().sum())))
-        return float((squares[0] / squares[1].clamp_min(1e-300)).sqrt())
+        pairs = [(self(probe).double(), then) for probe, then in zip(probes, before, strict=True)]
+        squares = torch.stack(
+            [torch.stack(((y - then).square().sum(), then.square().sum())) for y, then in pairs]
+        )
+        squares = summed_over_ranks(squares)  # [probes, 2]
+        return float((squares[:, 0] / squares[:, 1].clamp_min(1e-300)).max().sqrt())
+
+    def _probes(self, samples: Tensor | None, grid: Tensor) -> list[Tensor]:
+        """Inputs on which a refit to `grid` is judged.
+
+        Samples [N, I], and those among them that lie within the present grid, whose error far ones would
+        hide; points of every interval where there are no such samples.
+        """
+        dtype = self.spline.weight.dtype
+        even = even_points(grid).expand(-1, self.in_features)
+        if samples is None:
+            return [even.to(dtype)]
+        present = basis_grid(self._wide_basis()).to(samples.device)
+        within = samples[((samples >= present[0]) & (samples <= present[-1])).all(-1)]
+        if not summed_over_ranks(within.new_tensor(float(len(within)))):
+            within = even
+        return [samples.to(dtype), within.to(dtype)]
 
     def _wide_basis(self) -> Basis | KnotSpline:
         """`present_basis` in fp64."""
@@ -426,7 +448,7 @@ class KANLinear(nn.Module):
         if samples is not None:
             weight = share_of_samples(samples) * (1 - EVEN_SHARE)
             for rows in self._chunks(samples):
-                yield samples[rows], weight.expand(len(samples[rows]))
+                yield near_grid(samples[rows], grid), weight.expand(len(samples[rows]))
 
     def _whitening(self, samples: Tensor | None) -> Tensor:
         """`whitening` for the present grid under samples of all ranks or the assumed input."""

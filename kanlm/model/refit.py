@@ -32,21 +32,27 @@ def summed_over_ranks(x: Tensor) -> Tensor:
 def finite_samples(samples: Tensor, inputs: int) -> Tensor:
     """samples [..., I] as fp64 [N, I].
 
-    Raises:
+    Raises, on every rank if on one:
         ValueError: another last dimension, or values that are not finite.
     """
-    if samples.shape[-1] != inputs:
+    misshapen, broken = samples.shape[-1] != inputs, (~samples.isfinite()).sum()
+    counts = torch.stack((broken, *(broken.new_tensor(count) for count in (samples.numel(), misshapen))))
+    broken, values, misshapen_ranks = summed_over_ranks(counts).tolist()
+    if misshapen_ranks:
         raise ValueError(
             f"samples: the last dimension must be in_features {inputs}, got shape {tuple(samples.shape)}"
+            + (
+                "; pass what goes into the layer"
+                if misshapen
+                else f" here, but another on {misshapen_ranks} rank(s)"
+            )
         )
-    samples = samples.detach().reshape(-1, inputs).double()
-    broken = int((~samples.isfinite()).sum())
     if broken:
         raise ValueError(
-            f"samples: {broken} of {samples.numel()} values are not finite; a refit needs finite values, "
+            f"samples: {broken} of {values} values are not finite; a refit needs finite values, "
             "so find the step that made them"
         )
-    return samples
+    return samples.detach().reshape(-1, inputs).double()
 
 
 def mixture_quantiles(samples: Tensor, levels: Tensor) -> Tensor:
@@ -117,9 +123,9 @@ def refit_map(batches) -> Tensor:
     """The map T [I, K_new, K_old] for which T c is the least-squares refit of coefficients c.
 
     `batches` yields (new [N, K_new, I], old [N, K_old, I], weights [N]): values of both bases at the same
-    points. T minimises sum_n w_n (new_n . c' - old_n . c)^2 over the batches of all ranks, with a relative
-    ridge of 1e-14 on c', far below what a double resolves in the function, so that any data have one
-    solution.
+    points. T minimises sum_n w_n (new_n . c' - old_n . c)^2 over the batches of all ranks. Directions of c'
+    that the points do not show, below 1e-14 of the largest after each function is scaled to norm one, stay
+    as small as can be, so that any data have one solution.
     """
     gram = cross = torch.zeros((), dtype=torch.float64, device="cpu")  # joins tensors of any device
     for new, old, weights in batches:
@@ -127,9 +133,11 @@ def refit_map(batches) -> Tensor:
         gram = gram + torch.einsum("nai,nbi->iab", weighted, new)
         cross = cross + torch.einsum("nai,nbi->iab", weighted, old)
     gram, cross = summed_over_ranks(gram), summed_over_ranks(cross)
-    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1)  # [I, 1, 1]
-    ridge = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device) * 1e-14
-    return torch.cholesky_solve(cross / scale, torch.linalg.cholesky(gram / scale + ridge))
+    squares = gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # [I, K_new, 1]
+    scale = torch.where(squares > 0, squares, 1.0).rsqrt()
+    values, vectors = torch.linalg.eigh(gram * scale * scale.mT)
+    inverse = torch.where(values > 1e-14 * values[..., -1:], 1 / values, 0.0).unsqueeze(-1)
+    return scale * (vectors @ (inverse * (vectors.mT @ (cross * scale))))
 
 
 def share_of_samples(samples: Tensor) -> Tensor:
@@ -185,6 +193,16 @@ def even_points(grid: Tensor) -> Tensor:
     """16 points in every interval of grid [G + 1, I]: fp64 [16 G, I]."""
     shares = (torch.arange(16, dtype=torch.float64, device=grid.device) + 0.5) / 16
     return grid[:-1].unsqueeze(1).lerp(grid[1:].unsqueeze(1), shares.view(1, -1, 1)).flatten(0, 1)
+
+
+def near_grid(samples: Tensor, grid: Tensor) -> Tensor:
+    """samples [N, I], those beyond the ends of grid [G + 1, I] moved to at most its width away from it.
+
+    A function is linear out there, which two points show as well as any others; values of 1e7 in a fit would
+    leave nothing of the precision for the grid.
+    """
+    low, high = grid[0], grid[-1]
+    return samples.clamp(2 * low - high, 2 * high - low)
 
 
 def assumed_points(grid: Tensor) -> tuple[Tensor, Tensor]:
