@@ -443,6 +443,8 @@ class KANLinear(nn.Module):
         every function has data; without samples all of it.
         """
         even = even_points(grid)
+        if samples is not None:  # of one shape on all ranks, also on one without samples
+            even = even.expand(-1, self.in_features)
         even_share = 1.0 if samples is None else EVEN_SHARE
         yield even, (share_of_samples(even) * even_share).expand(len(even))
         if samples is not None:

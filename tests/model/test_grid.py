@@ -1,6 +1,7 @@
 """Whitening, moving grids and refits: functions stay, whatever the samples and however many the ranks."""
 
 import copy
+import time
 
 import pytest
 import torch
@@ -284,3 +285,47 @@ def test_two_processes_refit_as_one(tmp_path):
     twin = copy.deepcopy(layer)
     twin.load_state_dict(first)
     assert change(twin, samples, expected) < 2e-2
+
+
+def _refuse_on_rank(rank: int, world_size: int, path: str):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=world_size)
+    torch.manual_seed(0)
+    uniform, adaptive = KANLinear(3, 4), KANLinear(3, 4, grid="adaptive", conditioning="whitened")
+    good = torch.randn(40, 3)
+    bad = good.clone()
+    bad[3, 1] = float("nan")
+    found = []
+    for layer in (uniform, adaptive):
+        before = copy.deepcopy(layer.state_dict())
+        for samples in (bad if rank else good, torch.randn(5, 2 + rank)):
+            with pytest.raises(ValueError) as refused:
+                layer.refine(9, samples)
+            found.append(str(refused.value))
+        assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
+    with pytest.raises(ValueError, match="not finite"):
+        adaptive.update_grid(good if rank else bad)
+    # A rank without samples takes part and ends with the same layer.
+    mine = good[:0] if rank else good
+    drifts = [uniform.refine(9, mine), adaptive.update_grid(mine), adaptive.refine(9, mine)]
+    torch.save((found, drifts, uniform.state_dict(), adaptive.state_dict()), f"{path}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_bad_samples_of_one_rank_are_refused_on_all(tmp_path):
+    """A rank that alone refuses would leave the others waiting for it."""
+    context = multiprocessing.spawn(_refuse_on_rank, args=(2, str(tmp_path)), nprocs=2, join=False)
+    started = time.monotonic()
+    while not context.join(timeout=5):
+        if time.monotonic() - started > 60:
+            for process in context.processes:
+                process.kill()
+            pytest.fail("a rank waits for another")
+    first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    line = "samples: 1 of 240 values are not finite; a refit needs finite values, so find the step"
+    assert first[0][::2] == second[0][::2] == [line + " that made them"] * 2
+    assert all("in_features 3, got shape (5, 2)" in line for line in first[0][1::2])
+    assert all("another on 1 rank" in line for line in second[0][1::2])
+    assert first[1] == second[1]
+    for mine, other in zip(first[2:], second[2:], strict=True):
+        assert all(torch.equal(tensor, other[name]) for name, tensor in mine.items())
