@@ -402,7 +402,8 @@ def make_basis(
     and only `bspline` reads `order`.
 
     Raises:
-        ValueError: an unknown name, grid_size < 1, order outside 0..5, an empty or infinite grid.
+        ValueError: an unknown name, grid_size < 1, order outside 0..5, a grid that is empty, infinite or too
+            narrow for fp32.
     """
     if name not in BASES:
         raise ValueError(f"basis: unknown name {name!r}; choose one of {', '.join(BASES)}")
@@ -412,6 +413,13 @@ def make_basis(
         raise ValueError(f"order: must be an int in 0..{MAX_ORDER}, got {order!r}; 3 is cubic")
     if not (math.isfinite(grid_min) and math.isfinite(grid_max) and grid_min < grid_max):
         raise ValueError(
-            f"grid_min, grid_max: must be finite and ascending, got {grid_min!r} and {grid_max!r}"
+            f"grid_min, grid_max: must be finite and ascending, got {grid_min!r} and {grid_max!r}; "
+            "-3.0 and 3.0 are the defaults"
+        )
+    step, magnitude = (grid_max - grid_min) / grid_size, max(abs(grid_min), abs(grid_max))
+    if not (step > magnitude * 2**-22 and 1 / step < 1e30):  # a few of fp32's own steps; no overflow
+        raise ValueError(
+            f"grid_min, grid_max: intervals of {step:.3g} from {grid_min!r} to {grid_max!r} are too narrow "
+            "for fp32; scale the input, widen the grid or take fewer intervals"
         )
     return BASES[name](grid_size, float(grid_min), float(grid_max), 1 if name == "linear" else order)

@@ -48,11 +48,12 @@ def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 def is_plain_linear(layer: nn.Module) -> bool:
     """Whether a call of `layer` is the product with its weight and no more.
 
-    It is more with an adapter (LoRA), a quantised or sharded weight, a hook, or weights that are offloaded.
+    It is more with an adapter (LoRA), a quantised or sharded weight, any hook, or weights that are offloaded.
     """
     if type(layer) is not nn.Linear or type(layer._parameters.get("weight")) is not nn.Parameter:
         return False
-    return "forward" not in vars(layer) and not (layer._forward_pre_hooks or layer._forward_hooks)
+    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
+    return "forward" not in vars(layer) and not any(hooks)
 
 
 class _RecomputedSpline(torch.autograd.Function):
@@ -196,6 +197,15 @@ class KANLinear(nn.Module):
         self.register_buffer("knots", None)
         self.register_buffer("whitening", None)
         wide = {"device": device, "dtype": at_least_fp32(self.spline.weight[:0]).dtype}
+        if (
+            knots is not None
+            and not (torch.tensor(knots, dtype=wide["dtype"], device="cpu").diff() > 0).all()
+        ):
+            name = str(wide["dtype"]).removeprefix("torch.")
+            raise ValueError(
+                f"knots: some lie closer than {name} can tell, got {knots}; move them "
+                "apart or build the layer with dtype=torch.float64"
+            )
         if grid == "adaptive":
             self.knots = torch.empty(grid_size + 1, in_features, **wide)
         if conditioning == "whitened":
@@ -275,7 +285,8 @@ class KANLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise ValueError(
-                f"x: the last dimension must be in_features {self.in_features}, got shape {tuple(x.shape)}"
+                f"x: the last dimension must be in_features {self.in_features}, got shape {tuple(x.shape)}; "
+                "pass x [..., in_features] or build the layer for it"
             )
         if self.kernel is not None:
             return self.kernel(self, x)

@@ -161,7 +161,8 @@ class LearnedFunction(nn.Module):
         """phi(a), or phi(a) * u: [..., C] to [..., C] in the dtype of a."""
         if a.shape[-1] != self.channels:
             raise ValueError(
-                f"x: the last dimension must be channels {self.channels}, got shape {tuple(a.shape)}"
+                f"x: the last dimension must be channels {self.channels}, got shape {tuple(a.shape)}; "
+                "pass x [..., channels] or build the function for it"
             )
         if u is not None and u.shape != a.shape:
             raise ValueError(f"u: must have the shape of a {tuple(a.shape)}, got {tuple(u.shape)}")

@@ -293,6 +293,15 @@ def test_a_layer_of_lora_or_quantised_children_is_called_as_a_module():
     torch.testing.assert_close(layer(x), 2 * y, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_the_children_are_called(register):
+    layer, seen = KANLinear(4, 3), []
+    for child in (layer.spline, layer.base):
+        getattr(child, register)(lambda *_: seen.append(1))
+    layer(torch.randn(5, 4, requires_grad=True)).sum().backward()
+    assert len(seen) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -307,6 +316,11 @@ def test_a_layer_of_lora_or_quantised_children_is_called_as_a_module():
         ({"knots": [0, 1, 1, 2]}, ["knots", "repetition"]),
         ({"knots": [0]}, ["knots", "2"]),
         ({"knots": [0, float("nan"), 1]}, ["knots", "ascend", "nan"]),
+        ({"knots": [1, 1 + 1e-9, 2]}, ["knots", "closer than float32", "dtype=torch.float64"]),
+        ({"knots": [1e8, 1e8 + 1]}, ["too narrow for fp32"]),
+        ({"grid_min": 1e8, "grid_max": 1e8 + 1}, ["grid_min, grid_max", "too narrow for fp32", "widen"]),
+        ({"grid_min": 0.0, "grid_max": 1e-40}, ["grid_min, grid_max", "too narrow for fp32"]),
+        ({"grid_min": 2.0, "grid_max": 1.0}, ["grid_min, grid_max", "ascending", "2.0", "defaults"]),
         ({"in_features": 0}, ["in_features", "at least 1", "0"]),
         ({"out_features": -2}, ["out_features", "at least 1", "-2"]),
         ({"spline_share": 1.5}, ["spline_share", "0..1", "1.5"]),
@@ -320,5 +334,5 @@ def test_bad_arguments_are_named(arguments, words):
 
 
 def test_wrong_last_dimension_is_named():
-    with pytest.raises(ValueError, match=r"in_features 3.*\(4, 5\)"):
+    with pytest.raises(ValueError, match=r"in_features 3.*\(4, 5\); pass x"):
         KANLinear(3, 2)(torch.randn(4, 5))
