@@ -19,6 +19,7 @@ FORMS = [
     {"knots": [-3, -1, -0.5, 0, 2, 2.5]},
     {"basis": "linear", "knots": [-3, -1, -0.5, 0, 2, 2.5]},
     {"base": None},
+    *({"basis": "bspline", "order": order} for order in range(MAX_ORDER + 1) if order != 3),
 ]
 
 
