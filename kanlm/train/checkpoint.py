@@ -15,7 +15,6 @@ processes.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 import threading
@@ -41,6 +40,7 @@ from kanlm.runs import RunDir, new_folder, read_json, write_json
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 FOLDER = re.compile(r"step-(\d{8,})$")
+FILES = {"model.safetensors", "optimizer.safetensors", "model.json", "trainer.json"}
 
 
 class CorruptCheckpoint(UserError):
@@ -165,20 +165,25 @@ def step_of(folder: Path) -> int:
 def verify(folder: Path) -> None:
     """Raise `CorruptCheckpoint` where `folder` is not exactly what its manifest lists."""
     try:
-        files = read_json(folder / "manifest.json")["files"]
-    except (FileNotFoundError, json.JSONDecodeError, KeyError, UnicodeDecodeError):
+        listed = read_json(folder / "manifest.json")["files"]
+        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in listed.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CorruptCheckpoint(
             f"{folder}: no readable manifest.json; the checkpoint is not complete"
         ) from None
-    for name, expected in files.items():
+    if unlisted := FILES - files.keys():
+        raise CorruptCheckpoint(f"{folder}/manifest.json: does not list {', '.join(sorted(unlisted))}")
+    for name, (size, digest) in files.items():
         path = folder / name
-        if not path.is_file():
-            raise CorruptCheckpoint(f"{path}: missing, but listed in manifest.json")
-        if path.stat().st_size != expected["size"]:
-            raise CorruptCheckpoint(
-                f"{path}: {path.stat().st_size} bytes where manifest.json says {expected['size']}"
-            )
-        if sha256(path) != expected["sha256"]:
+        try:
+            found_size, found_digest = path.stat().st_size, sha256(path)
+        except FileNotFoundError:
+            raise CorruptCheckpoint(f"{path}: missing, but listed in manifest.json") from None
+        except OSError as error:
+            raise CorruptCheckpoint(f"{path}: cannot be read ({error.strerror})") from None
+        if found_size != size:
+            raise CorruptCheckpoint(f"{path}: {found_size} bytes where manifest.json says {size}")
+        if found_digest != digest:
             raise CorruptCheckpoint(f"{path}: content differs from its sha256 in manifest.json")
 
 
@@ -216,9 +221,9 @@ def remove_leftovers(run: RunDir, after_step: int) -> None:
 class CheckpointWriter:
     """Writes snapshots, by default in a thread while training goes on; at most one write is under way.
 
-    `finish()` waits for it. A failed write (no space left, a read-only folder) raises UserError from the next
-    `save` or `finish`, or is printed there when `on_error` is "continue"; older checkpoints are untouched
-    either way.
+    A failed write (no space left, a read-only folder) raises UserError from `check`, `save` or `finish`,
+    whichever comes first, or is printed there when `on_error` is "continue"; older checkpoints are untouched
+    either way. Whatever else goes wrong in the thread is raised there as it is.
     """
 
     def __init__(
@@ -233,17 +238,29 @@ class CheckpointWriter:
         self.run, self.keep_last, self.keep_every = run, keep_last, keep_every
         self.asynchronous, self.on_error, self.say = asynchronous, on_error, say
         self.thread: threading.Thread | None = None
-        self.error: str | None = None
+        self.error: BaseException | None = None
+        self.asked_step: int | None = None
         self.written_step: int | None = None
 
     def save(self, state: Snapshot) -> None:
-        self.finish()
+        """Begin to write `state`, also where the write before it has failed; that is told now."""
+        self.wait()
+        earlier, self.error = self.error, None
+        self.asked_step = state.step
         if self.asynchronous:
             self.thread = threading.Thread(target=self._write, args=(state,), name="checkpoint")
             self.thread.start()
         else:
             self._write(state)
-            self.finish()
+        self._report(earlier)
+        self.check()
+
+    def check(self) -> None:
+        """Report a failure if the write under way has ended in one; costs next to nothing."""
+        if self.thread is None or not self.thread.is_alive():
+            self.wait()
+            error, self.error = self.error, None
+            self._report(error)
 
     def wait(self) -> None:
         """Until nothing is being written; says nothing of how it went."""
@@ -251,14 +268,22 @@ class CheckpointWriter:
             self.thread.join()
             self.thread = None
 
-    def finish(self, last: bool = False) -> None:
-        """Wait, and report a failure; that of a run's last checkpoint is an error in any case."""
+    def finish(self) -> None:
+        """Wait for a run's last checkpoint, without which the run has not finished."""
         self.wait()
         if self.error is not None:
-            message, self.error = self.error, None
-            if last or self.on_error == "stop":
-                raise UserError(message)
-            self.say(f"{message}; training goes on without it (train.on_checkpoint_error = continue)")
+            raise self.error
+        if self.written_step != self.asked_step:
+            raise UserError(
+                f"{self.run.checkpoint(self.asked_step or 0)}: the last checkpoint was not written; run again"
+            )
+
+    def _report(self, error: BaseException | None) -> None:
+        if error is None:
+            return
+        if not isinstance(error, UserError) or self.on_error == "stop":
+            raise error
+        self.say(f"{error}; training goes on without it (train.on_checkpoint_error = continue)")
 
     def _write(self, state: Snapshot) -> None:
         folder = self.run.checkpoint(state.step)
@@ -270,10 +295,12 @@ class CheckpointWriter:
         except (OSError, SafetensorError) as error:
             good = newest_good(self.run, say=lambda _: None)
             kept = f"{good.name} is intact" if good else "no earlier checkpoint exists"
-            self.error = (
+            self.error = UserError(
                 f"{folder}: the checkpoint could not be written ({error}); {kept}; "
                 "free some space and run again"
             )
+        except BaseException as error:  # of a thread, where it would be lost; `check` raises it
+            self.error = error
 
     def _prune(self) -> None:
         folders = checkpoint_folders(self.run)

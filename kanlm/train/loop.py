@@ -7,6 +7,7 @@ number, so that it is the same function of the batch however the batch is cut.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import time
@@ -46,7 +47,7 @@ from kanlm.train.parallel import (
     prepared,
     set_threads,
 )
-from kanlm.train.progress import Progress, RecordKeeper, peak_flops_per_second, peak_memory_bytes
+from kanlm.train.progress import Progress, RecordKeeper, peak_flops_per_second
 from kanlm.train.resume import (
     TrainerState,
     check_same_run,
@@ -82,13 +83,17 @@ def train(config: RunConfig) -> RunRecord:
             try:
                 run_steps(session)
                 finish(session)
+                session.keep_record(session.state)
             except BaseException as error:
                 session.record.state = "failed"
                 session.record.failure = f"{type(error).__name__}: {error}"
                 raise
             finally:
                 session.writer.wait()
-                session.keep_record(session.state)
+                try:
+                    session.keep_record(session.state)
+                except UserError as error:  # must not take the place of what ended the run
+                    session.progress.say(str(error))
                 session.progress.close()
     return session.record
 
@@ -263,8 +268,9 @@ def start(session: Session) -> None:
         write_json(run.config, config)
         session.tokenizer.save_pretrained(run.tokenizer)
     session.watch = ZeroGradientWatch(session.model, config.train.zero_gradient_steps, state.silent)
-    session.progress = Progress(accelerator, run.metrics, session.total_steps, state.step)
-    session.keep_record = RecordKeeper(run, record, accelerator)
+    goes_on = config.train.on_checkpoint_error == "continue"
+    session.progress = Progress(accelerator, run.metrics, session.total_steps, state.step, goes_on)
+    session.keep_record = RecordKeeper(run, record, accelerator, session.progress)
     session.writer = checkpoint.CheckpointWriter(
         run,
         keep_last=config.train.keep_last,
@@ -350,8 +356,7 @@ def run_steps(session: Session) -> None:
             if health:
                 values |= health_metrics(session, done.batch)
             session.progress.log(values)
-        session.record.tokens_per_second = state.tokens / state.seconds
-        session.record.peak_memory_bytes = peak_memory_bytes(accelerator.device)
+        session.writer.check()
         session.keep_record(state, at_most_every_seconds=10.0)
         due = done.save_due or (settings.save_every > 0 and state.step % settings.save_every == 0)
         if due and not last and not stopping:
@@ -359,7 +364,7 @@ def run_steps(session: Session) -> None:
             saved_step = state.step
     if saved_step != state.step:
         save(session)
-    session.writer.finish(last=True)
+    session.writer.finish()
     session.accelerator.wait_for_everyone()  # a launcher ends all processes when the first one has ended
 
 
@@ -374,7 +379,7 @@ def one_step(session: Session, batches: Any) -> Step:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
     if session.model_config.attention_dropout > 0:  # a function of the step, so that a resumed run repeats it
-        torch.manual_seed((config.seed << 40) + (state.step << 12) + accelerator.process_index)
+        torch.manual_seed(dropout_seed(config.seed, state.step, accelerator.process_index))
 
     loss_tensor = accumulate_gradients(session, micro_batches, valid_tokens)
     norm_tensor = gradient_norm(accelerator, session.model)
@@ -403,6 +408,12 @@ def one_step(session: Session, batches: Any) -> Step:
     if accelerator.num_processes == 1:
         stopping = session.stop_signal.received is not None
     return Step(loss, grad_norm, config.train.learning_rate * factor, micro_batches[-1], stopping, save_due)
+
+
+def dropout_seed(seed: int, step: int, process: int) -> int:
+    """64 bits, another for each step and process."""
+    digest = hashlib.blake2b(f"{seed} {step} {process}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
 
 
 def lowered_scale(scaler: torch.amp.GradScaler | None) -> bool:
@@ -516,6 +527,7 @@ def save(session: Session) -> None:
     )
     if accelerator.is_main_process:
         session.writer.save(taken)
+        session.progress.sync()
 
 
 def finish(session: Session) -> None:

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from kanlm.config import UserError
 from kanlm.runs import RunDir, RunRecord, write_json, write_text
 from kanlm.train import tracking
 from kanlm.train.resume import TrainerState
@@ -36,7 +39,15 @@ PEAK_TFLOPS = {  # dense bf16 tensor-core peaks of the vendors' data sheets
 class Progress:
     """Speaks for the main process; on all others every method does nothing."""
 
-    def __init__(self, accelerator: Accelerator, metrics: Path, total_steps: int, first_step: int):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        metrics: Path,
+        total_steps: int,
+        first_step: int,
+        goes_on: bool = False,
+    ):
+        self.goes_on, self.complained = goes_on, False
         self.accelerator = accelerator
         self.main = accelerator.is_main_process
         self.total_steps = total_steps
@@ -64,8 +75,11 @@ class Progress:
         """One line of metrics.jsonl, the same to the trackers, and a readable form of it."""
         if self.file is None:
             return
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(values) + "\n")
+            self.file.flush()
+        except OSError as error:
+            self.not_written(self.file.name, error)
         numbers = {
             key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"
         }
@@ -91,11 +105,29 @@ class Progress:
                 parts += [f"{timedelta(seconds=math.ceil(values['seconds_left']))} left"]
         return "  ".join(parts)
 
+    def not_written(self, path: str | Path, error: OSError) -> None:
+        """A full disk: UserError, or once a line where training is to go on without checkpoints."""
+        line = f"{path}: cannot be written ({error.strerror}); free some space"
+        if not self.goes_on:
+            raise UserError(f"{line} and run again")
+        if not self.complained:
+            self.say(f"{line}; training goes on without it (train.on_checkpoint_error = continue)")
+            self.complained = True
+
+    def sync(self) -> None:
+        """Metrics on the disk, so that a checkpoint never outlives the lines before it."""
+        if self.file is not None:
+            try:
+                os.fsync(self.file.fileno())
+            except OSError as error:
+                self.not_written(self.file.name, error)
+
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
         if self.file is not None:
-            self.file.close()
+            with suppress(OSError):  # a line that log() could not write, and said so
+                self.file.close()
 
 
 def keep_metrics_until(path: Path, step: int) -> None:
@@ -153,14 +185,24 @@ def peak_memory_bytes(device: torch.device) -> int:
 class RecordKeeper:
     """Keeps run.json in step with the trainer state; only the main process writes."""
 
-    def __init__(self, run: RunDir, record: RunRecord, accelerator: Accelerator):
+    def __init__(self, run: RunDir, record: RunRecord, accelerator: Accelerator, progress: Progress):
+        self.progress = progress
         self.run, self.record, self.main = run, record, accelerator.is_main_process
+        self.device = accelerator.device
         self.written = -math.inf
 
     def __call__(self, state: TrainerState, at_most_every_seconds: float = 0.0) -> None:
         record = self.record
+        if time.monotonic() - self.written < at_most_every_seconds:
+            return
+        self.written = time.monotonic()
         record.step, record.tokens, record.seconds = state.step, state.tokens, state.seconds
         record.skipped_steps = state.skipped_steps
-        if self.main and time.monotonic() - self.written >= at_most_every_seconds:
-            write_json(self.run.record, record)
-            self.written = time.monotonic()
+        if state.step:
+            record.tokens_per_second = state.tokens / state.seconds
+        record.peak_memory_bytes = peak_memory_bytes(self.device)
+        if self.main:
+            try:
+                write_json(self.run.record, record)
+            except OSError as error:
+                self.progress.not_written(self.run.record, error)

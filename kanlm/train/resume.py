@@ -77,12 +77,17 @@ def check_same_run(config: RunConfig, run: RunDir) -> None:
 
 
 def finished_record(run: RunDir) -> RunRecord | None:
-    """The record of a run that has nothing left to do."""
+    """The record of a run that has nothing left to do, its last checkpoint being intact."""
     if not run.record.exists():
         return None
-    record = RunRecord.model_validate(read_json(run.record))
-    done = record.state == "finished" and run.checkpoint(record.step).is_dir()
-    return record if done else None
+    try:
+        record = RunRecord.model_validate(read_json(run.record))
+        if record.state != "finished":
+            return None
+        checkpoint.verify(run.checkpoint(record.step))
+    except (OSError, ValueError):  # damaged: the run goes on from what is intact
+        return None
+    return record
 
 
 def leaves(table: Any, prefix: str = "") -> dict[str, Any]:
