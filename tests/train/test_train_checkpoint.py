@@ -42,6 +42,12 @@ DAMAGE = [
     ("model.safetensors", truncate, "bytes where manifest.json says"),
     ("optimizer.safetensors", flip_a_bit, "content differs from its sha256"),
     ("trainer.json", os.unlink, "missing, but listed"),
+    ("manifest.json", lambda path: path.write_text("[]"), "no readable manifest.json"),
+    ("manifest.json", lambda path: path.write_text('{"files": 3}'), "no readable manifest.json"),
+    ("manifest.json", lambda path: path.write_text('{"files": {"a": {"size": 1}}}'), "no readable"),
+    ("manifest.json", lambda path: path.write_text('{"files": {}}'), "does not list model.json, model.s"),
+    ("manifest.json", lambda path: (path.unlink(), path.mkdir()), "no readable manifest.json"),
+    ("model.json", lambda path: (path.unlink(), path.mkdir()), "cannot be read"),
 ]
 
 
@@ -222,3 +228,106 @@ def test_leftovers_of_a_killed_writer_are_removed(run_config):
     loop.train(run_config())
     assert sorted(path.name for path in run.root.glob(".*")) == [".keep", ".lock"]
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000012"]
+
+
+def test_finished_run_with_a_damaged_last_checkpoint_is_trained_again(trained, run_config, capsys):
+    truncate(trained.checkpoint(12) / "model.safetensors")
+    loop.train(run_config("train.save_every=4", "train.keep_last=3"))
+    said = capsys.readouterr().out
+    assert "damaged checkpoint passed over" in said and "nothing is left to do" not in said
+    verify(trained.checkpoint(12))
+
+
+def test_run_that_was_killed_after_its_last_checkpoint_keeps_its_speed(trained, run_config):
+    record = json.loads(trained.record.read_text())
+    trained.record.write_text(json.dumps(record | {"state": "running"}))
+    again = loop.train(run_config("train.save_every=4", "train.keep_last=3"))
+    assert again.state == "finished" and again.final_validation == record["final_validation"]
+    assert again.tokens_per_second > 0 and again.peak_memory_bytes > 0
+
+
+def failing_at(step: int, error: BaseException, monkeypatch):
+    real = checkpoint.Snapshot.write
+
+    def write(self, folder):
+        if self.step == step:
+            raise error
+        return real(self, folder)
+
+    monkeypatch.setattr(checkpoint.Snapshot, "write", write)
+
+
+@pytest.mark.parametrize("step", [8, 12])
+def test_no_error_of_the_writing_thread_is_lost(run_config, monkeypatch, step):
+    """A run must not say that it has finished while its checkpoint died of a mistake."""
+    failing_at(step, RuntimeError("a mistake"), monkeypatch)
+    config = run_config("train.save_every=4", "train.on_checkpoint_error=continue")
+    with pytest.raises(RuntimeError, match="a mistake"):
+        loop.train(config)
+    assert json.loads(RunDir(config.run_dir).record.read_text())["state"] == "failed"
+
+
+def test_failed_write_is_told_after_the_next_step(run_config, monkeypatch):
+    """Not at the next checkpoint, which may be hours away."""
+    failing_at(4, OSError(28, "No space left on device"), monkeypatch)
+    real = loop.one_step
+
+    def step(session, batches):
+        if session.writer.thread is not None:
+            session.writer.thread.join()
+        return real(session, batches)
+
+    monkeypatch.setattr(loop, "one_step", step)
+    config = run_config("train.save_every=4", "train.max_tokens=6400")
+    with pytest.raises(UserError, match="step-00000004: the checkpoint could not be written"):
+        loop.train(config)
+    assert json.loads(RunDir(config.run_dir).record.read_text())["step"] == 5
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_state_after_a_failed_write_is_written_all_the_same(trained, monkeypatch, asynchronous):
+    failing_at(16, OSError(28, "No space left on device"), monkeypatch)
+    writer = checkpoint.CheckpointWriter(trained, 9, 0, asynchronous, "continue", say=(said := []).append)
+    for step in (16, 20):
+        config, weights = load_model(trained.root, 12)
+        writer.save(checkpoint.Snapshot(step, {"w": torch.ones(2)}, {"m": torch.ones(2)}, {}, {}))
+    writer.finish()
+    assert [line.split(": ")[1][:9] for line in said] == ["the check"]
+    verify(trained.checkpoint(20))
+    assert not trained.checkpoint(16).exists()
+
+
+@pytest.fixture
+def no_space_for_metrics(monkeypatch):
+    """From step 8 on, until step 11, no file of this process can be larger than metrics.jsonl is by then."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    real = loop.one_step
+
+    def step(session, batches):
+        done = real(session, batches)
+        if session.state.step == 7:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (session.run.metrics.stat().st_size + 20, hard))
+        if session.state.step == 10:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        return done
+
+    monkeypatch.setattr(loop, "one_step", step)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_disk_too_full_for_metrics_is_one_clear_error(run_config, no_space_for_metrics):
+    config = run_config()
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written \(File too large\); free some"):
+        loop.train(config)
+
+
+def test_disk_too_full_for_metrics_can_be_outlived_by_option(
+    run_config, no_space_for_metrics, metrics, capsys
+):
+    config = run_config("train.on_checkpoint_error=continue")
+    assert loop.train(config).state == "finished"
+    assert capsys.readouterr().out.count("metrics.jsonl: cannot be written") == 1
+    steps = [line["step"] for line in metrics(config) if not line.get("final")]
+    assert steps == sorted(set(steps)) and steps[-1] == 12 and len(steps) >= 10
