@@ -13,20 +13,28 @@ from torch.distributed.tensor import DTensor
 
 from kanlm.config import UserError
 
+THE_LOSS = "the loss"
+"""Where a number that is not finite first appears if no layer, parameter or gradient holds one."""
+
 
 class Diverged(UserError):
     """Training stopped because of non-finite numbers."""
 
 
+class Stopped(SystemExit):
+    """A signal to stop that came before the first step; the process ends with status 0."""
+
+
 class StopSignal:
     """Remembers SIGTERM and SIGINT for the duration of a `with` block, so that a step can be finished first.
 
-    A second SIGINT acts at once. Outside the main thread no handler can be set; the signals then act as
-    before.
+    While `at_once` is set they raise `Stopped` instead. A second SIGINT acts at once. Outside the main thread
+    no handler can be set; the signals then act as before.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.at_once = False
         self._interrupts = 0
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -44,6 +52,8 @@ class StopSignal:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
+        if self.at_once:
+            raise Stopped(0)
         self._interrupts += number == signal.SIGINT
         if number == signal.SIGINT and self._interrupts > 1:
             raise KeyboardInterrupt
@@ -128,4 +138,4 @@ def first_nonfinite_layer(model: nn.Module, batches: list[dict[str, torch.Tensor
     for name, parameter in reversed(list(model.named_parameters())):  # nearest to the loss first
         if parameter.grad is not None and not _local(parameter.grad).isfinite().all():
             return f"gradient of {_plain(name)}"
-    return "the loss"
+    return THE_LOSS

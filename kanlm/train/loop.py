@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
 from kanlm import kernels
@@ -35,7 +36,14 @@ from kanlm.sizing import (
     training_flops_per_token,
 )
 from kanlm.train import checkpoint
-from kanlm.train.faults import Diverged, StopSignal, ZeroGradientWatch, first_nonfinite_layer
+from kanlm.train.faults import (
+    THE_LOSS,
+    Diverged,
+    Stopped,
+    StopSignal,
+    ZeroGradientWatch,
+    first_nonfinite_layer,
+)
 from kanlm.train.optimizer import optimizers
 from kanlm.train.parallel import (
     clip_gradients,
@@ -76,9 +84,21 @@ def train(config: RunConfig) -> RunRecord:
         if os.environ.get("RANK", "0") == "0":
             print(f"{run.root}: finished before, {done.step:,} steps; nothing is left to do", flush=True)
         return done
-    with new_accelerator(config) as accelerator:
-        session = prepare(config, run, accelerator)
-        with held_by_this_process(run, accelerator), session.stop_signal:
+    with new_accelerator(config) as accelerator, StopSignal() as stop_signal:
+        stop_signal.at_once = True
+        try:
+            session = prepare(config, run, accelerator)
+        except Stopped:
+            if accelerator.is_main_process:
+                print(
+                    f"{config.name}: stopped by a signal before the first step; what is tokenised is kept; "
+                    "run the same command again to go on",
+                    flush=True,
+                )
+            raise
+        stop_signal.at_once = False
+        session.stop_signal = stop_signal
+        with held_by_this_process(run, accelerator):
             start(session)
             try:
                 run_steps(session)
@@ -118,11 +138,11 @@ class Session:
     record: RunRecord
     flops_per_token: float
     peak_flops: float
-    stop_signal: StopSignal = field(default_factory=StopSignal)
     fetched: tuple[list[dict[str, torch.Tensor]], dict[str, Any]] | None = None
     """Micro-batches of the next step, and the loader's state after them."""
     saved_at: float = field(default_factory=time.monotonic)
     """When the last checkpoint was taken, or the run begun."""
+    stop_signal: StopSignal = field(init=False)
     # made by start(), once the state to go on from is known
     watch: ZeroGradientWatch = field(init=False)
     progress: Progress = field(init=False)
@@ -558,7 +578,10 @@ def diverged(
     first = state.step * config.train.batch_size
     device = session.accelerator.device
     batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in micro_batches]
-    layer = first_nonfinite_layer(session.model, batches)
+    with session.accelerator.autocast():
+        found = first_nonfinite_layer(session.model, batches)
+    by_process = gather_object([found])
+    layer = next((each for each in by_process if each != THE_LOSS), THE_LOSS)
     path = session.run.root / "nonfinite.json"
     if session.accelerator.is_main_process:
         write_json(
@@ -568,6 +591,7 @@ def diverged(
                 "loss": repr(loss),
                 "grad_norm": repr(grad_norm),
                 "first_nonfinite": layer,
+                "first_nonfinite_by_process": by_process,
                 "sequences": {
                     f"step {state.step + 1 - back}": [
                         first - back * config.train.batch_size,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import io
+import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 from kanlm.config import UserError
 from kanlm.model import KanLMForCausalLM
+from kanlm.model.ffn import KANGLU
 from kanlm.runs import RunDir, RunRecord
 from kanlm.train import loop, parallel
 from kanlm.train.checkpoint import load_model, load_tokenizer
@@ -106,11 +109,55 @@ def test_micro_batches_leave_the_losses_as_they_are(run_config, losses):
     assert losses(cut) == pytest.approx(losses(whole), rel=2e-5)
 
 
-def test_gradient_checkpointing_leaves_the_losses_as_they_are(run_config, losses):
+def test_gradient_checkpointing_leaves_the_losses_as_they_are(run_config, losses, monkeypatch):
     plain, checkpointed = run_config(), run_config("name=checkpointed", "train.gradient_checkpointing=true")
-    loop.train(plain)
-    loop.train(checkpointed)
+    calls = {}
+    for config in (plain, checkpointed):
+        real, count = KANGLU.forward, itertools.count(1)
+
+        def forward(self, x, real=real, count=count, name=config.name):
+            calls[name] = next(count)
+            return real(self, x)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(KANGLU, "forward", forward)
+            loop.train(config)
     assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-6)
+    assert calls["checkpointed"] >= calls["tiny"] + 12 * 2  # each layer once more in each step's backward
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for(run_config, monkeypatch, metrics):
+    real, seen = loop.clip_gradients, []
+
+    def clip(model, norm, max_norm):
+        before = [parameter.grad.clone() for parameter in model.parameters()]
+        real(model, norm, max_norm)
+        after = [parameter.grad for parameter in model.parameters()]
+        found = torch.nn.utils.get_total_norm(before), torch.nn.utils.get_total_norm(after)
+        seen.append((norm, *map(float, found)))
+        for one, other in zip(before, after, strict=True):
+            torch.testing.assert_close(one * (found[1] / found[0]), other, rtol=1e-4, atol=1e-8)
+
+    monkeypatch.setattr(loop, "clip_gradients", clip)
+    loop.train(run_config("train.max_grad_norm=0.01"))
+    assert all(norm == pytest.approx(before) for norm, before, _ in seen)
+    assert all(before > 0.02 and after == pytest.approx(0.01, rel=1e-4) for _, before, after in seen)
+    assert [line["grad_norm"] for line in metrics(run_config())[:12]] == [norm for norm, _, _ in seen]
+    for free in ("name=large", "train.max_grad_norm=1e6"), ("name=off", "train.max_grad_norm=0"):
+        seen.clear()
+        loop.train(run_config(*free))
+        assert len(seen) == 12 and all(before == after for _, before, after in seen)
+
+
+def test_any_seed_serves_dropout(run_config, losses):
+    """Another mask in each step and process, the same one in a repeated run."""
+    settings = ("model.attention_dropout=0.2", f"seed={2**32 - 1}")
+    one, two = run_config(*settings), run_config("name=two", *settings)
+    loop.train(one)
+    loop.train(two)
+    assert losses(one) == losses(two)
+    seeds = {loop.dropout_seed(*key) for key in itertools.product((0, 1, 2**60), range(50), range(8))}
+    assert len(seeds) == 3 * 50 * 8 and all(0 <= seed < 2**64 for seed in seeds)
 
 
 def test_z_loss_pulls_the_partition_function_towards_one(run_config):
@@ -380,6 +427,8 @@ def test_terminal_gets_a_bar_with_loss_speed_and_time_left(run_config, monkeypat
     loop.train(run_config("train.eval_every=4"))
     bar = terminal.getvalue().split("\r")[-1]
     assert "12/12" in bar and "loss" in bar and "bits/byte" in bar and "tokens/s" in bar and "of peak" in bar
+    middle = [line for line in terminal.getvalue().split("\r") if "6/12" in line][-1]
+    assert re.search(r"\[\d\d:\d\d<\d\d:\d\d", middle), middle  # time gone < time left
 
 
 def test_sigterm_to_the_command_ends_it_with_status_zero(write_toml, run_config):
@@ -402,11 +451,35 @@ def test_sigterm_to_the_command_ends_it_with_status_zero(write_toml, run_config)
     assert RunDir(config.run_dir).checkpoint(record["step"]).is_dir()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_while_texts_are_tokenised_ends_the_command_with_status_zero(
+    write_toml, run_config, tmp_path, number
+):
+    settings = ("data.max_documents=1_000_000", f"data.cache_dir={tmp_path / 'own cache'}")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kanlm", "train", str(write_toml(*settings))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "own cache").rglob("*.partial")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in err, err
+    assert "before the first step; what is tokenised is kept; run the same command again to go on" in out
+    assert not RunDir(run_config(*settings).run_dir).record.exists()
+
+
 @pytest.mark.slow
 def test_compiled_layers_learn_the_same(run_config, losses):
     plain, compiled = run_config(), run_config("name=compiled", "train.compile=true")
     loop.train(plain)
+    torch._dynamo.utils.counters.clear()
     loop.train(compiled)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
     assert load_model(compiled.run_dir)[1].keys() == load_model(plain.run_dir)[1].keys()
 
