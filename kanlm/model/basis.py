@@ -148,6 +148,10 @@ class Basis:
         """Length of a grid interval."""
         return (self.grid_max - self.grid_min) / self.grid_size
 
+    def contains(self, coarser: "Basis") -> bool:
+        """Whether every function of `coarser`, one of this kind on the same range, is one of this basis."""
+        return self.grid_size == coarser.grid_size
+
     def grid_points(self) -> Tensor:
         """The G + 1 ends of the intervals, fp64 [G + 1, 1] on the CPU."""
         ends = self.grid_min, self.grid_max, self.grid_size + 1
@@ -212,6 +216,9 @@ class BSpline(Basis):
     @property
     def num_functions(self) -> int:
         return self.grid_size + self.order
+
+    def contains(self, coarser: Basis) -> bool:
+        return self.grid_size % coarser.grid_size == 0
 
     def values(self, x: Tensor) -> Tensor:
         return _SplineValues.apply(x, self, 0)
@@ -336,6 +343,9 @@ class MexicanHat(Basis):
 class Chebyshev(Basis):
     """Chebyshev polynomials T_0 .. T_G of the grid mapped to [-1, 1]: K = G + 1."""
 
+    def contains(self, coarser: Basis) -> bool:
+        return self.grid_size >= coarser.grid_size
+
     def _mapped(self, x: Tensor) -> Tensor:
         return (x - self.grid_min) * (2 / (self.grid_max - self.grid_min)) - 1
 
@@ -359,6 +369,9 @@ class Chebyshev(Basis):
 @dataclass(frozen=True)
 class Fourier(Basis):
     """1, cos(pi t), sin(pi t), cos(2 pi t), ... of the grid mapped to t in [-1, 1]: K = G + 1, periodic."""
+
+    def contains(self, coarser: Basis) -> bool:
+        return self.grid_size >= coarser.grid_size
 
     def _angles(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Angles of the functions 1..G [..., G, I] and their frequencies [G, 1]; odd ones are cosines."""

@@ -335,7 +335,7 @@ class KANLinear(nn.Module):
         """Whiten the features under samples [..., I] of all ranks, or the assumed input; keeps the functions.
 
         The distribution is 0.9 of the samples, pooled over inputs, and 0.1 spread evenly over the grid
-        intervals.
+        intervals. Samples further outside the grid than its width count as at that distance.
 
         Raises:
             ValueError: samples that are not finite, or none.
@@ -350,10 +350,10 @@ class KANLinear(nn.Module):
         squares.
 
         Knots run from the smallest to the largest sample of each input: quantiles, mixed with `grid_eps` of a
-        uniform grid. Returns the drift, rms(new output - old output) / rms(old output): the larger of that on
-        the samples and that on those of them within the old grid (without any: on points of every interval).
-        Grids and coefficients are equal on every rank. A whitened layer is whitened under the samples. One
-        far sample stretches the intervals beyond the others, which the drift shows; leave such samples out.
+        uniform grid. Returns the drift, rms(new output - old output) / rms(old output), the largest of three:
+        on the samples, over the new grid, and over the old grid as far as the new one reaches. Grids and
+        coefficients are equal on every rank. A whitened layer is whitened under the samples. One far sample
+        stretches the intervals beyond the others, which the drift shows; leave such samples out.
 
         Raises:
             ValueError: a layer with a uniform grid, grid_eps outside (0, 1] or so small that repeated
@@ -374,9 +374,10 @@ class KANLinear(nn.Module):
     def refine(self, grid_size: int, samples: Tensor | None = None, allow_coarsen: bool = False) -> float:
         """Change the grid to `grid_size` intervals and refit the coefficients by least squares.
 
-        A multiple of the present size on a uniform grid keeps the functions exactly; adaptive intervals are
-        divided in proportion. The fit is to samples [..., I] of all ranks, where given, and to points of
-        every interval. Returns the drift as `update_grid` does, without samples that on those points.
+        Exact where the new functions contain the old: for splines at a multiple of the present size (adaptive
+        intervals are divided in proportion), for Chebyshev and Fourier at any larger one. Otherwise the fit
+        is to points of every interval and to samples [..., I] of all ranks, where given; those further
+        outside the grid than its width count as at that distance. Returns the drift as `update_grid` does.
         `spline.weight` becomes a new parameter: build optimisers anew.
 
         Raises:
@@ -396,10 +397,16 @@ class KANLinear(nn.Module):
             knots = wide[below].lerp(wide[below + 1], (position - below).unsqueeze(-1)).to(self.knots.dtype)
         if samples is not None:
             samples = finite_samples(samples, self.in_features)
-        return self._refit(basis, knots, samples)
+        return self._refit(basis, knots, samples, is_exact=basis.contains(old))
 
-    def _refit(self, basis: Basis, knots: Tensor | None, samples: Tensor | None) -> float:
-        """Change to `basis` and `knots`, refit the coefficients on samples [N, I] and return the drift."""
+    def _refit(
+        self, basis: Basis, knots: Tensor | None, samples: Tensor | None, is_exact: bool = False
+    ) -> float:
+        """Change to `basis` and `knots`, refit the coefficients on samples [N, I] and return the drift.
+
+        is_exact: the new functions contain the old, so any points give the same fit; even ones, which are the
+        best conditioned, do.
+        """
         if knots is not None and not (knots.diff(dim=0) > 0).all():
             raise ValueError(
                 f"knots: some would lie closer than {str(knots.dtype).removeprefix('torch.')} can tell; use "
@@ -409,11 +416,16 @@ class KANLinear(nn.Module):
         old, plain = self._wide_basis(), self._plain_coefficients()
         new = basis if knots is None else KnotSpline(knots.double(), basis.order)
         grid = basis_grid(new).to(weight.device)
-        probes = self._probes(samples, grid)
+        # Far samples alone would hide what a refit does to the functions on the grid.
+        probes = [even_points(grid), even_points(basis_grid(old).to(grid.device)).clamp(grid[0], grid[-1])]
+        probes = [probe.expand(-1, self.in_features).to(weight.dtype) for probe in probes]
+        if samples is not None:
+            share_of_samples(samples)  # none on any rank is an error
+            probes.append(samples.to(weight.dtype))
         before = [self(probe).double() for probe in probes]
         mapping = refit_map(
             (new.values(points), old.values(points), weights)
-            for points, weights in self._fit_points(samples, grid)
+            for points, weights in self._fit_points(None if is_exact else samples, grid)
         ).expand(self.in_features, -1, -1)
 
         self.basis, self.knots, self.initial_knots = basis, knots, None
@@ -426,22 +438,6 @@ class KANLinear(nn.Module):
         )
         squares = summed_over_ranks(squares)  # [probes, 2]
         return float((squares[:, 0] / squares[:, 1].clamp_min(1e-300)).max().sqrt())
-
-    def _probes(self, samples: Tensor | None, grid: Tensor) -> list[Tensor]:
-        """Inputs on which a refit to `grid` is judged.
-
-        Samples [N, I], and those among them that lie within the present grid, whose error far ones would
-        hide; points of every interval where there are no such samples.
-        """
-        dtype = self.spline.weight.dtype
-        even = even_points(grid).expand(-1, self.in_features)
-        if samples is None:
-            return [even.to(dtype)]
-        present = basis_grid(self._wide_basis()).to(samples.device)
-        within = samples[((samples >= present[0]) & (samples <= present[-1])).all(-1)]
-        if not summed_over_ranks(within.new_tensor(float(len(within)))):
-            within = even
-        return [samples.to(dtype), within.to(dtype)]
 
     def _wide_basis(self) -> Basis | KnotSpline:
         """`present_basis` in fp64."""

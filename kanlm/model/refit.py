@@ -35,7 +35,7 @@ def finite_samples(samples: Tensor, inputs: int) -> Tensor:
     Raises, on every rank if on one:
         ValueError: another last dimension, or values that are not finite.
     """
-    misshapen, broken = samples.shape[-1] != inputs, (~samples.isfinite()).sum()
+    misshapen, broken = samples.shape[-1:] != (inputs,), (~samples.isfinite()).sum()
     counts = torch.stack((broken, *(broken.new_tensor(count) for count in (samples.numel(), misshapen))))
     broken, values, misshapen_ranks = summed_over_ranks(counts).tolist()
     if misshapen_ranks:

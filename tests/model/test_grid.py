@@ -10,7 +10,7 @@ import torch.multiprocessing as multiprocessing
 
 from kanlm.model.basis import BASES
 from kanlm.model.kan import KANLinear
-from kanlm.model.refit import adapted_knots, assumed_points, mixture_quantiles
+from kanlm.model.refit import adapted_knots, assumed_points, mixture_quantiles, refit_map
 
 SEED = 0
 
@@ -29,17 +29,20 @@ def change(layer: KANLinear, x: torch.Tensor, before: torch.Tensor) -> float:
         return float((layer(x) - before).norm() / before.norm())
 
 
+def midpoints(layer: KANLinear) -> torch.Tensor:
+    """The middles of 16 parts of every interval."""
+    grid = layer.basis.grid_points() if layer.knots is None else layer.knots.double()
+    grid = grid.expand(-1, layer.in_features)
+    return torch.cat([grid[:-1] + (part + 0.5) / 16 * grid.diff(dim=0) for part in range(16)])
+
+
 def drift_of(layer: KANLinear, old: KANLinear, samples: torch.Tensor) -> float:
-    """The larger of the change on the samples and on those within the old layer's grid."""
-    ends = (old.basis.grid_min, old.basis.grid_max) if old.knots is None else (old.knots[0], old.knots[-1])
-    within = samples[((samples >= ends[0]) & (samples <= ends[1])).all(-1)]
-    if not len(within):  # points of every interval, as in the fit
-        grid = layer.basis.grid_points() if layer.knots is None else layer.knots
-        shares = (torch.arange(16) + 0.5) / 16
-        within = torch.cat([(grid[:-1] * (1 - share) + grid[1:] * share).expand(-1, 3) for share in shares])
-    within = within.to(samples.dtype)
+    """The largest change on the samples, over the new grid, and over the old one as far as that reaches."""
+    basis = layer.basis
+    ends = (basis.grid_min, basis.grid_max) if layer.knots is None else layer.knots.double()[[0, -1]]
+    places = (samples, midpoints(layer), midpoints(old).clamp(*ends))
     with torch.no_grad():
-        return max(change(layer, x, old(x)) for x in (samples, within))
+        return max(change(layer, x.to(samples.dtype), old(x.to(samples.dtype))) for x in places)
 
 
 # Whitening
@@ -105,6 +108,21 @@ def test_whitening_under_samples_keeps_the_function(basis):
 # Refits
 
 
+DEGENERATE = {
+    "one sample": random_inputs(1, 3),
+    "fewer samples than coefficients": random_inputs(4, 3),
+    "constant": torch.full((50, 3), 0.7, dtype=torch.float64),
+    "zeros": torch.zeros(50, 3, dtype=torch.float64),
+    "two values": random_inputs(60, 3).sign(),
+    "repeated": random_inputs(5, 3).repeat(40, 1),
+    "far outside the grid": random_inputs(30, 3) * 1e3 + 1e4,
+    "constant, far outside the grid": torch.full((50, 3), 3e5, dtype=torch.float64),
+    "one outlier": torch.cat((random_inputs(200, 3), torch.full((1, 3), 1e5, dtype=torch.float64))),
+    "a narrow range, far outside the grid": random_inputs(100, 3).clamp(0, 1) + 1e8,
+    "tiny": random_inputs(30, 3) * 1e-12,
+}
+
+
 @pytest.mark.parametrize("conditioning", ["none", "whitened"])
 @pytest.mark.parametrize("grid", ["uniform", "adaptive"])
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
@@ -145,9 +163,47 @@ def test_far_samples_leave_the_functions_within_the_grid(grid_size, finer, far, 
     with torch.no_grad():
         changed = change(layer, x, old(x))
     if finer % grid_size == 0:
-        assert changed < (1e-7 if dtype == torch.float64 else 1e-6)
+        assert changed < (1e-11 if dtype == torch.float64 else 1e-6)
     else:
         assert changed < 0.2 and drift > changed / 10  # far samples do not hide what the grid lost
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("conditioning", ["none", "whitened"])
+@pytest.mark.parametrize("grid", ["uniform", "adaptive"])
+@pytest.mark.parametrize("grid_size, finer", [(4, 12), (50, 100), (4, 7)])
+def test_refining_keeps_the_functions_whatever_the_samples(grid_size, finer, grid, conditioning, dtype):
+    both_sides = random_inputs(50, 3).sign() * 1e7
+    for name, samples in (DEGENERATE | {"both sides": both_sides}).items():
+        torch.manual_seed(SEED)
+        layer = KANLinear(3, 4, grid_size=grid_size, grid=grid, conditioning=conditioning, dtype=dtype)
+        old = copy.deepcopy(layer)
+        drift = layer.refine(finer, samples.to(dtype))
+        if finer % grid_size == 0:
+            assert drift < (1e-10 if dtype == torch.float64 else 1e-3), (name, drift)
+        else:
+            assert 1e-6 < drift < 0.05, (name, drift)
+        # Rounding moves a sum over far samples.
+        assert drift == pytest.approx(drift_of(layer, old, samples.to(dtype)), rel=1e-3, abs=1e-5), name
+
+
+def test_an_outlier_does_not_hide_what_moving_the_grid_does_to_the_rest():
+    """It alone has most of the output's mean square."""
+    layer = KANLinear(3, 4, grid="adaptive", dtype=torch.float64)
+    samples = torch.cat((random_inputs(200, 3), torch.full((1, 3), 1e6, dtype=torch.float64)))
+    old = copy.deepcopy(layer)
+    drift = layer.update_grid(samples)
+    assert change(layer, samples, old(samples)) < 1e-4
+    assert drift > 0.5 * change(layer, samples[:200], old(samples[:200])) > 0.01
+
+
+def test_functions_of_any_scale_are_refitted_alike():
+    """Some reached by the samples a billion times more than others."""
+    points = random_inputs(200, 6, 2)
+    scales = torch.logspace(0, 9, 6, dtype=torch.float64).view(1, 6, 1)
+    mapping = refit_map([(points * scales, points * scales, torch.ones(200, dtype=torch.float64))])
+    in_function = scales * mapping / scales.mT
+    torch.testing.assert_close(in_function, torch.eye(6).double().expand(2, 6, 6), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("conditioning", ["none", "whitened"])
@@ -158,11 +214,11 @@ def test_every_basis_refines_to_a_better_fit(basis, conditioning):
     samples = random_inputs(400, 3, scale=1)
     samples[7] = 1e6
     old = copy.deepcopy(layer)
-    assert layer.refine(8, samples) < 1e-7
+    assert layer.refine(8, samples) < 1e-9
     drift = layer.refine(16, samples)
     assert drift == pytest.approx(drift_of(layer, old, samples), rel=1e-3, abs=1e-7)
     nested = basis in ("bspline", "linear", "chebyshev", "fourier")
-    assert drift < (1e-6 if nested else 0.2)
+    assert drift < (1e-9 if nested else 0.2)
 
 
 def test_moved_grid_refits_the_coefficients():
@@ -195,20 +251,6 @@ def test_knots_are_quantiles_mixed_with_a_uniform_grid():
     torch.testing.assert_close(half, (quantiles + uniform) / 2, atol=1e-6, rtol=1e-6)
 
 
-DEGENERATE = {
-    "one sample": random_inputs(1, 3),
-    "fewer samples than coefficients": random_inputs(4, 3),
-    "constant": torch.full((50, 3), 0.7, dtype=torch.float64),
-    "zeros": torch.zeros(50, 3, dtype=torch.float64),
-    "two values": random_inputs(60, 3).sign(),
-    "repeated": random_inputs(5, 3).repeat(40, 1),
-    "far outside the grid": random_inputs(30, 3) * 1e3 + 1e4,
-    "constant, far outside the grid": torch.full((50, 3), 3e5, dtype=torch.float64),
-    "one outlier": torch.cat((random_inputs(200, 3), torch.full((1, 3), 1e5, dtype=torch.float64))),
-    "tiny": random_inputs(30, 3) * 1e-12,
-}
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("conditioning", ["none", "whitened"])
 @pytest.mark.parametrize("name", list(DEGENERATE))
@@ -222,7 +264,7 @@ def test_degenerate_samples_give_finite_layers(name, conditioning, dtype):
         assert (layer.knots.diff(dim=0) > 0).all()
         assert layer(samples).isfinite().all()
         if name != "one outlier":  # which stretches the intervals far beyond the other samples
-            assert drift < (1e-2 if dtype == torch.float64 else 0.2), (name, drift)
+            assert drift < (5e-2 if dtype == torch.float64 else 0.2), (name, drift)
         assert drift == pytest.approx(drift_of(layer, old, samples), rel=1e-3, abs=1e-6)
 
 
@@ -234,6 +276,7 @@ def test_bad_refits_are_named():
         (lambda: adaptive.update_grid(good, grid_eps=0), "grid_eps.*got 0"),
         (lambda: adaptive.update_grid(good[:2].repeat(9, 1), grid_eps=1e-12), "knots: .*closer than float32"),
         (lambda: KANLinear(3, 2, knots=[1e6, 1e6 + 1]).refine(100), "too narrow for fp32"),
+        (lambda: adaptive.update_grid(torch.tensor(1.0)), r"samples.*in_features 3.*\(\)"),
         (lambda: adaptive.update_grid(torch.randn(10, 4)), r"samples.*in_features 3.*\(10, 4\)"),
         (lambda: adaptive.update_grid(good * float("nan")), "samples: 30 of 30 values are not finite"),
         (lambda: adaptive.refine(9, good * float("inf")), "samples: 30 of 30 values are not finite"),
