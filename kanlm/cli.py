@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 
 import click
@@ -260,6 +261,10 @@ def complaint(error: BaseException) -> str | None:
     return None
 
 
+SECONDS_FOR_RANK_0 = 2.0
+"""The launcher ends the other processes within a fraction of a second after the first that failed."""
+
+
 def main() -> None:
     """Run the command line and exit with its status."""
     logging.getLogger("kanlm").setLevel(logging.INFO)
@@ -276,8 +281,11 @@ def main() -> None:
         line = complaint(error)
         if line is None or os.environ.get("KANLM_DEBUG") == "1":
             raise
-        if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
-            click.echo(f"kanlm: error: {line}", err=True)
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":  # of several processes that fail alike the first speaks, and its end ends the others
+            time.sleep(SECONDS_FOR_RANK_0)
+            line = f"process {rank}: {line}"
+        click.echo(f"kanlm: error: {line}", err=True)
         sys.exit(2)
 
 

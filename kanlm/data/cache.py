@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerFast
 from kanlm.config import RunConfig, UserError
 from kanlm.data.corpus import Source, Split, TextStream, split_sources
 from kanlm.data.packing import Packed, Packer
+from kanlm.data.sources import Unreachable
 from kanlm.data.tokenizer import tokenizer_hash
 from kanlm.metrics import TextCounts
 from kanlm.runs import fsync_folder, read_json, remove_leftovers, write_json
@@ -98,7 +99,8 @@ def cached(
 ) -> TokenCache:
     """The cache of `sources`, built or resumed under its lock where it is not whole.
 
-    `UserError` for text that cannot be read or packed; then, and on a full disk, nothing half-built stays.
+    `UserError` for text that cannot be read or packed; then, and on a full disk, nothing half-built stays,
+    while a hub that cannot be reached leaves what was read of it.
     """
     identity = {
         "format": FORMAT,
@@ -125,6 +127,8 @@ def cached(
                 build = _Build(partial, Packer(tokenizer), shard_tokens)
                 texts = itertools.chain.from_iterable(TextStream(source) for source in sources)
                 build.run(texts, config.data.num_workers, manifest)
+            except Unreachable:
+                raise
             except UserError:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
@@ -137,6 +141,8 @@ def cached(
                     "data.cache_dir to another disk, or set data.streaming=true"
                 ) from None
             os.rename(partial, folder)
+            fsync_folder(folder.parent)
+            (folder / "progress.json").unlink()  # last, so that a kill loses no shard
     cache = TokenCache(folder)
     found = {name: cache.manifest.get(name) for name in identity}
     if found != identity:
@@ -205,7 +211,6 @@ class _Build:
                 "shards": self.shards,
             },
         )
-        (self.folder / "progress.json").unlink()
         fsync_folder(self.folder)
         logger.info(
             "packed %s: %s documents, %s bytes, %s tokens, sha256 %s",
@@ -221,7 +226,10 @@ class _Build:
         lengths = np.concatenate([packed.lengths for packed in buffer])
         starts = self.tokens + np.cumsum(lengths) - lengths
         content = b"".join(packed.ids.tobytes() for packed in buffer)
-        (self.folder / name).write_bytes(content)
+        with open(self.folder / name, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         with open(self.folder / "documents.bin", "ab") as file:
             file.write(starts.astype(np.uint64).tobytes())
         fsync_folder(self.folder)

@@ -40,6 +40,7 @@ State = dict[str, Any] | None
 """A place in a source, JSON only; None is the start."""
 
 CHUNK_ROWS = 1000
+HASHED_BYTES = 2**28
 _ENDINGS = {
     ".txt": "text",
     ".text": "text",
@@ -51,6 +52,10 @@ _ENDINGS = {
 }
 _COMPRESSIONS = (".gz", ".xz", ".bz2")
 _READ_ERRORS = (ValueError, OSError, EOFError, lzma.LZMAError, zlib.error, datasets.exceptions.DatasetsError)
+
+
+class Unreachable(UserError):
+    """A source that may be read later: what was read of it so far stays good."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +114,8 @@ def _local(spec: SourceConfig, path: Path, invalid_utf8: str) -> Reader:
     )
     if not sum(file.stat().st_size for file in files):
         raise UserError(f"data.source: {spec.source!r} is empty; give a file or folder that holds text")
-    stats = [(p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    fingerprint = _sha256([str(path.resolve()), stats, *_reading(spec, invalid_utf8)])
+    names = [path.name if path.is_file() else file.relative_to(path).as_posix() for file in files]
+    fingerprint = _sha256([names, _content_marks(files), *_reading(spec, invalid_utf8)])
     builder = _builder(path) if path.is_file() else _commonest_builder(files)
     if path.is_file() and builder is None:
         raise UserError(
@@ -143,9 +148,43 @@ def _local(spec: SourceConfig, path: Path, invalid_utf8: str) -> Reader:
                 else {"path": str(path.resolve()), "name": spec.config_name}
             )
             dataset = datasets.load_dataset(split=spec.split, streaming=True, **where, **arguments)
-    rows = _dataset_chunks(dataset, spec, texts_of, invalid_utf8)
-    chunks = _counted(lambda: _separated(rows(None), spec)) if by_line else rows
+        split_files = (
+            datasets.load_dataset_builder(**where, **arguments).config.data_files[spec.split]
+            if by_line
+            else []
+        )
+
+    def texts() -> Iterator[str]:
+        """Documents of all files: the end of a file ends a document."""
+        for file in split_files:
+            with _one_line_errors(spec, texts_of):
+                one = datasets.load_dataset(
+                    "text", data_files=glob.escape(file), split="train", streaming=True, **arguments
+                )
+            yield from _separated(_dataset_chunks(one, spec, texts_of, invalid_utf8)(None), spec)
+
+    chunks = _counted(texts) if by_line else _dataset_chunks(dataset, spec, texts_of, invalid_utf8)
     return Reader(spec.source, dataset.info.license or "not stated", fingerprint, chunks)
+
+
+def _content_marks(files: list[Path]) -> list[Any]:
+    """What tells the content of files apart, wherever they lie: their sha256 where they have at most
+    HASHED_BYTES in all; else of each its size, time of change and the sha256 of its first 64 KiB.
+
+    So a copy of a large corpus counts as the same where it keeps the times (`cp -p`, `rsync -a`).
+    """
+    stats = [file.stat() for file in files]
+    if sum(stat.st_size for stat in stats) <= HASHED_BYTES:
+        return [_digest(file) for file in files]
+    return [
+        (stat.st_size, stat.st_mtime_ns, _digest(file, 2**16))
+        for file, stat in zip(files, stats, strict=True)
+    ]
+
+
+def _digest(file: Path, size: int = -1) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.sha256(opened.read(size)).hexdigest()
 
 
 def _saved(folder: Path, spec: SourceConfig) -> datasets.IterableDataset:
@@ -182,7 +221,7 @@ def _one_line_errors(spec: SourceConfig, files: list[Path]) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise UserError(_invalid_utf8_message(spec, files, error)) from None
     except ConnectionError as error:
-        raise UserError(
+        raise Unreachable(
             f"data.source: {spec.source!r} is no local path, and the hub cannot be reached "
             f"({_first_line(error)}); check the spelling or the network, or download it first"
         ) from None

@@ -17,8 +17,9 @@ from kanlm.config import SourceConfig, UserError
 from kanlm.data import cache as cache_module
 from kanlm.data import documents, packing, token_cache, tokenizer_for, train_caches
 from kanlm.data.cache import TokenCache, cached
-from kanlm.data.corpus import split_sources
+from kanlm.data.corpus import TextStream, split_sources
 from kanlm.data.packing import Packer
+from kanlm.data.sources import Unreachable
 from kanlm.data.tokenizer import trained_tokenizer
 from kanlm.metrics import TextCounts, total_counts
 
@@ -168,7 +169,7 @@ import json, sys, time
 from kanlm.config import RunConfig
 from kanlm.data import packing, tokenizer_for
 from kanlm.data.cache import _Build, cached
-from kanlm.data.corpus import split_sources
+from kanlm.data.corpus import TextStream, split_sources
 config = RunConfig.model_validate_json(sys.argv[1])
 packing.BATCH_CHARACTERS = 500
 write = _Build._write_shard
@@ -266,3 +267,53 @@ def test_terminal_gets_a_bar_while_a_cache_is_built(jsonl, config_for, monkeypat
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
     token_cache(config, tokenizer, "train")
     assert "packing train text" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("vocab_size, dtype", [(65_535, "uint16"), (65_536, "uint16"), (65_537, "uint32")])
+def test_largest_id_that_16_bits_hold(vocab_size, dtype, monkeypatch):
+    """65,536 tokens have the ids 0..65,535."""
+    tokenizer = trained_tokenizer(iter(sample_texts(40)), 400)
+    monkeypatch.setattr(type(tokenizer), "__len__", lambda self: vocab_size)
+    assert Packer(tokenizer).dtype == np.dtype(dtype)
+    assert vocab_size - 1 <= np.iinfo(dtype).max
+
+
+def test_hub_that_goes_away_costs_no_shard(jsonl, tmp_path, config_for, monkeypatch):
+    config = config_for(jsonl)
+    tokenizer = tokenizer_for(config)
+    reference = shards_of(config_for(jsonl, cache_dir=str(tmp_path / "other")), tokenizer, 2000, monkeypatch)
+
+    def cut_off(source):
+        for number, text in enumerate(TextStream(source)):
+            if number == reference.manifest["documents"] // 2:
+                raise Unreachable("data.source: the hub cannot be reached")
+            yield text
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module, "TextStream", cut_off)
+        with pytest.raises(Unreachable):
+            shards_of(config, tokenizer, 2000, monkeypatch)
+    (partial,) = (tmp_path / "cache" / "tokens").glob("train-*.partial")
+    written = (partial / "shard-00000.bin").stat().st_mtime_ns
+    again = shards_of(config, tokenizer, 2000, monkeypatch)
+    assert again.manifest == reference.manifest
+    assert (again.folder / "shard-00000.bin").stat().st_mtime_ns == written
+
+
+def test_build_killed_before_its_last_rename_is_finished(jsonl, tmp_path, config_for, monkeypatch):
+    """The shards stay, whichever of the last steps was not taken."""
+    config = config_for(jsonl)
+    tokenizer = tokenizer_for(config)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module.os, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            shards_of(config, tokenizer, 2000, monkeypatch)
+    (partial,) = (tmp_path / "cache" / "tokens").glob("train-*.partial")
+    written = [path.stat().st_mtime_ns for path in sorted(partial.glob("shard-*"))]
+    cache = shards_of(config, tokenizer, 2000, monkeypatch)
+    assert [path.stat().st_mtime_ns for path in sorted(cache.folder.glob("shard-*"))] == written
+    assert not (cache.folder / "progress.json").exists()

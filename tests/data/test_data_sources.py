@@ -3,6 +3,8 @@
 import gzip
 import json
 import lzma
+import os
+import shutil
 
 import datasets
 import huggingface_hub
@@ -101,6 +103,39 @@ def test_fingerprint_follows_the_content(jsonl, texts, spec_for):
     assert reader(spec_for(jsonl)).fingerprint == before
     as_jsonl(jsonl, [*texts, "one more"])
     assert reader(spec_for(jsonl)).fingerprint != before
+
+
+@pytest.mark.parametrize("hashed", [2**28, 0], ids=["little", "large"])
+def test_fingerprint_is_of_the_content_wherever_it_lies(tmp_path, spec_for, monkeypatch, hashed):
+    """A copied corpus is the same one; a large one, of which the head is read, where it keeps its times."""
+    monkeypatch.setattr(sources, "HASHED_BYTES", hashed)
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one\n" * 50_000 + "two")
+    (folder / "b.txt").write_text("three")
+    for path in (folder, folder / "a.txt"):
+        before = reader(spec_for(path)).fingerprint
+        copy = tmp_path / "there" / path.name
+        copy.parent.mkdir(exist_ok=True)
+        (shutil.copytree if path.is_dir() else shutil.copy2)(path, copy)
+        assert reader(spec_for(copy)).fingerprint == before
+        changed = copy / "a.txt" if copy.is_dir() else copy
+        with open(changed, "r+b") as file:
+            file.seek(-3, os.SEEK_END)
+            file.write(b"six")  # of the same size, behind the head
+        assert reader(spec_for(copy)).fingerprint != before
+    (folder / "b.txt").rename(folder / "c.txt")
+    assert reader(spec_for(folder)).fingerprint != reader(spec_for(tmp_path / "there" / "here")).fingerprint
+
+
+def test_end_of_a_file_ends_a_document(tmp_path, spec_for):
+    (tmp_path / "a.txt").write_text("one\n--\ntwo\n")
+    (tmp_path / "b.txt").write_text("three")
+    (tmp_path / "c.txt").write_text("four\n--\n")
+    spec = spec_for(tmp_path, document_separator="--")
+    assert list(text_documents(spec)) == ["one\n", "two\n", "three", "four\n"]
+    chunks = list(reader(spec).chunks({"documents": 2}))
+    assert [text for _, texts in chunks for text in texts if text] == ["three", "four\n"]
 
 
 @pytest.mark.parametrize("where", [0, 5, (1 << 20) - 1, 1 << 20, (1 << 20) + 3])
