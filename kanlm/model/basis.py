@@ -23,9 +23,19 @@ from torch import Tensor
 
 MAX_ORDER = 5
 
+CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+"""Size of the basis values alive at once where they are recomputed, by kind of device."""
+
 
 def at_least_fp32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def row_chunks(x: Tensor, num_functions: int) -> list[slice]:
+    """Slices of the rows of x [N, I] whose basis values [n, K, I] fill CHUNK_BYTES."""
+    budget = CHUNK_BYTES.get(x.device.type, CHUNK_BYTES["cuda"])
+    size = max(128, budget // (4 * num_functions * x.shape[-1]))
+    return [slice(start, start + size) for start in range(0, len(x), size)]
 
 
 def _raised(pieces: list[list[float]]) -> list[list[float]]:

@@ -15,7 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .basis import Basis, BSpline, KnotSpline, WhiteBasis, at_least_fp32, exact_product, make_basis
+from .basis import (
+    Basis,
+    BSpline,
+    KnotSpline,
+    WhiteBasis,
+    at_least_fp32,
+    exact_product,
+    make_basis,
+    row_chunks,
+)
 from .learned_function import LearnedFunction
 from .refit import (
     EVEN_SHARE,
@@ -32,9 +41,6 @@ from .refit import (
     summed_over_ranks,
     whitening_map,
 )
-
-CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
-"""Size of the basis values alive at once where they are recomputed, by kind of device."""
 
 
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -277,10 +283,8 @@ class KANLinear(nn.Module):
         return basis if self.whitening is None else WhiteBasis(basis, self.whitening)
 
     def _chunks(self, x: Tensor) -> list[slice]:
-        """Slices of the rows of x [N, I] whose features fill CHUNK_BYTES."""
-        budget = CHUNK_BYTES.get(x.device.type, CHUNK_BYTES["cuda"])
-        size = max(128, budget // (4 * self.num_functions * self.in_features))
-        return [slice(start, start + size) for start in range(0, len(x), size)]
+        """Slices of the rows of x [N, I] whose features are alive at once."""
+        return row_chunks(x, self.num_functions)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:

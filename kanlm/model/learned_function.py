@@ -6,12 +6,14 @@ Shapes: ... leading, N rows, C channels, K coefficients, G grid intervals, k ord
 Reference: Yang & Wang 2024, arXiv:2409.10594 (functions shared by groups of channels).
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .basis import BASES, BSpline, at_least_fp32, make_basis, slope_of, uniform_pieces
+from .basis import BASES, BSpline, at_least_fp32, make_basis, row_chunks, slope_of, uniform_pieces
 from .refit import check_finer, even_points, refit_map
 
 INITIAL_FUNCTIONS = {
@@ -65,7 +67,9 @@ class LearnedFunction(nn.Module):
     coefficients p_0..p_5, q_0..q_3: P(x) = sum_n p_n x^n and Q(x) = 1 + (q_0 x + q_1 x^2)^2 + (q_2 x + q_3
     x^2)^2. Q is positive everywhere; its gradient vanishes only at q = 0, where this layer never starts.
 
-    A B-spline is evaluated from a table of each interval's polynomial (`table`), not from basis functions.
+    A B-spline is evaluated from a table of each interval's polynomial (`table`), not from basis functions;
+    the other bases, but for a rational function, in chunks of rows. At an infinite x a B-spline is NaN or
+    infinite, never finite.
 
     Args:
         groups: default: one function per channel.
@@ -262,15 +266,29 @@ class LearnedFunction(nn.Module):
             value, derivative = self._rational(x, self._per_channel(coefficients))
         else:
             c = self._per_channel(coefficients)  # [K, C]
-            value = (self.basis.values(x) * c).sum(-2)
+            value = self._combined(self.basis.values, x, c)
             if slope:
-                derivative = (self.basis.derivatives(x) * c).sum(-2)
+                derivative = self._combined(self.basis.derivatives, x, c)
         if self.base is not None:
             value = value + F.silu(x)
             if derivative is not None:
                 gate = torch.sigmoid(x)
                 derivative = derivative + gate * (1 + x * (1 - gate))
         return value, derivative
+
+    def _chunks(self, x: Tensor) -> list[slice]:
+        """Slices of the rows of x [N, C] whose basis values are alive at once."""
+        if torch.compiler.is_compiling():  # which fuses what follows the values with them
+            return [slice(None)]
+        return row_chunks(x, self.num_functions)
+
+    def _combined(self, functions: Callable[[Tensor], Tensor], x: Tensor, c: Tensor) -> Tensor:
+        """sum_m c_m f_m(x) [..., C] for functions(x) [..., K, C] and c [K, C]."""
+        rows = x.reshape(-1, self.channels)
+        chunks = self._chunks(rows)
+        if len(chunks) <= 1:
+            return (functions(x) * c).sum(-2)
+        return torch.cat([(functions(rows[chunk]) * c).sum(-2) for chunk in chunks]).view_as(x)
 
     @staticmethod
     def _rational(x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -300,7 +318,9 @@ class LearnedFunction(nn.Module):
             return torch.stack(sums, dim=-1).view_as(coefficients)
         x, grad = x.reshape(-1, self.channels), grad.reshape(-1, self.channels)
         if not self.is_rational:
-            per_channel = (self.basis.values(x) * grad.unsqueeze(-2)).sum(0)  # [K, C]
+            per_channel = x.new_zeros(self.num_functions, self.channels)  # [K, C]
+            for chunk in self._chunks(x):
+                per_channel = per_channel + (self.basis.values(x[chunk]) * grad[chunk].unsqueeze(-2)).sum(0)
             return per_channel.unflatten(-1, (self.groups, -1)).sum(-1).t()
         c = self._per_channel(coefficients)
         first, second = (c[6] + c[7] * x) * x, (c[8] + c[9] * x) * x

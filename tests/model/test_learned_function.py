@@ -1,6 +1,7 @@
 """A function per channel or group of channels: values, gradients, starts, precision."""
 
 import copy
+import math
 import pickle
 
 import numpy as np
@@ -201,6 +202,8 @@ def test_nan_inf_and_empty(form):
     x = torch.tensor([[float("nan"), 1.0, 1.0, 1e30]])
     y = layer(x)
     assert y[0, 0].isnan() and y[0, 1].isfinite() and y[0, 2].isfinite()
+    if layer.is_spline and layer.basis.order > 0:  # linear outside the grid: infinite or, by 0 inf, NaN
+        assert not layer(torch.tensor([[math.inf, -math.inf, math.inf, -math.inf]])).isfinite().any()
     assert layer(torch.empty(0, 3, 4)).shape == (0, 3, 4)
 
 
@@ -235,6 +238,49 @@ def test_meta_device_state_dict_pickle_and_deepcopy(form):
     other.load_state_dict(layer.state_dict())
     for twin in (other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(twin(x), layer(x))
+
+
+SMOOTH = [name for name in BASES if name not in ("bspline", "linear")]
+
+
+@pytest.mark.parametrize("basis", SMOOTH)
+def test_basis_values_are_never_all_alive(basis):
+    """4096 rows in chunks: no tensor of the whole expansion [4096, K, C] is ever made."""
+    layer = LearnedFunction(64, 8, basis, grid_size=20)
+    a, u = (random_inputs(4096, 64, seed=seed).float().requires_grad_() for seed in (0, 1))
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return result
+
+    with Watch():
+        layer.gated(a, u).sum().backward()
+    assert 4096 * 64 <= largest < 4096 * layer.num_functions * 64 / 4
+
+
+@pytest.mark.parametrize("basis", SMOOTH)
+def test_chunks_change_nothing(basis, monkeypatch):
+    layer = perturbed(4, 2, basis=basis)
+    results = []
+    for size in (3, 100):
+        monkeypatch.setattr(
+            LearnedFunction,
+            "_chunks",
+            lambda self, x, size=size: [slice(start, start + size) for start in range(0, len(x), size)],
+        )
+        layer.zero_grad()
+        a, u = (random_inputs(2, 5, 4, seed=seed).requires_grad_() for seed in (0, 1))
+        y = layer.gated(a, u)
+        y.square().sum().backward()
+        results.append((y, a.grad, u.grad, layer.coefficients.grad.clone()))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-11)
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form.get("basis") != "rational"], ids=form_name)
