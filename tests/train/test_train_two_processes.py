@@ -51,14 +51,20 @@ def worker():
     return module
 
 
+MASKED = "train.max_tokens=256", "train.batch_size=8"
+"""One step of eight sequences."""
+
+
 def jobs_of(table, kind: str) -> list[dict]:
-    dying = [{"table": table("name=dies"), "die_at": 3}] if kind == "ddp" else []
+    end = "dies" if kind == "ddp" else "killed"
+    dying = [{"table": table(f"name={end}"), "die_at": 3, "how": end}]
     return [
         {"table": table(f"name={kind}")},
         {"table": table(f"name={kind}-accumulated", "train.micro_batch_size=1", "train.save_minutes=1e-9")},
-        {"table": table(f"name={kind}-masked", "train.max_tokens=128"), "masked": True},
+        {"table": table(f"name={kind}-masked", *MASKED), "masked": True},
         {"table": table(f"name={kind}-interrupted", "train.optimizer=muon"), "interrupt_after": 5},
         {"table": table(f"name={kind}-interrupted", "train.optimizer=muon")},
+        {"table": table(f"name={kind}-muon", "train.optimizer=muon")},
         {"table": table(f"name={kind}-begun"), "interrupt_after": 5},
         {"table": table("name=begun-by-one")},
         *dying,
@@ -71,9 +77,9 @@ def test_two_processes_train_as_one(kind, run_table, run_config, tmp_path, losse
     loop.train(alone)
     muon = run_config("name=alone-muon", "train.optimizer=muon")
     loop.train(muon)
-    masked = {"table": run_table("name=alone-masked", "train.max_tokens=128"), "masked": True}
+    masked = {"table": run_table("name=alone-masked", *MASKED), "masked": True}
     worker.train(masked)
-    in_parts = {"table": run_table("name=alone-in-parts", "train.max_tokens=128", "train.micro_batch_size=2")}
+    in_parts = {"table": run_table("name=alone-in-parts", *MASKED, "train.micro_batch_size=4")}
     in_parts["masked"] = True
     worker.train(in_parts)
     with monkeypatch.context() as patch:
@@ -91,22 +97,26 @@ def test_two_processes_train_as_one(kind, run_table, run_config, tmp_path, losse
     jobs.write_text(json.dumps(jobs_of(run_table, kind)))
     port = 29610 if kind == "ddp" else 29620
     ran = launch(f"2-cpus-{kind}.yaml", str(WORKER), str(jobs), str(out), port=port)
-    if kind == "ddp":  # its last job ends with the death of rank 1, which ends rank 0 and is shown
-        assert ran.returncode != 0 and "rank 1 dies here" in ran.stderr
-        assert time.time() - (tmp_path / "runs" / "dies" / "run.json").stat().st_mtime < 60
-    else:
-        assert ran.returncode == 0, ran.stdout + ran.stderr
+    ended = time.time()
+    # The last job ends with the death of rank 1, which ends rank 0 and is shown.
+    assert ran.returncode != 0 and ("rank 1 dies here" if kind == "ddp" else "SIGKILL") in ran.stderr
+    (died,) = (float(path.read_text()) for path in (tmp_path / "runs").glob("*/died at"))
+    assert ended - died < 60
     observed = json.loads(out.read_text())
     assert ("kan_health is left out" in ran.stdout) == (kind == "fsdp2")
 
     assert {(job["world_size"], job["processes"], job["wrapper"]) for job in observed} == {(2, 2, kind)}
     finished = [("finished", 12)] * 2 + [("finished", 1), ("interrupted", 5), ("finished", 12)]
-    finished += [("interrupted", 5), ("finished", 12)]
+    finished += [("finished", 12), ("interrupted", 5), ("finished", 12)]
     assert [(job["state"], job["step"]) for job in observed] == finished
 
     for name in (kind, f"{kind}-accumulated", "begun-by-one"):
         assert losses(run_config(f"name={name}")) == pytest.approx(losses(alone), rel=2e-5), name
     assert losses(run_config(f"name={kind}-interrupted")) == pytest.approx(losses(muon), rel=2e-3)
+    # two processes that were interrupted do, bit for bit, what two that were not do
+    assert losses(run_config(f"name={kind}-interrupted")) == losses(run_config(f"name={kind}-muon"))
+    weights = [load_model(run_config(f"name={kind}-{how}").run_dir)[1] for how in ("interrupted", "muon")]
+    assert all(torch.equal(weights[0][name], weight) for name, weight in weights[1].items())
     record = json.loads((alone.run_dir / "run.json").read_text())
     assert observed[0]["validation"] == pytest.approx(record["final_validation"], rel=1e-5)
 
@@ -130,7 +140,7 @@ def test_two_processes_train_as_one(kind, run_table, run_config, tmp_path, losse
         for name in files - {"model.safetensors", "README.md"}:
             assert (two / name).read_bytes() == (one / name).read_bytes(), name
 
-    # gradients of sequences with unequal numbers of targets: 1 process x 4 = 2 processes x 2 = 2 parts x 2
+    # gradients of sequences with unequal numbers of targets: 1 process x 8 = 2 processes x 4 = 2 parts x 4
     single = load_file(parsed(RunConfig, masked["table"], "job").run_dir / "gradients.safetensors")
     for other in (f"{kind}-masked", "alone-in-parts"):
         found = load_file(run_config(f"name={other}").run_dir / "gradients.safetensors")
@@ -139,6 +149,20 @@ def test_two_processes_train_as_one(kind, run_table, run_config, tmp_path, losse
             assert gradient.abs().max() > 0, name
             limit = 2e-6 * max(1.0, gradient.abs().max().item())
             torch.testing.assert_close(found[name], gradient, rtol=0, atol=limit, msg=f"{other} {name}")
+
+
+def test_documented_launch_of_two_machines_uses_torchruns_rendezvous():
+    """accelerate ignores the rendezvous of a config file, so it stands in the command."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    text = (CONFIGS / "2x8-gpus.yaml").read_text()
+    command = " ".join(line.removeprefix("#").rstrip(" \\") for line in text.splitlines()[1:3])
+    given = command.replace("configs/accelerate", str(CONFIGS)).replace("RANK", "1").split()[2:]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(given))
+    assert (arguments.rdzv_backend, arguments.num_machines, arguments.num_processes) == ("c10d", 2, 16)
+    assert (arguments.machine_rank, arguments.main_process_ip) == (1, "FIRST_HOST")
+    assert not {"rdzv_backend", "same_network"} & yaml.safe_load(text).keys()
+    assert "--rdzv_backend c10d" in (ROOT / "scripts" / "slurm-2x8.sh").read_text()
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -39,6 +40,9 @@ def train(job: dict) -> dict:
         if session.state.step + 1 == job.get("interrupt_after") and session.accelerator.process_index == 1:
             os.kill(os.getpid(), signal.SIGTERM)  # one process alone is asked to stop
         if session.state.step + 1 == job.get("die_at") and session.accelerator.process_index == 1:
+            (config.run_dir / "died at").write_text(str(time.time()))
+            if job["how"] == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("rank 1 dies here")
         return one_step(session, *arguments)
 
