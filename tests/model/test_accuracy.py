@@ -1,6 +1,7 @@
 """How well KANs fit known functions: least-squares optima and the published series under grid refinement."""
 
 import importlib.util
+import json
 import math
 import sys
 from pathlib import Path
@@ -95,6 +96,19 @@ def test_mlp_and_kan_interpolation_of_parameters_for_equal_error():
     assert module.parameters_for(fits, 1e-2) == pytest.approx(100)
     assert module.parameters_for(fits, 1e-3) == pytest.approx(1000)
     assert module.parameters_for(fits, 1e-4) == math.inf
+
+
+def test_committed_page_says_what_the_script_does():
+    """Its text and tables are the script's, for the committed fits."""
+    module, docs = fit_functions(), Path(__file__).parents[2] / "docs"
+    kan, mlp = (
+        {
+            name: [module.Fit(**fit | {"widths": tuple(fit["widths"])}) for fit in fits]
+            for name, fits in by_name.items()
+        }
+        for by_name in json.loads((docs / "fit_functions.json").read_text(encoding="utf-8")).values()
+    )
+    assert module.report(kan, mlp) == (docs / "fit_functions.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("kind", ["kan", "mlp"])

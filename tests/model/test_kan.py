@@ -146,6 +146,22 @@ def test_half_precision_error_is_within_twice_a_linear_layers(form, cast, share)
     assert errors[1] <= 2 * errors[0], errors
 
 
+@pytest.mark.parametrize("basis", list(BASES))
+def test_folding_in_bf16_costs_what_is_stated(basis):
+    """The table in docs/layers.md."""
+    torch.manual_seed(0)
+    layer = KANLinear(96, 96, basis, conditioning="whitened", spline_share=1.0).bfloat16()
+    x = random_inputs(512, 96, dtype=torch.float32, scale=1).bfloat16()
+    exact = copy.deepcopy(layer).double()(x.double())
+    folded, wide = copy.deepcopy(layer), copy.deepcopy(layer).float()
+    folded.fold()
+    wide.fold()
+    assert folded.spline.weight.dtype == torch.bfloat16
+    white = relative_error(layer(x), exact)
+    assert white < relative_error(folded(x), exact) < min(4 * white, 1e-2)
+    assert relative_error(wide(x.float()), exact) < 2e-6
+
+
 @pytest.mark.parametrize("form", FORMS, ids=form_name)
 def test_half_precision_gradients(form):
     torch.manual_seed(0)
