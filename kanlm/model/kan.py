@@ -62,6 +62,16 @@ def is_plain_linear(layer: nn.Module) -> bool:
     return "forward" not in vars(layer) and not any(hooks)
 
 
+def check_apart(knots: Tensor):
+    """Knots [G + 1, I] must ascend in their own dtype; an interval of no length is 0 / 0."""
+    if not (knots.diff(dim=0) > 0).all():
+        raise ValueError(
+            f"knots: some lie closer than {str(knots.dtype).removeprefix('torch.')} can tell, between "
+            f"{float(knots.min()):g} and {float(knots.max()):g}; move them apart (a larger grid_eps, fewer "
+            "intervals) or build the layer with dtype=torch.float64"
+        )
+
+
 class _RecomputedSpline(torch.autograd.Function):
     """start [N, O] or 0, plus features(x) [N, K*I] times weight [O, K*I], in chunks of rows.
 
@@ -203,15 +213,8 @@ class KANLinear(nn.Module):
         self.register_buffer("knots", None)
         self.register_buffer("whitening", None)
         wide = {"device": device, "dtype": at_least_fp32(self.spline.weight[:0]).dtype}
-        if (
-            knots is not None
-            and not (torch.tensor(knots, dtype=wide["dtype"], device="cpu").diff() > 0).all()
-        ):
-            name = str(wide["dtype"]).removeprefix("torch.")
-            raise ValueError(
-                f"knots: some lie closer than {name} can tell, got {knots}; move them "
-                "apart or build the layer with dtype=torch.float64"
-            )
+        if knots is not None:
+            check_apart(torch.tensor(knots, dtype=wide["dtype"], device="cpu").unsqueeze(-1))
         if grid == "adaptive":
             self.knots = torch.empty(grid_size + 1, in_features, **wide)
         if conditioning == "whitened":
@@ -244,6 +247,8 @@ class KANLinear(nn.Module):
             after = self._buffers[name]
             if after is not None and at_least_fp32(after[:0]).dtype != after.dtype:
                 self._buffers[name] = before.to(after.device)
+        if self.knots is not None and wide["knots"].dtype != self.knots.dtype and not self.knots.is_meta:
+            check_apart(self.knots)
         return self
 
     @torch.no_grad()
@@ -411,11 +416,8 @@ class KANLinear(nn.Module):
         is_exact: the new functions contain the old, so any points give the same fit; even ones, which are the
         best conditioned, do.
         """
-        if knots is not None and not (knots.diff(dim=0) > 0).all():
-            raise ValueError(
-                f"knots: some would lie closer than {str(knots.dtype).removeprefix('torch.')} can tell; use "
-                "a larger grid_eps or fewer intervals"
-            )
+        if knots is not None:
+            check_apart(knots)
         weight = self.spline.weight
         old, plain = self._wide_basis(), self._plain_coefficients()
         new = basis if knots is None else KnotSpline(knots.double(), basis.order)

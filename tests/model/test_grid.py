@@ -350,11 +350,13 @@ def _refuse_on_rank(rank: int, world_size: int, path: str):
                 layer.refine(9, samples)
             found.append(str(refused.value))
         assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
-    with pytest.raises(ValueError, match="not finite"):
-        adaptive.update_grid(good if rank else bad)
+    for refused in (adaptive.update_grid, adaptive.whiten, uniform.whiten):
+        with pytest.raises(ValueError, match="not finite"):
+            refused(good if rank else bad)
     # A rank without samples takes part and ends with the same layer.
     mine = good[:0] if rank else good
     drifts = [uniform.refine(9, mine), adaptive.update_grid(mine), adaptive.refine(9, mine)]
+    uniform.whiten(mine)
     torch.save((found, drifts, uniform.state_dict(), adaptive.state_dict()), f"{path}/{rank}")
     dist.destroy_process_group()
 

@@ -350,6 +350,14 @@ def test_bad_arguments_are_named(arguments, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+def test_knots_that_a_cast_would_merge_are_refused():
+    layer = KANLinear(3, 2, knots=[0, 1, 1 + 1e-9, 2], dtype=torch.float64)
+    assert layer(torch.ones(1, 3, dtype=torch.float64)).isfinite().all()
+    with pytest.raises(ValueError, match="knots: some lie closer than float32.*dtype=torch.float64"):
+        copy.deepcopy(layer).float()
+    assert layer.bfloat16().knots.dtype == torch.float64  # buffers are kept as wide as they are
+
+
 def test_wrong_last_dimension_is_named():
     with pytest.raises(ValueError, match=r"in_features 3.*\(4, 5\); pass x"):
         KANLinear(3, 2)(torch.randn(4, 5))
