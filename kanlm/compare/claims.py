@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kanlm.compare.artifacts import Artifacts, Result
+from kanlm.compare.artifacts import Artifacts
 from kanlm.compare.verdict import Judgement, best_mlp, finished, mean, tokens_to_loss
 from kanlm.stats import scaling_fits
 
@@ -133,7 +133,7 @@ def time_to_loss_claim(artifacts: Artifacts, size: str, arm: str, baseline: str 
     """Time until the worse of the two final validation losses, by the validation curves of each seed.
 
     Tokens are turned into seconds by the step times that were measured in turns, so that a machine that was
-    busy during one arm's training does not decide; without them the runs' own clocks are used.
+    busy during one arm's training does not decide; without them there is no verdict.
     """
     how = "not measured by this comparison; set base.train.eval_every to validate while training"
     if baseline is None:
@@ -151,18 +151,18 @@ def time_to_loss_claim(artifacts: Artifacts, size: str, arm: str, baseline: str 
         tokens, mlp_tokens = (tokens_to_loss(run, max(finals)) for run in (own[seed], other[seed]))
         if tokens is None or mlp_tokens is None:
             continue
-        rate, mlp_rate = (seconds_per_token(run, steps) for run in (own[seed], other[seed]))
-        ratios.append(tokens * rate / (mlp_tokens * mlp_rate))
+        ratios.append(tokens / mlp_tokens)
     if not ratios:
         return row("time_to_loss", arm, baseline, None, how)
+    if arm not in steps or baseline not in steps:
+        how = f"not measured: the runs' clocks also count what else the machine did; `{SPEED_COMMAND}`"
+        return row("time_to_loss", arm, baseline, None, how)
+    speed = steps[baseline]["tokens_per_second"] / steps[arm]["tokens_per_second"]
+    ratios = [value * speed for value in ratios]
     ratio = math.exp(mean([math.log(value) for value in ratios]))
     spread = f" (seeds {min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else " (one seed)"
-    clock = "step times measured in turns" if steps else "the runs' own clocks"
-    text = f"{ratio:.2f} times the time of {baseline} to the loss that both reached{spread}, by {clock}"
+    text = (
+        f"{ratio:.2f} times the time of {baseline} to the loss that both reached{spread}, by step times "
+        "measured in turns"
+    )
     return row("time_to_loss", arm, baseline, ratio, text)
-
-
-def seconds_per_token(result: Result, steps: dict[str, dict[str, Any]]) -> float:
-    if result.trial.arm in steps:
-        return 1 / steps[result.trial.arm]["tokens_per_second"]
-    return result.curve.validation_seconds[-1] / result.curve.validation_tokens[-1]

@@ -149,6 +149,15 @@ def test_time_to_equal_loss_uses_the_loss_that_both_reached(tmp_path):
     assert ratio["kan_glu"] < 0.9 and ratio["kan"] > 1.1
 
 
+def test_runs_own_clocks_give_no_verdict_on_time(tmp_path):
+    """A neighbour that was busy during one arm's training would decide it."""
+    content(tmp_path, losses(kan=4.5, kan_glu=3.4, swiglu=3.9))
+    (tmp_path / "speed.json").unlink()
+    rows = [row for row in report_content(load(tmp_path))["claims"] if row["claim"] == "time_to_loss"]
+    assert rows and all(row["ratio"] is None and row["verdict"] == "not measured" for row in rows)
+    assert all("speed.rounds=9" in row["measured"] for row in rows)
+
+
 def test_parameters_for_equal_loss_needs_several_sizes(tmp_path):
     values = losses(kan=4.1, kan_glu=3.8, swiglu=3.9)
     rows = [row for row in content(tmp_path, values)["claims"] if row["claim"] == "parameters"]
