@@ -3,11 +3,12 @@
 import errno
 import subprocess
 import sys
+import time
 
 import click
 import pytest
 
-from kanlm.cli import cli, complaint
+from kanlm.cli import SECONDS_FOR_RANK_0, cli, complaint
 from kanlm.config import UserError
 
 
@@ -66,8 +67,12 @@ def test_debugging_shows_the_traceback():
     assert done.returncode != 0 and "Traceback" in done.stderr
 
 
-def test_of_several_processes_one_speaks():
-    assert kanlm("plan", "nowhere.toml", RANK="1").stderr == ""
+def test_of_several_processes_the_first_speaks_and_another_only_where_it_alone_fails():
+    """The launcher ends the others soon after the first; one that it leaves alive failed on its own."""
+    started = time.monotonic()
+    alone = kanlm("plan", "nowhere.toml", RANK="1")
+    assert time.monotonic() - started > SECONDS_FOR_RANK_0
+    assert alone.returncode == 2 and alone.stderr.startswith("kanlm: error: process 1: nowhere.toml")
 
 
 def test_what_is_our_own_fault_is_not_blamed_on_the_user():

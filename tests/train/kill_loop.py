@@ -1,4 +1,5 @@
-"""Trains a run in child processes and kills each with SIGKILL, every second one while it writes a checkpoint.
+"""Trains a run in child processes and kills each with SIGKILL: the first ones before their first step, then
+every second one while it writes a checkpoint, the others at some moment.
 
 Arguments: a JSON file with the run's table, and the number of kills. At the end the run is left to finish.
 Prints a JSON list of what was on disk after each kill. Children are forked from a process that has imported
@@ -35,10 +36,13 @@ def ended(child: int) -> bool:
     return os.waitpid(child, os.WNOHANG)[0] != 0
 
 
-def killed(config: RunConfig, in_checkpoint: bool, randomness: random.Random) -> dict:
+def killed(config: RunConfig, early: bool, in_checkpoint: bool, randomness: random.Random) -> dict:
     run = RunDir(config.run_dir)
     before = set(run.checkpoints.glob("*"))
     child = start(config)
+    if early:
+        time.sleep(randomness.uniform(0, 0.1))
+        return end_of(child, run)
     deadline = time.monotonic() + 60
     while (
         run.checkpoints.is_dir() is False or set(run.checkpoints.glob("step-*")) <= before
@@ -51,6 +55,11 @@ def killed(config: RunConfig, in_checkpoint: bool, randomness: random.Random) ->
             assert not ended(child), "the run ended before it could be killed"
     else:
         time.sleep(randomness.uniform(0, 0.1))
+    return end_of(child, run)
+
+
+def end_of(child: int, run: RunDir) -> dict:
+    """Kill `child`; how it died and what it left."""
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     return {
@@ -64,6 +73,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     config = parsed(RunConfig, json.loads(Path(sys.argv[1]).read_text()), "table")
     randomness = random.Random(0)
-    lives = [killed(config, kill % 2 == 0, randomness) for kill in range(int(sys.argv[2]))]
+    kills = int(sys.argv[2])
+    lives = [killed(config, kill < kills // 4, kill % 2 == 0, randomness) for kill in range(kills)]
     os.waitpid(start(config), 0)
     print(json.dumps(lives))

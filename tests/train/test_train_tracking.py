@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import sqlite3
+import subprocess
+import sys
 
 import pytest
 from accelerate.tracking import TensorBoardTracker
@@ -119,3 +123,17 @@ def test_tracker_that_cannot_finish_is_one_line(run_config, monkeypatch, capsys)
     monkeypatch.setattr(TensorBoardTracker, "finish", failing)
     assert loop.train(run_config("tracking.tracker=tensorboard")).state == "finished"
     assert "tensorboard did not end well ([Errno 5] Input/output error)" in capsys.readouterr().out
+
+
+def test_trackio_keeps_the_loss_of_every_logged_step(run_config, tmp_path, losses):
+    """The real package, in a process of its own: it reads its folder when it is imported."""
+    pytest.importorskip("trackio")
+    config = run_config("tracking.tracker=trackio", "tracking.project=tracked")
+    program = "import sys; from kanlm.config import RunConfig; from kanlm.train.loop import train; "
+    program += "train(RunConfig.model_validate_json(sys.argv[1]))"
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio")}
+    subprocess.run([sys.executable, "-c", program, config.model_dump_json()], env=environment, check=True)
+    with sqlite3.connect(tmp_path / "trackio" / "tracked.db") as database:
+        rows = database.execute("select step, metrics from metrics").fetchall()
+    lines = [(step, json.loads(metrics)) for step, metrics in rows]
+    assert {step: line["loss"] for step, line in lines if "loss" in line} == losses(config)
