@@ -261,8 +261,8 @@ def complaint(error: BaseException) -> str | None:
     return None
 
 
-SECONDS_FOR_RANK_0 = 2.0
-"""The launcher ends the other processes within a fraction of a second after the first that failed."""
+SECONDS_FOR_THE_FIRST = 2.0
+"""Within these a launcher ends its other processes after the first of them has failed."""
 
 
 def main() -> None:
@@ -282,8 +282,10 @@ def main() -> None:
         if line is None or os.environ.get("KANLM_DEBUG") == "1":
             raise
         rank = os.environ.get("RANK", "0")
-        if rank != "0":  # of several processes that fail alike the first speaks, and its end ends the others
-            time.sleep(SECONDS_FOR_RANK_0)
+        if (
+            rank != "0"
+        ):  # of a machine's processes that fail alike the first speaks, and its end ends the others
+            time.sleep(SECONDS_FOR_THE_FIRST * (1 + int(os.environ.get("LOCAL_RANK", "0"))))
             line = f"process {rank}: {line}"
         click.echo(f"kanlm: error: {line}", err=True)
         sys.exit(2)

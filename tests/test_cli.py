@@ -1,20 +1,19 @@
 """The command line: help with an example, exit status 2 and one line for a user's mistake, no traceback."""
 
 import errno
+import os
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import click
 import pytest
 
-from kanlm.cli import SECONDS_FOR_RANK_0, cli, complaint
+from kanlm.cli import cli, complaint
 from kanlm.config import UserError
 
 
 def kanlm(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    import os
-
     return subprocess.run(
         [sys.executable, "-m", "kanlm", *arguments],
         capture_output=True,
@@ -67,12 +66,35 @@ def test_debugging_shows_the_traceback():
     assert done.returncode != 0 and "Traceback" in done.stderr
 
 
-def test_of_several_processes_the_first_speaks_and_another_only_where_it_alone_fails():
-    """The launcher ends the others soon after the first; one that it leaves alive failed on its own."""
-    started = time.monotonic()
-    alone = kanlm("plan", "nowhere.toml", RANK="1")
-    assert time.monotonic() - started > SECONDS_FOR_RANK_0
-    assert alone.returncode == 2 and alone.stderr.startswith("kanlm: error: process 1: nowhere.toml")
+FAILS_IN = """
+import os, sys
+from kanlm.cli import main
+if os.environ["RANK"] in sys.argv.pop(1):
+    main()
+import time
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "line"),
+    [
+        ("012", "kanlm: error: "),
+        ("12", "kanlm: error: process 1: "),
+        ("2", "kanlm: error: process 2: "),
+    ],
+)
+def test_one_process_speaks_whichever_fail(ranks, line, tmp_path):
+    """Three processes under torchrun fail alike, or some of them while the others are busy."""
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS_IN)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    command = [*torchrun, str(script), ranks, "plan", "nowhere.toml"]
+    path = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | path)
+    said = [text for text in done.stderr.splitlines() if text.startswith("kanlm: error: ")]
+    assert done.returncode != 0 and len(said) == 1, done.stderr
+    assert said[0].startswith(f"{line}nowhere.toml: no such config file")
 
 
 def test_what_is_our_own_fault_is_not_blamed_on_the_user():

@@ -99,8 +99,8 @@ def cached(
 ) -> TokenCache:
     """The cache of `sources`, built or resumed under its lock where it is not whole.
 
-    `UserError` for text that cannot be read or packed; then, and on a full disk, nothing half-built stays,
-    while a hub that cannot be reached leaves what was read of it.
+    `UserError` for text that cannot be packed; then, and on a full disk, nothing half-built stays, while an
+    `Unreachable` source leaves what was packed of it.
     """
     identity = {
         "format": FORMAT,
@@ -141,7 +141,9 @@ def cached(
                     "data.cache_dir to another disk, or set data.streaming=true"
                 ) from None
             os.rename(partial, folder)
-            fsync_folder(folder.parent)
+            parent = os.open(folder.parent, os.O_RDONLY)  # not fsync_folder: others may be building in there
+            os.fsync(parent)
+            os.close(parent)
             (folder / "progress.json").unlink()  # last, so that a kill loses no shard
     cache = TokenCache(folder)
     found = {name: cache.manifest.get(name) for name in identity}
@@ -226,10 +228,7 @@ class _Build:
         lengths = np.concatenate([packed.lengths for packed in buffer])
         starts = self.tokens + np.cumsum(lengths) - lengths
         content = b"".join(packed.ids.tobytes() for packed in buffer)
-        with open(self.folder / name, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        (self.folder / name).write_bytes(content)
         with open(self.folder / "documents.bin", "ab") as file:
             file.write(starts.astype(np.uint64).tobytes())
         fsync_folder(self.folder)

@@ -30,6 +30,7 @@ from typing import Any
 import datasets
 import fsspec
 import pyarrow as pa
+from huggingface_hub.errors import HfHubHTTPError
 
 from kanlm.config import SourceConfig, UserError
 from kanlm.data import stdlib, stories
@@ -41,6 +42,8 @@ State = dict[str, Any] | None
 
 CHUNK_ROWS = 1000
 HASHED_BYTES = 2**28
+"""Of a local source this much is read for its fingerprint."""
+_BLOCK = 2**16
 _ENDINGS = {
     ".txt": "text",
     ".text": "text",
@@ -55,7 +58,7 @@ _READ_ERRORS = (ValueError, OSError, EOFError, lzma.LZMAError, zlib.error, datas
 
 
 class Unreachable(UserError):
-    """A source that may be read later: what was read of it so far stays good."""
+    """A source that may be readable later: what was read of it so far stays good."""
 
 
 @dataclass(frozen=True)
@@ -148,43 +151,41 @@ def _local(spec: SourceConfig, path: Path, invalid_utf8: str) -> Reader:
                 else {"path": str(path.resolve()), "name": spec.config_name}
             )
             dataset = datasets.load_dataset(split=spec.split, streaming=True, **where, **arguments)
-        split_files = (
-            datasets.load_dataset_builder(**where, **arguments).config.data_files[spec.split]
-            if by_line
-            else []
-        )
 
     def texts() -> Iterator[str]:
-        """Documents of all files: the end of a file ends a document."""
-        for file in split_files:
-            with _one_line_errors(spec, texts_of):
-                one = datasets.load_dataset(
-                    "text", data_files=glob.escape(file), split="train", streaming=True, **arguments
-                )
-            yield from _separated(_dataset_chunks(one, spec, texts_of, invalid_utf8)(None), spec)
+        """Documents between separators; the end of a file, which is a shard here, ends a document."""
+        for number in range(dataset.num_shards):
+            file = dataset.shard(dataset.num_shards, number)
+            yield from _separated(_dataset_chunks(file, spec, texts_of, invalid_utf8)(None), spec)
 
     chunks = _counted(texts) if by_line else _dataset_chunks(dataset, spec, texts_of, invalid_utf8)
     return Reader(spec.source, dataset.info.license or "not stated", fingerprint, chunks)
 
 
-def _content_marks(files: list[Path]) -> list[Any]:
-    """What tells the content of files apart, wherever they lie: their sha256 where they have at most
-    HASHED_BYTES in all; else of each its size, time of change and the sha256 of its first 64 KiB.
+def _content_marks(files: list[Path]) -> list[tuple[int, str]]:
+    """Size and sha256 of each file: the same for every copy, whatever its place and its times.
 
-    So a copy of a large corpus counts as the same where it keeps the times (`cp -p`, `rsync -a`).
+    Files of at most HASHED_BYTES in all are hashed whole; of more, blocks of 64 KiB with about that many in
+    all: the first and the last of every file and, at even distances, at least one between. So a change is
+    missed only where it keeps a file's size and lies wholly between two of them.
     """
-    stats = [file.stat() for file in files]
-    if sum(stat.st_size for stat in stats) <= HASHED_BYTES:
-        return [_digest(file) for file in files]
+    sizes = [file.stat().st_size for file in files]
+    total = sum(sizes)
     return [
-        (stat.st_size, stat.st_mtime_ns, _digest(file, 2**16))
-        for file, stat in zip(files, stats, strict=True)
+        (size, _digest(file, size, max(3, -(-size * min(total, HASHED_BYTES) // (total * _BLOCK)))))
+        for file, size in zip(files, sizes, strict=True)
     ]
 
 
-def _digest(file: Path, size: int = -1) -> str:
+def _digest(file: Path, size: int, blocks: int) -> str:
     with open(file, "rb") as opened:
-        return hashlib.sha256(opened.read(size)).hexdigest()
+        if blocks * _BLOCK >= size:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        for number in range(blocks):
+            opened.seek(number * (size - _BLOCK) // (blocks - 1))
+            digest.update(opened.read(_BLOCK))
+    return digest.hexdigest()
 
 
 def _saved(folder: Path, spec: SourceConfig) -> datasets.IterableDataset:
@@ -228,7 +229,11 @@ def _one_line_errors(spec: SourceConfig, files: list[Path]) -> Iterator[None]:
     except StopIteration:  # the library's JSON reader on a file of no bytes
         raise UserError(f"{where} is empty; give a file or folder that holds text") from None
     except _READ_ERRORS as error:
-        raise UserError(f"{where} cannot be read: {_first_line(error)}") from None
+        line = f"{where} cannot be read: {_first_line(error)}"
+        # The disk or the hub has a number; a damaged file, of which nothing can be used, has none.
+        if isinstance(error, HfHubHTTPError) or (isinstance(error, OSError) and error.errno is not None):
+            raise Unreachable(f"{line}; run the same command again when it can") from None
+        raise UserError(line) from None
 
 
 def _dataset_chunks(

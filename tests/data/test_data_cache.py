@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,12 +83,17 @@ def test_shards_and_processes_do_not_change_the_tokens(jsonl, tmp_path, config_f
             assert np.array_equal(other.tokens(start, stop), everything[start:stop])
 
 
-def test_large_vocabularies_take_four_bytes(monkeypatch):
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(65_535, "uint16"), (65_536, "uint16"), (65_537, "uint32")]
+)
+def test_largest_id_comes_back_whatever_the_dtype(tmp_path, config_for, vocab_size, dtype):
     tokenizer = trained_tokenizer(iter(sample_texts(50)), 300)
-    assert Packer(tokenizer).dtype == np.uint16
-    tokenizer.add_tokens([f"<{n}>" for n in range(1 << 16)])
-    packed = Packer(tokenizer)(["plain <65535>"])
-    assert packed.ids.dtype == np.uint32 and packed.ids[-1] == len(tokenizer) - 1 > 1 << 16
+    tokenizer.add_tokens([f"<{n}>" for n in range(vocab_size - len(tokenizer))])
+    last = tokenizer.convert_ids_to_tokens(vocab_size - 1)
+    write_jsonl(tmp_path / "last.jsonl", [f"plain {last}"] * 200)
+    cache = token_cache(config_for(tmp_path / "last.jsonl", validation_fraction=1e-9), tokenizer, "train")
+    assert len(tokenizer) == vocab_size and cache.manifest["dtype"] == dtype
+    assert cache.tokens(len(cache) - 1, len(cache)).tolist() == [vocab_size - 1]
 
 
 @pytest.mark.parametrize("change", ["shorter", "longer", "missing", "documents"])
@@ -169,7 +175,7 @@ import json, sys, time
 from kanlm.config import RunConfig
 from kanlm.data import packing, tokenizer_for
 from kanlm.data.cache import _Build, cached
-from kanlm.data.corpus import TextStream, split_sources
+from kanlm.data.corpus import split_sources
 config = RunConfig.model_validate_json(sys.argv[1])
 packing.BATCH_CHARACTERS = 500
 write = _Build._write_shard
@@ -269,15 +275,6 @@ def test_terminal_gets_a_bar_while_a_cache_is_built(jsonl, config_for, monkeypat
     assert "packing train text" in terminal.getvalue()
 
 
-@pytest.mark.parametrize("vocab_size, dtype", [(65_535, "uint16"), (65_536, "uint16"), (65_537, "uint32")])
-def test_largest_id_that_16_bits_hold(vocab_size, dtype, monkeypatch):
-    """65,536 tokens have the ids 0..65,535."""
-    tokenizer = trained_tokenizer(iter(sample_texts(40)), 400)
-    monkeypatch.setattr(type(tokenizer), "__len__", lambda self: vocab_size)
-    assert Packer(tokenizer).dtype == np.dtype(dtype)
-    assert vocab_size - 1 <= np.iinfo(dtype).max
-
-
 def test_hub_that_goes_away_costs_no_shard(jsonl, tmp_path, config_for, monkeypatch):
     config = config_for(jsonl)
     tokenizer = tokenizer_for(config)
@@ -317,3 +314,20 @@ def test_build_killed_before_its_last_rename_is_finished(jsonl, tmp_path, config
     cache = shards_of(config, tokenizer, 2000, monkeypatch)
     assert [path.stat().st_mtime_ns for path in sorted(cache.folder.glob("shard-*"))] == written
     assert not (cache.folder / "progress.json").exists()
+
+
+def test_last_rename_is_on_disk_and_other_builds_are_left_alone(jsonl, config_for, monkeypatch):
+    config = config_for(jsonl)
+    tokenizer = tokenizer_for(config)
+    tokens = Path(config.data.cache_dir) / "tokens"
+    other = tokens / "train-other.partial"
+    other.mkdir(parents=True)
+    (other / ".progress.json.x").symlink_to("gone")  # like a temporary file that another build has renamed
+    done = []
+    rename, fsync = os.rename, os.fsync
+    monkeypatch.setattr(cache_module.os, "rename", lambda *paths: (rename(*paths), done.append("renamed")))
+    monkeypatch.setattr(
+        cache_module.os, "fsync", lambda number: (fsync(number), done.append(os.fstat(number).st_ino))
+    )
+    token_cache(config, tokenizer, "train")
+    assert done[done.index("renamed") :] == ["renamed", tokens.stat().st_ino]

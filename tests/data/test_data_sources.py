@@ -1,5 +1,6 @@
 """Every kind of source gives the same documents, and every mistake one line."""
 
+import errno
 import gzip
 import json
 import lzma
@@ -105,37 +106,73 @@ def test_fingerprint_follows_the_content(jsonl, texts, spec_for):
     assert reader(spec_for(jsonl)).fingerprint != before
 
 
-@pytest.mark.parametrize("hashed", [2**28, 0], ids=["little", "large"])
+@pytest.mark.parametrize("hashed", [2**28, 2**17], ids=["whole", "in blocks"])
 def test_fingerprint_is_of_the_content_wherever_it_lies(tmp_path, spec_for, monkeypatch, hashed):
-    """A copied corpus is the same one; a large one, of which the head is read, where it keeps its times."""
+    """A copy is the same source, whatever its path and times; a change in place makes it another one."""
     monkeypatch.setattr(sources, "HASHED_BYTES", hashed)
     folder = tmp_path / "here"
     folder.mkdir()
-    (folder / "a.txt").write_text("one\n" * 50_000 + "two")
+    (folder / "a.txt").write_text("one\n" * 500_000)  # 31 blocks
     (folder / "b.txt").write_text("three")
     for path in (folder, folder / "a.txt"):
         before = reader(spec_for(path)).fingerprint
         copy = tmp_path / "there" / path.name
         copy.parent.mkdir(exist_ok=True)
-        (shutil.copytree if path.is_dir() else shutil.copy2)(path, copy)
-        assert reader(spec_for(copy)).fingerprint == before
+        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, copy)
         changed = copy / "a.txt" if copy.is_dir() else copy
-        with open(changed, "r+b") as file:
-            file.seek(-3, os.SEEK_END)
-            file.write(b"six")  # of the same size, behind the head
-        assert reader(spec_for(copy)).fingerprint != before
-    (folder / "b.txt").rename(folder / "c.txt")
-    assert reader(spec_for(folder)).fingerprint != reader(spec_for(tmp_path / "there" / "here")).fingerprint
+        os.utime(changed, (1, 1))
+        assert reader(spec_for(copy)).fingerprint == before
+        for place in (0, 1_000_000, 2_000_000 - 4):  # head, middle, tail
+            content = changed.read_bytes()
+            changed.write_bytes(content[:place] + b"six\n" + content[place + 4 :])
+            os.utime(changed, (1, 1))
+            assert reader(spec_for(copy)).fingerprint != before
+            changed.write_bytes(content)
+    names = folder / "b.txt", folder / "c.txt"
+    before = reader(spec_for(folder)).fingerprint
+    names[0].rename(names[1])
+    assert reader(spec_for(folder)).fingerprint != before
+
+
+def test_large_sources_are_hashed_in_part(tmp_path, spec_for, monkeypatch):
+    monkeypatch.setattr(sources, "HASHED_BYTES", 2**18)
+    (tmp_path / "a.txt").write_bytes(b"x" * 2**22)  # four blocks: 0, 21, 42 and 63
+    before = reader(spec_for(tmp_path)).fingerprint
+    for place, seen in ((30 * 2**16, False), (42 * 2**16, True)):
+        with open(tmp_path / "a.txt", "r+b") as file:
+            file.seek(place)
+            file.write(b"y")
+        assert (reader(spec_for(tmp_path)).fingerprint != before) == seen
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (OSError(errno.EIO, "Input/output error"), True),
+        (TimeoutError(errno.ETIMEDOUT, "Connection timed out"), True),
+        (ConnectionError("Server Disconnected"), True),
+        (OSError("Invalid data stream"), False),
+        (EOFError("Compressed file ended before the end"), False),
+    ],
+    ids=str,
+)
+def test_source_that_cannot_be_read_now_is_told_from_a_damaged_one(spec_for, error, passes):
+    with pytest.raises(UserError) as caught, sources._one_line_errors(spec_for("a.bz2"), []):
+        raise error
+    assert isinstance(caught.value, sources.Unreachable) == passes
+    assert "\n" not in str(caught.value)
 
 
 def test_end_of_a_file_ends_a_document(tmp_path, spec_for):
     (tmp_path / "a.txt").write_text("one\n--\ntwo\n")
     (tmp_path / "b.txt").write_text("three")
     (tmp_path / "c.txt").write_text("four\n--\n")
+    (tmp_path / "d.txt").write_text("")
+    (tmp_path / "e.txt.gz").write_bytes(gzip.compress(b"five"))
     spec = spec_for(tmp_path, document_separator="--")
-    assert list(text_documents(spec)) == ["one\n", "two\n", "three", "four\n"]
+    assert list(text_documents(spec)) == ["one\n", "two\n", "three", "four\n", "five"]
     chunks = list(reader(spec).chunks({"documents": 2}))
-    assert [text for _, texts in chunks for text in texts if text] == ["three", "four\n"]
+    assert [text for _, texts in chunks for text in texts if text] == ["three", "four\n", "five"]
 
 
 @pytest.mark.parametrize("where", [0, 5, (1 << 20) - 1, 1 << 20, (1 << 20) + 3])
