@@ -74,8 +74,10 @@ def test_signal_to_the_launcher_saves_the_run(processes, number, write_toml, run
     record = json.loads(run.record.read_text())
     assert record["state"] == "interrupted" and 3 < record["step"] < 800, log.read_text()
     assert "run the same command again to go on" in log.read_text()
+    used = {name: record["provenance"][name] for name in ("processes", "wrapper")}
+    assert used == {"processes": processes, "wrapper": "ddp" if processes == 2 else "none"}
     trainer = json.loads((run.checkpoint(record["step"]) / "trainer.json").read_text())
-    assert trainer["loader"]["consumed"] == 4 * record["step"]
+    assert trainer["loader"]["consumed"] == 4 * record["step"] and trainer["world_size"] == processes
     assert loop.train(config).state == "finished"
     if processes == 1:
         alone = run_config("name=alone", *SETTINGS)

@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 
 from kanlm.config import RunConfig, parsed
 from kanlm.export import export
+from kanlm.runs import RunDir
 from kanlm.train import loop
 from kanlm.train.checkpoint import load_model
+from kanlm.train.status import held
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("two_processes.py")
@@ -100,8 +102,9 @@ def test_two_processes_train_as_one(kind, run_table, run_config, tmp_path, losse
     ended = time.time()
     # The last job ends with the death of rank 1, which ends rank 0 and is shown.
     assert ran.returncode != 0 and ("rank 1 dies here" if kind == "ddp" else "SIGKILL") in ran.stderr
-    (died,) = (float(path.read_text()) for path in (tmp_path / "runs").glob("*/died at"))
-    assert ended - died < 60
+    (died_at,) = (tmp_path / "runs").glob("*/died at")
+    assert ended - float(died_at.read_text()) < 60
+    assert not held(RunDir(died_at.parent))
     observed = json.loads(out.read_text())
     assert ("kan_health is left out" in ran.stdout) == (kind == "fsdp2")
 
@@ -114,8 +117,13 @@ def test_two_processes_train_as_one(kind, run_table, run_config, tmp_path, losse
         assert losses(run_config(f"name={name}")) == pytest.approx(losses(alone), rel=2e-5), name
     assert losses(run_config(f"name={kind}-interrupted")) == pytest.approx(losses(muon), rel=2e-3)
     # two processes that were interrupted do, bit for bit, what two that were not do
-    assert losses(run_config(f"name={kind}-interrupted")) == losses(run_config(f"name={kind}-muon"))
-    weights = [load_model(run_config(f"name={kind}-{how}").run_dir)[1] for how in ("interrupted", "muon")]
+    stopped, straight = run_config(f"name={kind}-interrupted"), run_config(f"name={kind}-muon")
+    assert losses(stopped) == losses(straight)
+    seen = [(straight.run_dir / f"batches-{rank}").read_text() for rank in (0, 1)]
+    assert [(stopped.run_dir / f"batches-{rank}").read_text() for rank in (0, 1)] == seen
+    assert len({*seen[0].split("\n"), *seen[1].split("\n")}) == 25  # 12 steps of 2, and the end
+    weights = [load_model(config.run_dir)[1] for config in (stopped, straight)]
+    assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weight) for name, weight in weights[1].items())
     record = json.loads((alone.run_dir / "run.json").read_text())
     assert observed[0]["validation"] == pytest.approx(record["final_validation"], rel=1e-5)

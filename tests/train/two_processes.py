@@ -1,13 +1,15 @@
 """Run under `accelerate launch`: trains the runs of a JSON file one after the other in every process.
 
 Arguments: the JSON file with a list of jobs {"table": run table, "interrupt_after": step or null, "masked":
-bool} and the file that the main process writes its list of observations to. For a masked job the labels of
-each sequence end at a place that depends on the sequence alone, and the gradients of its first step are
-saved in its folder.
+bool} and the file that the main process writes its list of observations to. A line for each micro-batch that
+process N has trained on goes to `batches-N` in the run's folder. For a masked job the labels of each
+sequence end at a place that depends on the sequence alone, and the gradients of its first step are saved in
+its folder.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -33,8 +35,8 @@ def mask_labels(batches):
 
 def train(job: dict) -> dict:
     config = parsed(RunConfig, job["table"], "job")
-    originals = loop.one_step, loop.gradient_norm, TokenLoader.__iter__
-    one_step, gradient_norm, batches = originals
+    originals = loop.one_step, loop.accumulate_gradients, loop.gradient_norm, TokenLoader.__iter__
+    one_step, accumulate_gradients, gradient_norm, batches = originals
 
     def interrupting(session, *arguments):
         if session.state.step + 1 == job.get("interrupt_after") and session.accelerator.process_index == 1:
@@ -45,6 +47,13 @@ def train(job: dict) -> dict:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("rank 1 dies here")
         return one_step(session, *arguments)
+
+    def noting(session, micro_batches, *arguments):
+        with open(config.run_dir / f"batches-{session.accelerator.process_index}", "a") as file:
+            for batch in micro_batches:
+                digest = hashlib.sha256(batch["input_ids"].numpy().tobytes()).hexdigest()
+                file.write(f"{session.state.step} {digest}\n")
+        return accumulate_gradients(session, micro_batches, *arguments)
 
     def saving(accelerator, model, *arguments):
         path = config.run_dir / "gradients.safetensors"
@@ -57,14 +66,14 @@ def train(job: dict) -> dict:
             save_file(gradients, path)
         return gradient_norm(accelerator, model, *arguments)
 
-    loop.one_step = interrupting
+    loop.one_step, loop.accumulate_gradients = interrupting, noting
     if job.get("masked"):
         loop.gradient_norm = saving
         TokenLoader.__iter__ = lambda self: mask_labels(batches(self))
     try:
         record = loop.train(config)
     finally:
-        loop.one_step, loop.gradient_norm, TokenLoader.__iter__ = originals
+        loop.one_step, loop.accumulate_gradients, loop.gradient_norm, TokenLoader.__iter__ = originals
     return {
         "state": record.state,
         "step": record.step,
