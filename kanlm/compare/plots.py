@@ -49,15 +49,30 @@ def smoothed(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def loss_curves(results: Sequence[Result], colour: dict[str, str], against: str, name: str) -> str:
-    """Training losses (thin: each seed) and validation losses (dots) against `tokens` or `seconds`."""
+def loss_curves(
+    results: Sequence[Result],
+    colour: dict[str, str],
+    against: str,
+    name: str,
+    tokens_per_second: dict[str, float] | None = None,
+) -> str:
+    """Training losses (thin: each seed) and validation losses (dots) against `tokens` or `seconds`.
+
+    Seconds are those of the runs' clocks, or follow from the tokens by `tokens_per_second` of each arm.
+    """
     with figure_svg(name, 3.3) as (figure, output):
         axes = figure.add_subplot()
         labelled: set[str] = set()
         ends = []
         for result in results:
             curve, arm = result.curve, result.trial.arm
-            places = getattr(curve, against)
+            if against == "seconds" and tokens_per_second:
+                speed = tokens_per_second[arm]
+                places = [tokens / speed for tokens in curve.tokens]
+                validation_places = [tokens / speed for tokens in curve.validation_tokens]
+            else:
+                places = getattr(curve, against)
+                validation_places = getattr(curve, f"validation_{against}")
             finite = np.isfinite(curve.loss) if curve.loss else np.zeros(0, bool)
             if not finite.any():
                 continue
@@ -67,7 +82,7 @@ def loss_curves(results: Sequence[Result], colour: dict[str, str], against: str,
             labelled.add(arm)
             axes.plot(places, loss, color=colour[arm], label=label, alpha=0.85, linewidth=1.2)
             axes.plot(
-                getattr(curve, f"validation_{against}"),
+                validation_places,
                 curve.validation_loss,
                 "o",
                 color=colour[arm],

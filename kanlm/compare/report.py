@@ -245,11 +245,21 @@ def report_pictures(artifacts: Artifacts) -> dict[str, dict[str, str]]:
             "neural network.",
         )
     if any(result.curve.loss for result in results):
-        for against, words in (("tokens", "tokens seen"), ("seconds", "training time")):
+        measured = {
+            arm.name: speed_row(artifacts, artifacts.planned(matching, size, arm.name)) for arm in config.arms
+        }
+        speeds = {arm: row["tokens_per_second"] for arm, row in measured.items() if row}
+        speeds = speeds if len(speeds) == len(measured) else {}
+        clock = (
+            "training time, by step times measured in turns"
+            if speeds
+            else "training time, by the runs' clocks"
+        )
+        for against, words in (("tokens", "tokens seen"), ("seconds", clock)):
             add(
                 f"loss-{against}",
                 "curves",
-                plots.loss_curves(results, colour, against, f"loss-{against}"),
+                plots.loss_curves(results, colour, against, f"loss-{against}", speeds),
                 f"Loss against {words}. Lines: training, smoothed, one for each seed; dots: held-out text.",
             )
     rows = []

@@ -149,6 +149,16 @@ def test_time_to_equal_loss_uses_the_loss_that_both_reached(tmp_path):
     assert ratio["kan_glu"] < 0.9 and ratio["kan"] > 1.1
 
 
+def test_loss_against_time_is_drawn_by_the_step_times_where_there_are_some(tmp_path):
+    content(tmp_path, losses(kan=4.5, kan_glu=3.4, swiglu=3.9))
+    by_steps = report_pictures(load(tmp_path))["loss-seconds"]
+    (tmp_path / "speed.json").unlink()
+    by_clocks = report_pictures(load(tmp_path))["loss-seconds"]
+    assert "by step times measured in turns" in by_steps["caption"]
+    assert "by the runs' clocks" in by_clocks["caption"]
+    assert by_steps["svg"] != by_clocks["svg"]
+
+
 def test_runs_own_clocks_give_no_verdict_on_time(tmp_path):
     """A neighbour that was busy during one arm's training would decide it."""
     content(tmp_path, losses(kan=4.5, kan_glu=3.4, swiglu=3.9))
