@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from kanlm.train.status import held
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ("train.max_tokens=102_400", "train.zero_gradient_steps=0")  # 800 steps
+PORT = 29660
 
 
 def waited_for(happened, process: subprocess.Popen, log: Path) -> None:
@@ -85,6 +87,35 @@ def test_signal_to_the_launcher_saves_the_run(processes, number, write_toml, run
         assert losses(config) == losses(alone)
     else:
         assert list(losses(config)) == list(range(1, 801))
+
+
+@slow
+def test_two_launchers_that_meet_train_one_run(write_toml, run_config, tmp_path):
+    """The launch of two machines, on one: one process for each launcher."""
+    config = ROOT / "configs" / "accelerate" / "2x8-gpus.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(PORT)]
+    command += ["--rdzv_backend", "c10d"]
+    log, launchers = tmp_path / "log", []
+
+    def first_listens() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", PORT)) == 0
+
+    try:
+        for machine in (0, 1):
+            rest = ["--machine_rank", str(machine), "-m", "kanlm", "train", str(write_toml())]
+            with open(log, "a") as out:
+                environment = os.environ | {"PYTHONPATH": str(ROOT)}
+                launchers.append(subprocess.Popen(command + rest, stdout=out, stderr=out, env=environment))
+            waited_for(first_listens, launchers[0], log)
+        assert [launcher.wait(timeout=120) for launcher in launchers] == [0, 0], log.read_text()
+    finally:
+        for launcher in launchers:
+            launcher.kill()
+    record = json.loads((run_config().run_dir / "run.json").read_text())
+    assert (record["state"], record["step"]) == ("finished", 12)
+    assert (record["provenance"]["processes"], record["provenance"]["wrapper"]) == (2, "ddp")
 
 
 @pytest.mark.parametrize(
