@@ -121,7 +121,7 @@ def write_text(path: str | Path, text: str) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-        fsync_folder(path.parent)
+        fsync_one(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -138,14 +138,19 @@ def read_json(path: str | Path) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def fsync_one(path: Path) -> None:
+    """fsync one file, or the list of names of a folder, which a rename changes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def fsync_folder(folder: Path) -> None:
-    """fsync every file below `folder`, then the folders themselves."""
+    """fsync every file below `folder`, then the folders themselves; nobody else may write in it."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        fsync_one(path)
 
 
 @contextmanager
@@ -159,9 +164,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         yield temporary
         fsync_folder(temporary)
         os.rename(temporary, path)
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        fsync_one(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

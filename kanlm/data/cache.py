@@ -35,7 +35,7 @@ from kanlm.data.packing import Packed, Packer
 from kanlm.data.sources import Unreachable
 from kanlm.data.tokenizer import tokenizer_hash
 from kanlm.metrics import TextCounts
-from kanlm.runs import fsync_folder, read_json, remove_leftovers, write_json
+from kanlm.runs import fsync_folder, fsync_one, read_json, remove_leftovers, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -141,9 +141,7 @@ def cached(
                     "data.cache_dir to another disk, or set data.streaming=true"
                 ) from None
             os.rename(partial, folder)
-            parent = os.open(folder.parent, os.O_RDONLY)  # not fsync_folder: others may be building in there
-            os.fsync(parent)
-            os.close(parent)
+            fsync_one(folder.parent)
             (folder / "progress.json").unlink()  # last, so that a kill loses no shard
     cache = TokenCache(folder)
     found = {name: cache.manifest.get(name) for name in identity}
