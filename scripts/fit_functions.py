@@ -516,7 +516,7 @@ def report(kan: dict[str, list[Fit]], mlp: dict[str, list[Fit]]) -> str:
     rates = ", ".join(map(str, LEARNING_RATES))
     return f"""# Known functions: parameters for equal error
 
-Written by `python scripts/fit_functions.py`: 3 min 08 s on 2 idle cores, 944 MB of memory at its peak.
+Written by `python scripts/fit_functions.py`: 3 min 18 s on 2 idle cores, 944 MB of memory at its peak.
 
 KAN: whitened cubic layers without a base branch, grown by refining the grid. MLP: tanh, hidden layers
 {shapes}.
