@@ -163,16 +163,36 @@ def generate_verb(model: str, prompt: str, **settings) -> None:
     generate(model, prompt, **settings)
 
 
-@verb("inspect", "kanlm inspect runs/tiny-kan_glu/hf --out inspect/")
+@verb("inspect", "kanlm inspect runs/tiny-kan_glu/hf --data stdlib --out inspect/")
 @click.argument("model")
 @click.option(
-    "--out", type=click.Path(), default="inspect", show_default=True, help="Folder for plots and JSON."
+    "--out", type=click.Path(), default="inspect", show_default=True, help="Folder for the page and JSON."
 )
-def inspect_verb(model: str, out: str) -> None:
-    """Learned functions of MODEL: plots and importance."""
+@click.option("--data", help="Text as in `kanlm eval`; default: text that the model writes itself.")
+@click.option("--split", help="Split of the data; default: the held-out one.")
+@click.option("--tokens", type=int, default=4096, show_default=True, help="Half for fits, half for losses.")
+@click.option(
+    "--functions", type=click.IntRange(min=1), default=12, show_default=True, help="Drawn for each layer."
+)
+@click.option(
+    "--weight",
+    type=click.FloatRange(0, 1),
+    default=0.2,
+    show_default=True,
+    help="Of a formula's simplicity against its fit.",
+)
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    default=0.99,
+    show_default=True,
+    help="R^2 from which a formula replaces its function.",
+)
+def inspect_verb(model: str, out: str, data: str | None, **settings) -> None:
+    """What the functions of MODEL do on real text, with controls: one HTML page and JSON."""
     from kanlm.interpret.inspect import inspect
 
-    click.echo(inspect(model, out))
+    click.echo(inspect(model, out, data, **settings))
 
 
 @cli.group("bench")
