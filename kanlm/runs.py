@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -84,6 +84,9 @@ class EvalReport(BaseModel):
     versions: dict[str, str]
 
 
+FailureKind = Literal["diverged", "user_error", "crashed"]
+
+
 class RunRecord(BaseModel):
     """run.json: where a run stands and how it came about."""
 
@@ -106,6 +109,8 @@ class RunRecord(BaseModel):
     skipped_steps: int = 0
     """Steps left out because of a NaN or Inf."""
     failure: str | None = None
+    failure_kind: FailureKind | None = None
+    """Of a `failed` run: its numbers were no longer finite, its user can mend it, or anything else."""
     provenance: dict[str, Any]
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from kanlm.config import UserError
+from kanlm.runs import FailureKind
 
 THE_LOSS = "the loss"
 """Where a number that is not finite first appears if no layer, parameter or gradient holds one."""
@@ -19,6 +20,13 @@ THE_LOSS = "the loss"
 
 class Diverged(UserError):
     """Training stopped because of non-finite numbers."""
+
+
+def failure_kind(error: BaseException) -> FailureKind:
+    """What run.json says of a run that `error` ended."""
+    if isinstance(error, Diverged):
+        return "diverged"
+    return "user_error" if isinstance(error, UserError) else "crashed"
 
 
 class Stopped(SystemExit):

@@ -28,7 +28,7 @@ from kanlm.evaluation.perplexity import validation_loss
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.model.health import kan_health
 from kanlm.model.kan import kan_coefficient_names
-from kanlm.runs import RunDir, RunRecord, provenance, write_json
+from kanlm.runs import RunDir, RunRecord, provenance, read_json, write_json
 from kanlm.sizing import (
     architecture,
     parameter_counts,
@@ -42,6 +42,7 @@ from kanlm.train.faults import (
     Stopped,
     StopSignal,
     ZeroGradientWatch,
+    failure_kind,
     first_nonfinite_layer,
 )
 from kanlm.train.optimizer import optimizers
@@ -99,7 +100,14 @@ def train(config: RunConfig) -> RunRecord:
         stop_signal.at_once = False
         session.stop_signal = stop_signal
         with held_by_this_process(run, accelerator):
-            start(session)
+            try:
+                start(session)
+            except UserError as error:
+                if accelerator.is_main_process and run.record.exists():  # of the part that was trained before
+                    before = RunRecord.model_validate(read_json(run.record))
+                    failed = {"state": "failed", "failure": str(error), "failure_kind": failure_kind(error)}
+                    write_json(run.record, before.model_copy(update=failed))
+                raise
             try:
                 run_steps(session)
                 finish(session)
@@ -107,6 +115,7 @@ def train(config: RunConfig) -> RunRecord:
             except BaseException as error:
                 session.record.state = "failed"
                 session.record.failure = f"{type(error).__name__}: {error}"
+                session.record.failure_kind = failure_kind(error)
                 raise
             finally:
                 session.writer.wait()

@@ -218,7 +218,8 @@ def test_three_nonfinite_steps_in_a_row_stop_the_run_and_name_the_layer(run_conf
     report = json.loads((config.run_dir / "nonfinite.json").read_text())
     assert report["step"] == 8
     assert report["sequences"] == {"step 6": [20, 24], "step 7": [24, 28], "step 8": [28, 32]}
-    assert json.loads(RunDir(config.run_dir).record.read_text())["state"] == "failed"
+    record = json.loads(RunDir(config.run_dir).record.read_text())
+    assert (record["state"], record["failure_kind"]) == ("failed", "diverged")
 
 
 @pytest.fixture
@@ -317,6 +318,7 @@ def test_parameter_that_never_gets_a_gradient_stops_the_run(run_config, monkeypa
     monkeypatch.setattr(loop, "accumulate_gradients", dead)
     with pytest.raises(UserError, match=r"first 5 steps .*layers\.0\.mlp\.down_proj\.weight"):
         loop.train(config)
+    assert json.loads(RunDir(config.run_dir).record.read_text())["failure_kind"] == "user_error"
     shutil.rmtree(config.run_dir)
     assert loop.train(run_config("train.zero_gradient_steps=0")).state == "finished"
 
@@ -356,6 +358,17 @@ def test_checkpoint_of_other_tokens_is_refused(run_config, interrupt_after, monk
     monkeypatch.setattr(loop, "TrainerState", lambda **values: real(**values | {field: "0" * 64}))
     with pytest.raises(UserError, match=field):
         loop.train(config)
+    record = json.loads(RunDir(config.run_dir).record.read_text())
+    assert (record["state"], record["failure_kind"], record["step"]) == ("failed", "user_error", 4)
+
+
+def test_error_of_our_own_is_recorded_as_a_crash(run_config, monkeypatch):
+    config = run_config()
+    monkeypatch.setattr(loop, "accumulate_gradients", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loop.train(config)
+    record = json.loads(RunDir(config.run_dir).record.read_text())
+    assert (record["state"], record["failure_kind"]) == ("failed", "crashed")
 
 
 @pytest.mark.parametrize(
