@@ -195,6 +195,27 @@ def inspect_verb(model: str, out: str, data: str | None, **settings) -> None:
     click.echo(inspect(model, out, data, **settings))
 
 
+@verb("prune", "kanlm prune runs/tiny-kan_glu/hf --keep 0.8 --data stdlib --out runs/tiny-kan_glu/pruned")
+@click.argument("model")
+@click.option("--data", required=True, help="Text that decides what goes, as in `kanlm eval`.")
+@click.option("--out", required=True, type=click.Path(), help="New folder for the pruned model.")
+@click.option("--keep", type=float, default=0.8, show_default=True, help="Share that stays, in (0, 1].")
+@click.option(
+    "--what",
+    type=click.Choice(["channels", "edges"]),
+    default="channels",
+    show_default=True,
+    help="Hidden channels (a smaller model), or edge functions set to zero (the same size).",
+)
+@click.option("--split", help="Split of the data; default: the held-out one.")
+@click.option("--tokens", type=click.IntRange(min=64), default=16_384, show_default=True)
+def prune_verb(model: str, out: str, data: str, **settings) -> None:
+    """Take the least important hidden channels out of MODEL and export what is left."""
+    from kanlm.prune import prune
+
+    click.echo(prune(model, out, data, **settings))
+
+
 @cli.group("bench")
 def bench_group() -> None:
     """Side-by-side speed and memory of KAN and MLP arms, as a table and dated JSON."""

@@ -21,6 +21,7 @@ FLOORS = {
     "interpret": 4,
     "bench": 4,
     "compare": 6,
+    "prune": 6,
     "cli": 7,
     "__main__": 8,
 }

@@ -1,0 +1,125 @@
+"""`kanlm prune`: a trained model with fewer hidden channels, exported, and what that cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from kanlm.config import UserError
+from kanlm.evaluation.perplexity import held_out_documents, load_causal_lm
+from kanlm.export import export_model
+from kanlm.interpret.functions import token_batch
+from kanlm.interpret.pruning import checked_keep, pruned, without_edges
+from kanlm.interpret.removal import sequence_losses
+
+KEPT = (0.9, 0.8, 0.6, 0.4)
+
+
+def prune(
+    model_path: str | Path,
+    out: str | Path,
+    data: str | Path,
+    *,
+    keep: float = 0.8,
+    what: Literal["channels", "edges"] = "channels",
+    split: str | None = None,
+    tokens: int = 16_384,
+) -> str:
+    """Write the pruned model to the new folder `out`; returns what it has lost, as text.
+
+    Half of `tokens` of the data decides what goes, the loss is measured on the other half.
+
+    Raises:
+        UserError: no model, keep outside (0, 1], data without tokens, `out` exists.
+    """
+    try:
+        checked_keep(keep)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if Path(out).exists():
+        raise UserError(f"{out}: exists already; delete it, or choose another folder with --out")
+    model, tokenizer = load_causal_lm(model_path)
+    batch = text_batch(model, tokenizer, data, split, tokens)
+    fit, held = batch[::2], batch[1::2]
+    try:
+        if what == "edges":
+            small = without_edges(model, fit, keep)
+        else:
+            small, _ = pruned(model, fit, keep)
+    except ValueError as error:
+        raise UserError(f"model {model_path}: {error}") from error
+    before, after = (float(sequence_losses(network, held).mean()) for network in (model, small))
+    numbers = [sum(parameter.numel() for parameter in network.parameters()) for network in (model, small)]
+    facts = {
+        "Pruned from": f"`{model_path}`, {keep:.0%} of the {what} kept",
+        "Loss before and after": f"{before:.4f} and {after:.4f} nats/token on {held.numel():,} tokens",
+    }
+    export_model(small, tokenizer, out, {"name": f"{Path(model_path).name}-{keep:g}", "training": facts})
+    width = getattr(small.config, "intermediate_size", None)
+    return "\n".join(
+        [
+            f"parameters         {numbers[0]:,} -> {numbers[1]:,}",
+            f"intermediate_size  {getattr(model.config, 'intermediate_size', None)} -> {width}",
+            f"loss               {before:.4f} -> {after:.4f} nats/token ({held.numel():,} tokens)",
+            f"written            {out}",
+        ]
+    )
+
+
+def text_batch(model: Any, tokenizer: Any, data: str | Path, split: str | None, tokens: int) -> Any:
+    """The first `tokens` tokens of the data as [B, T].
+
+    Raises:
+        UserError: no tokens.
+    """
+    documents, name, _ = held_out_documents(data, split)
+    try:
+        return token_batch(model, tokenizer, documents, tokens, rows=4)
+    except ValueError as error:
+        raise UserError(f"data {name}: has no text to decide on: {error}") from error
+
+
+def prune_table(
+    models: Sequence[str | Path],
+    data: str | Path,
+    *,
+    split: str | None = None,
+    tokens: int = 16_384,
+    seeds: Sequence[int] = (0, 1, 2),
+) -> list[dict[str, Any]]:
+    """For each model and share in KEPT: parameters, loss pruned by importance and at random, step time.
+
+    A row has model, ffn_type, keep, parameters, ffn_parameters, loss, random (mean over `seeds`) and
+    step_seconds (forward and backward of 2,048 tokens, the fastest of rounds in turns with the whole model).
+    """
+    from kanlm.interpret.pruning import blocks
+    from kanlm.interpret.timing import step_seconds
+
+    rows = []
+    for path in models:
+        model, tokenizer = load_causal_lm(path)
+        batch = text_batch(model, tokenizer, data, split, tokens)
+        fit, held = batch[::2], batch[1::2]
+        small = {1.0: model} | {keep: pruned(model, fit, keep)[0] for keep in KEPT}
+        seconds = step_seconds(list(small.values()), fit[: max(1, 2048 // fit.shape[1])])
+        for (keep, network), step in zip(small.items(), seconds, strict=True):
+            at_random = [
+                float(sequence_losses(pruned(model, fit, keep, "random", seed)[0], held).mean())
+                for seed in seeds
+            ]
+            rows.append(
+                {
+                    "model": str(path),
+                    "ffn_type": getattr(model.config, "ffn_type", model.config.model_type),
+                    "keep": keep,
+                    "parameters": sum(p.numel() for p in network.parameters()),
+                    "ffn_parameters": sum(
+                        p.numel() for block in blocks(network).values() for p in block.parameters()
+                    ),
+                    "loss": float(sequence_losses(network, held).mean()),
+                    "random": sum(at_random) / len(at_random),
+                    "step_seconds": step,
+                }
+            )
+    return rows
