@@ -6,7 +6,7 @@ Shapes: P points, F inputs with functions of their own, O functions of each.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -105,9 +105,14 @@ def most_important(found: FunctionStatistics, count: int) -> list[int]:
 
 
 @torch.no_grad()
-def curves(layer: FunctionLayer, found: FunctionStatistics, count: int) -> list[dict[str, Any]]:
-    """The `count` most important functions, each of another input, over the middle 99% of their inputs."""
-    chosen = most_important(found, count)
+def curves(
+    layer: FunctionLayer, found: FunctionStatistics, count: int = 0, indices: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
+    """The `count` most important functions, each of another input, or those at `indices` of [F, O].
+
+    They are drawn over the middle 99% of their inputs.
+    """
+    chosen = most_important(found, count) if indices is None else indices
     samples = layer.samples()
     few = samples[:: max(1, len(samples) // 16_384)]
     ends = torch.quantile(few, torch.tensor([0.005, 0.995], device=few.device), dim=0)  # [2, F]

@@ -145,12 +145,19 @@ def function_values(module: nn.Module, points: Tensor) -> Tensor:
         size = module.channels // module.groups
         spread = points.repeat_interleave(size, dim=1)
         return module(spread.to(module.coefficients.dtype)).float()[:, ::size].t().unsqueeze(-1)
-    features = module.features(points).float()  # [P, K, I]
-    weight = module.spline.weight.float().unflatten(-1, (-1, module.in_features))  # [O, K, I]
+    features, coefficients = edge_expansion(module, points)
+    return torch.bmm(features.permute(2, 0, 1), coefficients.permute(2, 1, 0))  # [I, P, O]
+
+
+@torch.no_grad()
+def edge_expansion(module: nn.Module, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [P, K, I] of a KANLinear at points [P, I], coefficients [O, K, I]; its base counts as one."""
+    features = module.features(points).float()
+    coefficients = module.spline.weight.float().unflatten(-1, (-1, module.in_features))
     if module.base is not None:
         features = torch.cat([features, F.silu(points).float().unsqueeze(1)], dim=1)
-        weight = torch.cat([weight, module.base.weight.float().unsqueeze(1)], dim=1)
-    return torch.bmm(features.permute(2, 0, 1), weight.permute(2, 1, 0))  # [I, P, O]
+        coefficients = torch.cat([coefficients, module.base.weight.float().unsqueeze(1)], dim=1)
+    return features, coefficients
 
 
 def short_name(name: str) -> str:

@@ -17,6 +17,11 @@ WIDTH, HEIGHT, BELOW = 160, 96, 12
 
 def page(found: dict[str, Any]) -> str:
     """The page of an inspection."""
+    return rendered("inspect.html.j2", **found, names=STATISTICS, shares=SHARES)
+
+
+def rendered(template: str, **values: Any) -> str:
+    """A template of this package as text."""
     environment = Environment(
         loader=PackageLoader("kanlm.interpret"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -27,7 +32,7 @@ def page(found: dict[str, Any]) -> str:
         "p": p_text,
         "change": change,
     }
-    return environment.get_template("inspect.html.j2").render(**found, names=STATISTICS, shares=SHARES)
+    return environment.get_template(template).render(**values)
 
 
 SHARES = {"share_for_90_percent", "nonlinear_share", "saturated", "outside_grid", "token_share"}

@@ -24,11 +24,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.stats import rankdata
 from torch import Tensor
 
-from kanlm.interpret.layers import ALIVE_BYTES, FunctionLayer
+from kanlm.interpret.layers import ALIVE_BYTES, FunctionLayer, edge_expansion
 from kanlm.interpret.symbolic import fit_functions
 
 QUANTILES = 33
@@ -115,19 +114,22 @@ def first_order_effect(layer: FunctionLayer) -> Tensor | None:
             phi - phi.view(-1, layer.inputs, layer.size).mean((0, 2)).repeat_interleave(layer.size)
         )
         return moved.view(-1, layer.inputs, layer.size).sum(-1).square().mean(0).sqrt().unsqueeze(-1)
-    total = torch.zeros(layer.inputs, layer.outputs, device=layer.x.device)
-    rows = max(1, ALIVE_BYTES // (4 * layer.functions))
-    sums, squares, cross = total.clone(), total.clone(), total.clone()
-    weights = gradient.square()  # [N, O]
-    for start in range(0, len(layer.x), rows):
-        phi = layer.values(layer.x[start : start + rows])  # [I, n, O]
-        part = weights[start : start + rows]
-        sums += phi.sum(1)
-        cross += torch.einsum("ino,no->io", phi, part)
-        squares += torch.einsum("ino,no->io", phi.square_(), part)
-    mean = sums / len(layer.x)
-    total = squares - 2 * mean * cross + mean.square() * weights.sum(0)
-    return (total.clamp_min(0) / len(layer.x)).sqrt()
+    # phi(x) - mean phi = c . (psi - mean psi), so the mean of g^2 times its square is c^T M c. M, sums over
+    # tokens of g^2 and a product of two features, is one matrix product; all values of phi are N F O numbers.
+    features, coefficients = edge_expansion(layer.module, layer.x)
+    centred = (features - features.mean(0)).transpose(1, 2)  # [N, I, K]
+    first, second = torch.triu_indices(centred.shape[-1], centred.shape[-1]).unbind()
+    twice = torch.where(first == second, 1.0, 2.0)
+    weights = gradient.square().t() / len(layer.x)  # [O, N]
+    total = torch.empty(layer.inputs, layer.outputs)
+    step = max(1, ALIVE_BYTES // (4 * len(first) * max(len(layer.x), layer.outputs)))
+    for start in range(0, layer.inputs, step):
+        part = slice(start, start + step)
+        products = centred[:, part, first] * centred[:, part, second]  # [N, i, pairs]
+        moments = (weights @ products.flatten(1)).view(layer.outputs, -1, len(first))  # [O, i, pairs]
+        c = coefficients[:, :, part].transpose(1, 2)  # [O, i, K]
+        total[part] = (moments * c[..., first] * c[..., second] * twice).sum(-1).t()
+    return total.clamp_min(0).sqrt()
 
 
 def layer_summary(layer: FunctionLayer, found: FunctionStatistics, tokens: Tensor) -> dict[str, float | None]:
@@ -208,13 +210,8 @@ def function_outputs(layer: FunctionLayer, indices: Sequence[int]) -> Tensor:
         return phi.view(len(phi), layer.inputs, layer.size)[:, list(indices)]
     places = [index // layer.outputs for index in indices]
     outputs = [index % layer.outputs for index in indices]
-    features = module.features(layer.x).float()[:, :, places]  # [N, K, T]
-    weight = module.spline.weight.float().unflatten(-1, (-1, module.in_features))[
-        outputs, :, places
-    ]  # [T, K]
-    phi = torch.einsum("nkt,tk->nt", features, weight)
-    if module.base is not None:
-        phi = phi + F.silu(layer.x[:, places]) * module.base.weight.float()[outputs, places]
+    features, coefficients = edge_expansion(module, layer.x)
+    phi = torch.einsum("nkt,tk->nt", features[:, :, places], coefficients[outputs, :, places])
     return phi.unsqueeze(-1)
 
 

@@ -188,7 +188,12 @@ def _inner_maps(name: str) -> list[tuple[float, float]]:
 
 
 def _is_defined(name: str, first: Tensor, last: Tensor) -> Tensor:
-    """Whether f is defined between b low + c and b high + c."""
+    """Whether f is defined between b low + c and b high + c; of a sine there must be a quarter of a period.
+
+    Over less a sine is a parabola with three constants too many.
+    """
+    if name in ("sin", "cos"):
+        return (last - first).abs() >= math.pi / 2
     domain = LIBRARY[name].domain
     if domain == "positive":
         return torch.minimum(first, last) > 1e-3
