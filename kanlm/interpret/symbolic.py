@@ -81,6 +81,12 @@ AFFINE_COPIES = {"cos": "sin", "sigmoid": "tanh"}
 NAMES = tuple(LIBRARY)
 
 
+def _sum(factor: float, text: str, rest: float) -> str:
+    """factor text + rest, to three digits, without a factor of one or a rest that does not show."""
+    product = text if f"{factor:.3g}" == "1" else f"{factor:.3g} {text}"
+    return product if abs(rest) < 5e-4 * abs(factor) else f"{product} {rest:+.3g}"
+
+
 @dataclass(frozen=True)
 class Formula:
     """a f(b x + c) + d and the share of the variance that it explains (R^2 under the inputs' density)."""
@@ -98,9 +104,8 @@ class Formula:
 
     def __str__(self) -> str:
         if self.name == "x":
-            return f"{self.a * self.b:.3g} x {self.a * self.c + self.d:+.3g}"
-        inner = f"{self.b:.3g} x {self.c:+.3g}"
-        return f"{self.a:.3g} {LIBRARY[self.name].shape.format(f=self.name, u=inner)} {self.d:+.3g}"
+            return _sum(self.a * self.b, "x", self.a * self.c + self.d)
+        return _sum(self.a, LIBRARY[self.name].shape.format(f=self.name, u=_sum(self.b, "x", self.c)), self.d)
 
     def sympy(self, x: Any = None, digits: int = 4) -> Any:
         """The formula as a SymPy expression of `x` (default: the symbol x), constants to `digits` digits."""

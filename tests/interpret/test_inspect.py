@@ -1,18 +1,30 @@
 """The page and JSON of an inspection: planted functions are found, every arm is shown."""
 
 import json
+import random
 import re
 
 import pytest
 import torch
 from click.testing import CliRunner
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from kanlm.cli import cli
 from kanlm.config import UserError
+from kanlm.data.tokenizer import trained_tokenizer
+from kanlm.export import export_model
 from kanlm.interpret.functions import token_batch
 from kanlm.interpret.inspect import inspection, terminal_table
 from kanlm.interpret.page import page
 from kanlm.interpret.statistics import STATISTICS
+from kanlm.model import KanLMConfig, KanLMForCausalLM
 
 OUTPUT, INPUT = 6, 5
 
@@ -90,3 +102,75 @@ def run(*arguments):
 def test_mistakes_are_one_line(tmp_path, model):
     assert "4096" in run("/nowhere", "--tokens", "3")
     assert "no such folder" in run("/nowhere")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An exported model with a tokenizer of its own, and a text."""
+    root = tmp_path_factory.mktemp("model")
+    words = random.Random(1)
+    text = " ".join(words.choice(["red", "green", "blue", "one", "two", "three"]) for _ in range(1200))
+    (root / "text.txt").write_text(text, encoding="utf-8")
+    (root / "empty.txt").write_text("", encoding="utf-8")
+    tokenizer = trained_tokenizer([text], 300)
+    torch.manual_seed(0)
+    config = KanLMConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        kan_num_groups=2,
+    )
+    export_model(KanLMForCausalLM(config), tokenizer, root / "hf", {"name": "words"})
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    ).save_pretrained(root / "llama")
+    tokenizer.save_pretrained(root / "llama")
+    return root
+
+
+@pytest.mark.parametrize("name", ["hf", "llama"])
+def test_inspect_and_prune_from_the_command_line(name, folder, tmp_path):
+    data = ["--data", str(folder / "text.txt"), "--tokens", "512"]
+    result = CliRunner().invoke(cli, ["inspect", str(folder / name), *data, "--out", str(tmp_path / "page")])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "page" / "inspect.json").read_text(encoding="utf-8"))
+    assert found["tokens"]["statistics"] + found["tokens"]["loss"] <= 512 and found["layers"]
+    assert "</html>" in (tmp_path / "page" / "inspect.html").read_text(encoding="utf-8")
+    out = tmp_path / "small"
+    if name == "hf":
+        result = CliRunner().invoke(
+            cli, ["prune", str(folder / name), *data, "--keep", "0.5", "--out", str(out)]
+        )
+        assert result.exit_code == 0, result.output
+        small = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+        assert small.config.intermediate_size == 8
+        assert f"{sum(p.numel() for p in small.parameters()):,}" in result.output
+
+
+def test_data_without_tokens_and_models_without_functions_are_one_line(folder, tmp_path, model):
+    for verb in (["inspect"], ["prune", "--keep", "0.5"]):
+        arguments = [
+            *verb,
+            str(folder / "hf"),
+            "--data",
+            str(folder / "empty.txt"),
+            "--out",
+            str(tmp_path / "x"),
+        ]
+        result = CliRunner().invoke(cli, arguments)
+        assert result.exit_code != 0 and not (tmp_path / "x").exists()
+        assert isinstance(result.exception, UserError) and "empty.txt" in str(result.exception)
+    config = GPTNeoXConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
+    AutoTokenizer.from_pretrained(folder / "hf").save_pretrained(tmp_path / "neox")
+    assert "looked for KANLinear, LearnedFunction" in run(str(tmp_path / "neox"))
