@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 
 from kanlm import __version__
 from kanlm.config import UserError, load_run_config, one_line
+from kanlm.train import launcher
 
 
 def verb(name: str, example: str, **settings):
@@ -38,9 +38,7 @@ def cli() -> None:
 @click.argument("overrides", nargs=-1)
 def train_verb(config: str, overrides: tuple[str, ...]) -> None:
     """Train the run of CONFIG (TOML), with section.key=value OVERRIDES; goes on where it stopped."""
-    from kanlm.train.launcher import end_with_launcher
-
-    end_with_launcher()
+    launcher.end_with_launcher()
     from kanlm.train.loop import train
 
     train(load_run_config(config, overrides))
@@ -302,10 +300,6 @@ def complaint(error: BaseException) -> str | None:
     return None
 
 
-SECONDS_FOR_THE_FIRST = 2.0
-"""Within these a launcher ends its other processes after the first of them has failed."""
-
-
 def main() -> None:
     """Run the command line and exit with its status."""
     logging.getLogger("kanlm").setLevel(logging.INFO)
@@ -322,13 +316,7 @@ def main() -> None:
         line = complaint(error)
         if line is None or os.environ.get("KANLM_DEBUG") == "1":
             raise
-        rank = os.environ.get("RANK", "0")
-        if (
-            rank != "0"
-        ):  # of a machine's processes that fail alike the first speaks, and its end ends the others
-            time.sleep(SECONDS_FOR_THE_FIRST * (1 + int(os.environ.get("LOCAL_RANK", "0"))))
-            line = f"process {rank}: {line}"
-        click.echo(f"kanlm: error: {line}", err=True)
+        click.echo(f"kanlm: error: {launcher.in_turn(line)}", err=True)
         sys.exit(2)
 
 

@@ -7,7 +7,10 @@ kept as a plain dict here; `kanlm.sizing.architecture` checks it against the fie
 from __future__ import annotations
 
 import difflib
+import json
+import math
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +26,17 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """The end of a complaint about an unknown `word`: the closest of the `known` ones, or all of them."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
 class Section(BaseModel):
     """A frozen table of a TOML file: unknown keys, wrong types and values out of range are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    # An infinite rate passes every `gt` and is only seen when the run is ruined.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class SourceConfig(Section):
@@ -153,6 +163,12 @@ class TrainConfig(Section):
     health_every: int = Field(0, ge=0)
     """Steps between `kan_health` logs; 0 = with each validation."""
 
+    @field_validator("max_tokens", mode="before")
+    @classmethod
+    def whole_number(cls, value: Any) -> Any:
+        """1e6 is how people write a token budget, and to TOML it is a float."""
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
     @field_validator("betas", "kan_betas")
     @classmethod
     def betas_in_range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
@@ -167,6 +183,22 @@ class TrainConfig(Section):
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
         return self
+
+    def micro_batches(self, processes: int) -> tuple[int, int]:
+        """Sequences in a micro-batch of one of `processes`, and micro-batches of each in a step."""
+        if self.batch_size % processes:
+            raise UserError(
+                f"train.batch_size: {self.batch_size} sequences do not divide among {processes} processes; "
+                f"choose a multiple of {processes}"
+            )
+        sequences = self.batch_size // processes
+        micro_batch_size = self.micro_batch_size or sequences
+        if sequences % micro_batch_size:
+            raise UserError(
+                f"train.micro_batch_size: {micro_batch_size} sequences in each of {processes} processes do "
+                f"not divide train.batch_size = {self.batch_size}"
+            )
+        return micro_batch_size, sequences // micro_batch_size
 
 
 class TrackingConfig(Section):
@@ -193,22 +225,49 @@ class RunConfig(Section):
     train: TrainConfig
     tracking: TrackingConfig = TrackingConfig()
 
+    @field_validator("model")
+    @classmethod
+    def finite_numbers(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key, number in value.items():
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{key}: {number} is not a finite number")
+        return value
+
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir) / self.name
 
+    @property
+    def step_tokens(self) -> int:
+        return self.train.batch_size * self.data.block_size
+
+    @property
+    def total_steps(self) -> int:
+        """Whole steps in the token budget; UserError where there is none."""
+        if self.train.max_tokens < self.step_tokens:
+            raise UserError(
+                f"train.max_tokens: {self.train.max_tokens} is less than one step of batch_size x block_size "
+                f"= {self.train.batch_size} x {self.data.block_size} = {self.step_tokens} tokens; raise it, "
+                "or lower train.batch_size"
+            )
+        return self.train.max_tokens // self.step_tokens
+
 
 def toml_table(path: str | Path) -> dict[str, Any]:
-    """The parsed TOML file at `path`; `UserError` where it is missing or malformed."""
+    """The parsed TOML file at `path`, or a run's config.json; `UserError` where there is none to read."""
     path = Path(path)
     if not path.is_file():
         siblings = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         hint = f"; {path.parent}/ has: {', '.join(siblings)}" if siblings else ""
         raise UserError(f"{path}: no such config file{hint}")
+    kind, load = ("JSON", json.loads) if path.suffix == ".json" else ("TOML", tomllib.loads)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
+        table = load(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid {kind}: {error}") from None
+    if not isinstance(table, dict):
+        raise UserError(f"{path}: expected a table of settings, got a {type(table).__name__}")
+    return table
 
 
 def with_overrides(table: dict[str, Any], overrides: tuple[str, ...] | list[str]) -> dict[str, Any]:
@@ -254,10 +313,7 @@ def parsed(
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             fields = _fields_at(kind, first["loc"][:-1])
-            close = difflib.get_close_matches(str(first["loc"][-1]), fields, n=1)
-            message = "unknown key; " + (
-                f"did you mean {close[0]!r}?" if close else f"known: {', '.join(fields)}"
-            )
+            message = f"unknown key; {did_you_mean(str(first['loc'][-1]), fields)}"
         elif first["type"] == "missing":
             message = f"required, but absent; add it to {where}"
         for override in overrides:

@@ -13,6 +13,7 @@ runs/NAME/
 from __future__ import annotations
 
 import glob
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -141,6 +142,11 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def read_json(path: str | Path) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def json_sha256(value: Any, sort_keys: bool = False) -> str:
+    """sha256 of `value` as JSON: the identity of data, of a tokenizer, of a recipe."""
+    return hashlib.sha256(json.dumps(value, sort_keys=sort_keys).encode("utf-8")).hexdigest()
 
 
 def fsync_one(path: Path) -> None:

@@ -16,7 +16,6 @@ The sum is what arms are matched by, so a KAN pays for the evaluation of its bas
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,7 +24,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from kanlm.config import RunConfig, UserError, one_line
+from kanlm.config import RunConfig, UserError, did_you_mean, one_line
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.model.configuration_kanlm import KAN_TYPES, MLP_TYPES
 
@@ -44,9 +43,7 @@ def architecture(config: RunConfig, vocab_size: int, **token_ids: int | None) ->
     known = architecture_fields()
     for key in config.model:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-            raise UserError(f"model.{key}: unknown key; {hint}")
+            raise UserError(f"model.{key}: unknown key; {did_you_mean(key, known)}")
     values: dict[str, Any] = {
         **token_ids,
         "vocab_size": vocab_size,
@@ -426,14 +423,8 @@ def plan(
     assert counts == built, (counts, built)
     block_size = config.data.block_size
     flops = training_flops(model, block_size)
-    step_tokens = config.train.batch_size * block_size
-    steps = config.train.max_tokens // step_tokens
+    steps, step_tokens = config.total_steps, config.step_tokens
     tokens = steps * step_tokens
-    if not steps:
-        raise UserError(
-            f"train.max_tokens: {config.train.max_tokens} is less than one step of {step_tokens} tokens "
-            f"({config.train.batch_size} x {block_size}); raise it or lower train.batch_size"
-        )
     return {
         "name": config.name,
         "ffn_type": model.ffn_type,

@@ -27,14 +27,13 @@ import torch
 from torch import multiprocessing
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from kanlm import kernels
 from kanlm.config import RunConfig, load_run_config, parsed, with_overrides
 from kanlm.data import TokenLoader, tokenizer_for
 from kanlm.model import KanLMForCausalLM
 from kanlm.runs import hardware, versions, write_json
 from kanlm.sizing import architecture
 from kanlm.train import loop
-from kanlm.train.optimizer import optimizers
+from kanlm.train.build import Trainable, build
 from kanlm.train.schedule import learning_rate_factor
 
 WARMUP_STEPS = 5
@@ -93,10 +92,12 @@ class Bench:
         self.step_tokens = config.train.batch_size * config.data.block_size
 
     def model(self) -> KanLMForCausalLM:
-        torch.manual_seed(self.config.seed)
-        model = KanLMForCausalLM(architecture(self.config, len(self.tokenizer))).to(self.device)
-        kernels.select(model, self.config.train.kernels)
-        return model.train()
+        return self.built().model
+
+    def built(self) -> Trainable:
+        """What kanlm's loop trains, without accelerate."""
+        config = self.config
+        return build(architecture(config, len(self.tokenizer)), config.train, self.device, seed=config.seed)
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
         return iter(TokenLoader(self.config, self.tokenizer))
@@ -105,9 +106,9 @@ class Bench:
         """kanlm.train.loop, as the command line runs it."""
         real = loop.one_step
 
-        def timed(session, batches):
+        def timed(session):
             clock.step_begins()
-            done = real(session, batches)
+            done = real(session)
             if len(clock.seconds) == self.steps - 1:
                 clock.stop()
             return done
@@ -117,8 +118,8 @@ class Bench:
 
     def bare(self, folder: Path, clock: Clock) -> None:
         """The shortest loop that learns the same: no checks, no logs, no checkpoints."""
-        model, settings = self.model(), self.config.train
-        (optimizer,) = optimizers(model, settings, self.device)
+        settings, built = self.config.train, self.built()
+        model, (optimizer,) = built.model, built.optimizers
         batches = self.batches()
         low_precision = self.device.type == "cuda"
         for step in range(self.steps):

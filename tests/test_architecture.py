@@ -19,7 +19,7 @@ FLOORS = {
     "train": 4,
     "export": 5,
     "interpret": 4,
-    "bench": 4,
+    "bench": 5,
     "compare": 6,
     "prune": 6,
     "cli": 7,

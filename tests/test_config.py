@@ -43,7 +43,10 @@ def test_overrides_leave_the_table_alone():
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["train.max_tokens=2e8"], ["train.max_tokens", "valid integer", "200000000.0", "float"]),
+        (["train.max_tokens=2.5"], ["train.max_tokens", "2.5", "float"]),
+        (["train.learning_rate=inf"], ["train.learning_rate", "inf", "finite"]),
+        (["train.eps=nan"], ["train.eps", "nan"]),
+        (["model.kan_grid_max=inf"], ["model", "kan_grid_max: inf is not a finite number"]),
         (["train.learing_rate=1e-3"], ["train.learing_rate", "unknown key", "did you mean 'learning_rate'"]),
         (["trian.max_tokens=1"], ["trian", "unknown key", "'train'"]),
         (["train.max_tokens=0"], ["train.max_tokens", "greater than or equal to 1", "0"]),
@@ -73,6 +76,21 @@ def test_missing_key_missing_file_and_malformed_file(tmp_path):
         load_run_config(tmp_path / "rum.toml")
     path.write_text("name = ")
     with pytest.raises(UserError, match="not valid TOML"):
+        load_run_config(path)
+
+
+def test_whole_number_written_as_a_float_is_a_token_budget(tmp_path):
+    config = load_run_config(written(tmp_path, MINIMAL), ["train.max_tokens=1e6"])
+    assert config.train.max_tokens == 1_000_000 and isinstance(config.train.max_tokens, int)
+
+
+def test_config_json_of_a_run_is_a_config_file(tmp_path):
+    config = load_run_config(written(tmp_path, MINIMAL))
+    path = tmp_path / "config.json"
+    path.write_text(config.model_dump_json())
+    assert load_run_config(path) == config
+    path.write_text("[1]")
+    with pytest.raises(UserError, match="expected a table of settings, got a list"):
         load_run_config(path)
 
 

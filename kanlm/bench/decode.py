@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -12,6 +12,7 @@ from kanlm import kernels
 from kanlm.bench.measure import Arm, peak_memory, relative_error, report, require_device
 from kanlm.bench.train import ARMS, VOCAB_SIZE, built, parity_case, passing
 from kanlm.config import UserError
+from kanlm.model.modeling_kanlm import KanLMForCausalLM
 from kanlm.sizing import parameter_counts
 
 PROMPT, NEW = 32, 32
@@ -20,7 +21,8 @@ PROMPT, NEW = 32, 32
 
 def decoding_arm(name: str, size: str, backend: str, device: str = "cpu") -> Arm:
     """Greedy decoding of NEW tokens one at a time after a prompt of PROMPT tokens, whose time is included."""
-    model, chosen = built(name, size, backend, device)
+    made, chosen = built(name, size, backend, device)
+    model = cast(KanLMForCausalLM, made.model)
     model.eval()
     prompt = torch.randint(0, VOCAB_SIZE, (1, PROMPT), generator=torch.Generator().manual_seed(1)).to(device)
 

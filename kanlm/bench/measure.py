@@ -10,7 +10,7 @@ import multiprocessing
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -84,24 +84,38 @@ def machine_floor(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Fl
     return Floor(2 * size**3 / product, 2 * source.numel() * source.element_size() / copied)
 
 
+def take_turns(
+    steps: Sequence[Callable[[], Any]], go_on: Callable[[int], bool], device: str = "cpu"
+) -> list[list[float]]:
+    """Seconds of each of `steps` in each round, while `go_on(rounds done)`.
+
+    Every round runs every step once, in an order that turns, so that a busy machine slows all alike.
+    """
+    seconds: list[list[float]] = [[] for _ in steps]
+    done = 0
+    while go_on(done):
+        for place in range(len(steps)):
+            index = (place + done) % len(steps)
+            seconds[index].append(seconds_of(steps[index], device))
+        done += 1
+    return seconds
+
+
 def rounds(
     arms: list[Arm], seconds: float, device: str = "cpu", least: int = 5, most: int = 60
 ) -> dict[str, list]:
-    """Seconds of each arm in each round; all together takes about `seconds`.
-
-    Every round runs every arm once, in an order that turns.
-    """
+    """Seconds of each arm in each round, by name; all together takes about `seconds`."""
     for arm in arms:
         arm.step()
         arm.step()
-    times: dict[str, list[float]] = {arm.name: [] for arm in arms}
-    start, done = time.perf_counter(), 0
-    while done < least or (done < most and time.perf_counter() - start < seconds * done / (done + 1)):
-        turn = done % len(arms)
-        for arm in arms[turn:] + arms[:turn]:
-            times[arm.name].append(seconds_of(arm.step, device))
-        done += 1
-    return times
+    start = time.perf_counter()
+
+    def go_on(done: int) -> bool:
+        in_time = done == 0 or time.perf_counter() - start < seconds * done / (done + 1)
+        return done < least or (done < most and in_time)
+
+    times = take_turns([arm.step for arm in arms], go_on, device)
+    return {arm.name: taken for arm, taken in zip(arms, times, strict=True)}
 
 
 def parity_error(module: nn.Module, *inputs: torch.Tensor) -> float:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from kanlm import kernels
 from kanlm.bench.measure import (
     PARITY,
     Arm,
@@ -18,10 +17,11 @@ from kanlm.bench.measure import (
     report,
     require_device,
 )
-from kanlm.config import UserError
+from kanlm.config import TrainConfig, UserError, parsed
 from kanlm.model.configuration_kanlm import KanLMConfig
 from kanlm.model.modeling_kanlm import KanLMForCausalLM
 from kanlm.sizing import matched_width, parameter_counts, training_flops_per_token
+from kanlm.train.build import Trainable, build
 
 SIZES = {
     # name: hidden_size, SwiGLU's intermediate_size, layers, heads, sequences x positions of a step
@@ -70,46 +70,50 @@ def architecture(arm: str, size: str) -> KanLMConfig:
     return matched_width(config, ffn_type, parameter_counts(config).non_embedding)[0]
 
 
-def built(arm: str, size: str, backend: str, device: str, seed: int = 0) -> tuple[KanLMForCausalLM, str]:
-    """The arm's model with random weights, and which kernels it uses."""
-    torch.manual_seed(seed)
+def built(
+    arm: str, size: str, backend: str, device: str, compiled: bool = False, seed: int = 0
+) -> tuple[Trainable, str]:
+    """The arm's model and optimiser as training builds them, and which kernels it uses."""
     config = architecture(arm, size)
     config._attn_implementation = "sdpa"
-    model = KanLMForCausalLM(config).to(device)  # type: ignore[arg-type]
-    chosen = set(kernels.select(model, backend).values())
-    return model, "+".join(sorted(chosen)) or "-"
+    settings = parsed(
+        TrainConfig,
+        {"max_tokens": 1, "learning_rate": 1e-4, "kernels": backend, "compile": compiled},
+        "kanlm bench",
+    )
+    made = build(config, settings, torch.device(device), seed=seed)
+    return made, "+".join(sorted(set(made.kernels.values()))) or "-"
 
 
 def training_arm(name: str, size: str, backend: str, device: str = "cpu", compiled: bool = False) -> Arm:
     """One optimizer step on random tokens; bf16 autocast on a GPU."""
-    model, chosen = built(name, size, backend, device)
-    model.train()
+    made, chosen = built(name, size, backend, device, compiled)
+    model, (optimizer,) = made.model, made.optimizers
     *_, sequences, positions = SIZES[size]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
     ids = torch.randint(0, VOCAB_SIZE, (sequences, positions), generator=torch.Generator().manual_seed(1))
     ids = ids.to(device)
-    called = torch.compile(model) if compiled else model
 
     def step() -> None:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-            loss = called(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    counts = parameter_counts(model.config)
+    config = architecture(name, size)
+    counts = parameter_counts(config)
     tokens = sequences * positions
     return Arm(
         name,
         step,
         tokens,
         counts.non_embedding,
-        flops=training_flops_per_token(model.config, positions) * tokens,
+        flops=training_flops_per_token(config, positions) * tokens,
         # AdamW reads and writes weight and both moments, reads the gradient, which is written once before.
         least_bytes=32.0 * counts.total,
         baseline=ARMS[name][0],
         kernels=chosen,
-        details={"intermediate_size": model.config.intermediate_size},
+        details={"intermediate_size": config.intermediate_size},
     )
 
 
@@ -126,7 +130,7 @@ class Logits(nn.Module):
 
 def parity_case(name: str, size: str, backend: str, device: str) -> tuple[KanLMForCausalLM, torch.Tensor]:
     """The arm's whole model, all FFN weights and coefficients away from their start, and ids [2, 24]."""
-    model, _ = built(name, size, backend, device)
+    model = cast(KanLMForCausalLM, built(name, size, backend, device)[0].model)
     with torch.no_grad():
         for layer in model.model.layers:
             for parameter in layer.mlp.parameters():

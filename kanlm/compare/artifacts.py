@@ -144,11 +144,7 @@ def state_of(run: TrialDir) -> tuple[State, str]:
 
 
 def load_curve(path: Path) -> Curve:
-    """The losses in a run's metrics.jsonl; a torn last line, as a killed process leaves it, is left out.
-
-    The validation over all of the held-out text at the end is left out where the last step was also judged on
-    `train.eval_tokens`, as every step before it: points of one curve are losses of one text.
-    """
+    """The losses in a run's metrics.jsonl; a torn last line, as a killed process leaves it, is left out."""
     curve = Curve()
     if not path.is_file():
         return curve
@@ -161,7 +157,7 @@ def load_curve(path: Path) -> Curve:
             curve.tokens.append(row["tokens"])
             curve.seconds.append(row["seconds"])
             curve.loss.append(row["loss"])
-        if "validation_loss" in row and not (row.get("final") and row["tokens"] in curve.validation_tokens):
+        if "validation_loss" in row:
             curve.validation_tokens.append(row["tokens"])
             curve.validation_seconds.append(row["seconds"])
             curve.validation_loss.append(row["validation_loss"])

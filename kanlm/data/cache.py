@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
-import json
 import logging
 import os
 import shutil
@@ -35,7 +34,7 @@ from kanlm.data.packing import Packed, Packer
 from kanlm.data.sources import Unreachable
 from kanlm.data.tokenizer import tokenizer_hash
 from kanlm.metrics import TextCounts
-from kanlm.runs import fsync_folder, fsync_one, read_json, remove_leftovers, write_json
+from kanlm.runs import fsync_folder, fsync_one, json_sha256, read_json, remove_leftovers, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +106,7 @@ def cached(
         "tokenizer_sha256": tokenizer_hash(tokenizer),
         "source_fingerprints": [source.fingerprint for source in sources],
     }
-    key = hashlib.sha256(json.dumps(identity).encode("utf-8")).hexdigest()
+    key = json_sha256(identity)
     folder = Path(config.data.cache_dir) / "tokens" / f"{split}-{key[:16]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +18,7 @@ from typing import Any, Literal
 
 from kanlm.config import DataConfig, RunConfig, SourceConfig, UserError
 from kanlm.data.sources import Reader, State, reader
+from kanlm.runs import json_sha256
 
 Split = Literal["train", "validation"]
 
@@ -149,7 +149,7 @@ def _source(data: DataConfig, spec: SourceConfig, split: Split) -> Source:
     identity: list[Any] = [found.fingerprint, split, rule, max_documents, max_parts]
     if rule != "whole":
         identity.append(fraction)
-    fingerprint = hashlib.sha256(json.dumps(identity).encode("utf-8")).hexdigest()
+    fingerprint = json_sha256(identity)
     return Source(found, spec.weight, part, max_documents, max_parts, found.known_bits, fingerprint)
 
 

@@ -10,8 +10,6 @@ processes sees the same sequences in the same steps.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,6 +25,7 @@ from kanlm.data.order import Mixture, permuted
 from kanlm.data.packing import Packer
 from kanlm.data.stream import StreamedBlocks
 from kanlm.data.tokenizer import tokenizer_hash
+from kanlm.runs import json_sha256
 
 
 class TokenLoader:
@@ -52,7 +51,7 @@ class TokenLoader:
     ):
         assert 0 <= rank < world_size
         self.rank, self.world_size = rank, world_size
-        self.micro_batch_size = micro_batch_size or _micro_batch_size(config, world_size)
+        self.micro_batch_size = micro_batch_size or config.train.micro_batches(world_size)[0]
         self.consumed = 0
         """Sequences that all processes together have been given."""
         self._eos, self._block_size = tokenizer.eos_token_id, config.data.block_size
@@ -151,16 +150,6 @@ class _CachedBlocks:
         return result
 
 
-def _micro_batch_size(config: RunConfig, world_size: int) -> int:
-    train = config.train
-    if train.batch_size % world_size:
-        raise UserError(
-            f"train.batch_size: {train.batch_size} sequences do not divide among {world_size} processes; "
-            f"choose a multiple of {world_size}"
-        )
-    return train.micro_batch_size or train.batch_size // world_size
-
-
 def _cached_manifest(manifests: list[dict[str, Any]]) -> dict[str, Any]:
     """Of a single cache its own manifest; of a mixture sums, and a hash over the caches' hashes."""
     if len(manifests) == 1:
@@ -174,7 +163,7 @@ def _cached_manifest(manifests: list[dict[str, Any]]) -> dict[str, Any]:
         "split": "train",
         "source": ", ".join(manifest["source"] for manifest in manifests),
         "licence": ", ".join(dict.fromkeys(manifest["licence"] for manifest in manifests)),
-        "sha256": _sha256([manifest["sha256"] for manifest in manifests]),
+        "sha256": json_sha256([manifest["sha256"] for manifest in manifests]),
         "sources": manifests,
     }
 
@@ -187,9 +176,5 @@ def _streamed_manifest(streams: list[StreamedBlocks], tokenizer: PreTrainedToken
         "split": "train",
         "source": ", ".join(source.name for source in sources),
         "licence": ", ".join(dict.fromkeys(source.reader.licence for source in sources)),
-        "sha256": _sha256([tokenizer_hash(tokenizer), *(source.fingerprint for source in sources)]),
+        "sha256": json_sha256([tokenizer_hash(tokenizer), *(source.fingerprint for source in sources)]),
     }
-
-
-def _sha256(parts: list[str]) -> str:
-    return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()

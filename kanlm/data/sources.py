@@ -16,7 +16,6 @@ import codecs
 import glob
 import hashlib
 import itertools
-import json
 import logging
 import lzma
 import re
@@ -34,6 +33,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from kanlm.config import SourceConfig, UserError
 from kanlm.data import stdlib, stories
+from kanlm.runs import json_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def _local(spec: SourceConfig, path: Path, invalid_utf8: str) -> Reader:
     if not sum(file.stat().st_size for file in files):
         raise UserError(f"data.source: {spec.source!r} is empty; give a file or folder that holds text")
     names = [path.name if path.is_file() else file.relative_to(path).as_posix() for file in files]
-    fingerprint = _sha256([names, _content_marks(files), *_reading(spec, invalid_utf8)])
+    fingerprint = json_sha256([names, _content_marks(files), *_reading(spec, invalid_utf8)])
     builder = _builder(path) if path.is_file() else _commonest_builder(files)
     if path.is_file() and builder is None:
         raise UserError(
@@ -206,7 +206,7 @@ def _hub(spec: SourceConfig, invalid_utf8: str, streaming: bool) -> Reader:
     return Reader(
         name=spec.source if spec.config_name is None else f"{spec.source} ({spec.config_name})",
         licence=dataset.info.license or "see the data set's card",
-        fingerprint=_sha256([spec.source, version, *_reading(spec, invalid_utf8)]),
+        fingerprint=json_sha256([spec.source, version, *_reading(spec, invalid_utf8)]),
         chunks=_dataset_chunks(dataset, spec, [], invalid_utf8),
     )
 
@@ -356,7 +356,3 @@ def _commonest_builder(files: list[Path]) -> str | None:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def _sha256(parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kanlm.config import RunConfig, UserError
 from kanlm.data.corpus import TextStream, split_sources
-from kanlm.runs import new_folder, remove_leftovers
+from kanlm.runs import json_sha256, new_folder, remove_leftovers
 
 END_OF_TEXT = "<|endoftext|>"
 """The one special token: it opens every document (bos), ends generation (eos) and fills batches (pad)."""
@@ -104,13 +103,13 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     """sha256 of what decides the ids: the tokenizer without truncation and padding, and the eos id."""
     content = json.loads(packing_tokenizer(tokenizer).to_str())
     content["eos_token_id"] = tokenizer.eos_token_id
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_sha256(content, sort_keys=True)
 
 
 def _key(config: RunConfig) -> str:
     parts: list[Any] = [[source.fingerprint, source.weight] for source in split_sources(config, "train")]
     parts += [config.tokenizer.vocab_size, SAMPLE_CHARACTERS, _RECIPE]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return json_sha256(parts)
 
 
 def _sample(config: RunConfig) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What can go wrong in a step: signals, non-finite numbers, parameters that never learn."""
+"""What can go wrong in a step: signals, NaN and Inf, a loss that runs away, parameters that never learn."""
 
 from __future__ import annotations
 
@@ -8,18 +8,26 @@ from types import FrameType
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from kanlm.config import UserError
-from kanlm.runs import FailureKind
+from kanlm.config import RunConfig, UserError
+from kanlm.runs import FailureKind, write_json
 
 THE_LOSS = "the loss"
 """Where a number that is not finite first appears if no layer, parameter or gradient holds one."""
 
 
+MAX_NONFINITE_STEPS = 3
+"""Steps in a row with a NaN or Inf that stop a run."""
+HIGH_LOSS, MAX_HIGH_STEPS = 1.5, 20
+"""A loss above so many times ln(vocabulary), in so many steps in a row, stops a run."""
+
+
 class Diverged(UserError):
-    """Training stopped because of non-finite numbers."""
+    """Training stopped because its numbers were not finite, or its loss ran away."""
 
 
 def failure_kind(error: BaseException) -> FailureKind:
@@ -68,8 +76,7 @@ class StopSignal:
 
 
 class ZeroGradientWatch:
-    """Finds trainable parameters whose gradient has been exactly zero in every one of the first `steps`
-    steps.
+    """Finds trainable parameters whose gradient was exactly zero in each of the first `steps` steps.
 
     Such a parameter is dead by construction (a zero factor in front of it, a branch that is not used), not
     slow. `silent` names those not seen moving yet; it is part of the trainer state, so that a resumed run
@@ -82,9 +89,7 @@ class ZeroGradientWatch:
         self.silent = set(names if silent is None else silent)
 
     def observe(self, model: nn.Module, steps_done: int) -> None:
-        """Look at the gradients of a step; call it before they are cleared. Raises UserError at the last
-        step.
-        """
+        """Look at a step's gradients, before they are cleared; UserError at the last of the steps."""
         if steps_done > self.steps or not self.silent:
             return
         watched = [(name, p) for name, p in model.named_parameters() if _plain(name) in self.silent]
@@ -97,11 +102,9 @@ class ZeroGradientWatch:
         self.silent -= {_plain(name) for (name, _), seen in zip(watched, moved.tolist(), strict=True) if seen}
         if steps_done == self.steps and self.silent:
             raise UserError(
-                f"train.zero_gradient_steps: in all of the first {self.steps} steps the gradient was "
-                f"exactly zero for "
-                f"{', '.join(sorted(self.silent))}; this parameter cannot learn: check its initialisation, "
-                f"or set "
-                "train.zero_gradient_steps=0 to train anyway"
+                f"train.zero_gradient_steps: in all of the first {self.steps} steps the gradient was exactly "
+                f"zero for {', '.join(sorted(self.silent))}; this parameter cannot learn: check its "
+                "initialisation, or set train.zero_gradient_steps=0 to train anyway"
             )
 
 
@@ -147,3 +150,52 @@ def first_nonfinite_layer(model: nn.Module, batches: list[dict[str, torch.Tensor
         if parameter.grad is not None and not _local(parameter.grad).isfinite().all():
             return f"gradient of {_plain(name)}"
     return THE_LOSS
+
+
+def nonfinite_error(
+    config: RunConfig,
+    accelerator: Accelerator,
+    model: nn.Module,
+    micro_batches: list[dict[str, torch.Tensor]],
+    step: int,
+    loss: float,
+    grad_norm: float,
+) -> Diverged:
+    """The error to raise; what is known of the last step (0-based `step`) is written to nonfinite.json."""
+    batches = [{name: value.to(accelerator.device) for name, value in each.items()} for each in micro_batches]
+    with accelerator.autocast():
+        found = first_nonfinite_layer(model, batches)
+    by_process = gather_object([found])
+    layer = next((each for each in by_process if each != THE_LOSS), THE_LOSS)
+    path, size = config.run_dir / "nonfinite.json", config.train.batch_size
+    if accelerator.is_main_process:
+        sequences = {
+            f"step {back + 1}": [back * size, (back + 1) * size]
+            for back in range(step - MAX_NONFINITE_STEPS + 1, step + 1)
+        }
+        write_json(
+            path,
+            {
+                "step": step + 1,
+                "loss": repr(loss),
+                "grad_norm": repr(grad_norm),
+                "first_nonfinite": layer,
+                "first_nonfinite_by_process": by_process,
+                "sequences": sequences,
+                "sequences_meaning": "first and one past the last place in the run's order (data.data_seed)",
+            },
+        )
+    return Diverged(
+        f"{config.name}: loss or gradient not finite in {MAX_NONFINITE_STEPS} steps in a row, up to step "
+        f"{step + 1}; first in {layer}; see {path}; lower train.learning_rate (now "
+        f"{config.train.learning_rate:g}) or train in fp32"
+    )
+
+
+def high_loss_error(config: RunConfig, step: int, loss: float, guess: float) -> Diverged:
+    """`guess` is the loss of a model that knows nothing, in nats/token."""
+    return Diverged(
+        f"{config.name}: loss {loss:.2f} at step {step}, and for {MAX_HIGH_STEPS} steps above {HIGH_LOSS} "
+        f"times ln(vocabulary) = {guess:.2f}, which a model that knows nothing has; lower "
+        f"train.learning_rate (now {config.train.learning_rate:g})"
+    )

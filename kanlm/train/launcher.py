@@ -1,4 +1,4 @@
-"""A launcher that is ended must not leave its run behind.
+"""What a training process owes its launcher: to end with it, and not to complain in a chorus.
 
 `accelerate launch` of one process passes no signal on: SIGTERM or SIGKILL to it would leave the training
 process running without a parent. So a training process asks the kernel for a SIGTERM of its own when the
@@ -12,6 +12,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -22,6 +23,22 @@ LAUNCHERS = {
     "torchrun",
     "torch.distributed.run",
 }
+
+SECONDS_FOR_THE_FIRST = 2.0
+"""Within these a launcher ends its other processes after the first of them has failed."""
+
+
+def in_turn(line: str) -> str:
+    """`line` at once in the main process; in another one after a while, with its number.
+
+    Processes that fail alike would all say the same. The main one speaks first, its end ends the others, and
+    they speak only where they alone have failed.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        return line
+    time.sleep(SECONDS_FOR_THE_FIRST * (1 + int(os.environ.get("LOCAL_RANK", "0"))))
+    return f"process {rank}: {line}"
 
 
 def end_with_launcher() -> bool:

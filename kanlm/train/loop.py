@@ -1,8 +1,9 @@
 """Training: one run from its configuration to a finished checkpoint, resumable at any step.
 
-`train(config)` is called in every process that `accelerate launch` starts. A step takes `batch_size`
-sequences over all processes and micro-batches; its loss is the sum over valid tokens divided by their global
-number, so that it is the same function of the batch however the batch is cut.
+`train(config)` is called in every process that `accelerate launch` starts. Read from the top: `train`,
+`run_steps`, `one_step`. A step takes `batch_size` sequences over all processes and micro-batches; its
+loss is the sum over valid tokens divided by their global number, so that it is the same function of the batch
+however the batch is cut.
 """
 
 from __future__ import annotations
@@ -11,84 +12,60 @@ import hashlib
 import math
 import os
 import time
-import warnings
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-from torch import nn
 
-from kanlm import kernels
-from kanlm.config import RunConfig, UserError
-from kanlm.data import TokenCache, TokenLoader, token_cache, tokenizer_for
+from kanlm.config import RunConfig
 from kanlm.evaluation.perplexity import validation_loss
-from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.model.health import kan_health
 from kanlm.model.kan import kan_coefficient_names
-from kanlm.runs import RunDir, RunRecord, provenance, read_json, write_json
-from kanlm.sizing import (
-    architecture,
-    parameter_counts,
-    planned_vocab_size,
-    training_flops_per_token,
-)
+from kanlm.runs import RunDir, RunRecord
 from kanlm.train import checkpoint
 from kanlm.train.faults import (
-    THE_LOSS,
-    Diverged,
+    HIGH_LOSS,
+    MAX_HIGH_STEPS,
+    MAX_NONFINITE_STEPS,
     Stopped,
     StopSignal,
-    ZeroGradientWatch,
-    failure_kind,
-    first_nonfinite_layer,
+    high_loss_error,
+    nonfinite_error,
 )
-from kanlm.train.optimizer import optimizers
-from kanlm.train.parallel import (
-    clip_gradients,
-    global_sum,
-    gradient_norm,
-    keep_freed_memory,
-    new_accelerator,
-    no_sync,
-    prepared,
-    set_threads,
-)
-from kanlm.train.progress import Progress, RecordKeeper, peak_flops_per_second
-from kanlm.train.resume import (
-    TrainerState,
-    check_same_run,
-    finished_record,
-    held_by_this_process,
-    resume,
-    tokenizer_sha256,
-)
+from kanlm.train.parallel import clip_gradients, global_sum, gradient_norm, new_accelerator, no_sync
+from kanlm.train.resume import finished_record, held_by_this_process
 from kanlm.train.schedule import learning_rate_factor
-from kanlm.train.tracking import start_trackers
-
-MAX_NONFINITE_STEPS = 3
-"""Steps in a row with a NaN or Inf that stop a run."""
+from kanlm.train.session import (
+    Batch,
+    Session,
+    build_for,
+    end_recorded,
+    open_session,
+    opening_recorded,
+    read_text,
+)
 
 
 def train(config: RunConfig) -> RunRecord:
     """Train the run that `config` describes, or go on where its folder's last intact checkpoint stands.
 
     Returns the record of run.json: state "finished", or "interrupted" after SIGTERM or SIGINT. UserError for
-    mistakes of configuration, data or environment and for a full disk; `Diverged` after three non-finite
-    steps.
+    mistakes of configuration, data or environment and for a full disk; `Diverged` after three steps in a row
+    that are not finite, or after `MAX_HIGH_STEPS` with a loss far above that of a blind guess.
     """
     run = RunDir(config.run_dir)
-    check_same_run(config, run)
-    if (done := finished_record(run)) is not None:
+    if (done := finished_record(config, run)) is not None:
         if os.environ.get("RANK", "0") == "0":
             print(f"{run.root}: finished before, {done.step:,} steps; nothing is left to do", flush=True)
         return done
     with new_accelerator(config) as accelerator, StopSignal() as stop_signal:
+        # Nothing is written into the run's folder before the lock, so that a mistake leaves none behind.
         stop_signal.at_once = True
         try:
-            session = prepare(config, run, accelerator)
+            text = read_text(config, accelerator)
+            trainable = build_for(config, text.tokenizer, accelerator)
         except Stopped:
             if accelerator.is_main_process:
                 print(
@@ -98,234 +75,13 @@ def train(config: RunConfig) -> RunRecord:
                 )
             raise
         stop_signal.at_once = False
-        session.stop_signal = stop_signal
         with held_by_this_process(run, accelerator):
-            try:
-                start(session)
-            except UserError as error:
-                if accelerator.is_main_process and run.record.exists():  # of the part that was trained before
-                    before = RunRecord.model_validate(read_json(run.record))
-                    failed = {"state": "failed", "failure": str(error), "failure_kind": failure_kind(error)}
-                    write_json(run.record, before.model_copy(update=failed))
-                raise
-            try:
+            with opening_recorded(run, accelerator):
+                session = open_session(config, run, accelerator, stop_signal, text, trainable)
+            with end_recorded(session):
                 run_steps(session)
                 finish(session)
-                session.keep_record(session.state)
-            except BaseException as error:
-                session.record.state = "failed"
-                session.record.failure = f"{type(error).__name__}: {error}"
-                session.record.failure_kind = failure_kind(error)
-                raise
-            finally:
-                session.writer.wait()
-                try:
-                    session.keep_record(session.state)
-                except UserError as error:  # must not take the place of what ended the run
-                    session.progress.say(str(error))
-                session.progress.close()
     return session.record
-
-
-@dataclass
-class Session:
-    """Everything that one process holds while it trains."""
-
-    config: RunConfig
-    run: RunDir
-    accelerator: Accelerator
-    model_config: KanLMConfig
-    model: nn.Module
-    optimizers: list[Any]
-    loader: TokenLoader
-    validation: TokenCache
-    tokenizer: Any
-    micro_batch_size: int
-    accumulation_steps: int
-    total_steps: int
-    state: TrainerState
-    record: RunRecord
-    flops_per_token: float
-    peak_flops: float
-    fetched: tuple[list[dict[str, torch.Tensor]], dict[str, Any]] | None = None
-    """Micro-batches of the next step, and the loader's state after them."""
-    saved_at: float = field(default_factory=time.monotonic)
-    """When the last checkpoint was taken, or the run begun."""
-    stop_signal: StopSignal = field(init=False)
-    # made by start(), once the state to go on from is known
-    watch: ZeroGradientWatch = field(init=False)
-    progress: Progress = field(init=False)
-    keep_record: RecordKeeper = field(init=False)
-    writer: checkpoint.CheckpointWriter = field(init=False)
-
-    @property
-    def raw_optimizers(self) -> list[torch.optim.Optimizer]:
-        return [optimizer.optimizer for optimizer in self.optimizers]
-
-    @property
-    def step_tokens(self) -> int:
-        return self.config.train.batch_size * self.config.data.block_size
-
-
-def prepare(config: RunConfig, run: RunDir, accelerator: Accelerator) -> Session:
-    """Data, model and optimisers; writes nothing into the run's folder, so that a mistake leaves none
-    behind.
-    """
-    settings = config.train
-    # Mistakes in sizes are told before any text is read; the tokenizer may turn out smaller than planned.
-    architecture(config, planned_vocab_size(config))
-    micro_batch_size, accumulation_steps, total_steps = step_shape(config, accelerator.num_processes)
-    set_threads(accelerator, settings.num_threads)
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
-    with accelerator.main_process_first():
-        tokenizer = tokenizer_for(config)
-        loader = TokenLoader(
-            config,
-            tokenizer,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            micro_batch_size=micro_batch_size,
-        )
-        validation = token_cache(config, tokenizer, "validation")
-    model_config = architecture(
-        config, len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    torch.manual_seed(config.seed)
-    built = KanLMForCausalLM(model_config)
-    if settings.gradient_checkpointing:
-        with warnings.catch_warnings():  # the new name came after the oldest transformers that is supported
-            warnings.simplefilter("ignore", FutureWarning)
-            built.gradient_checkpointing_enable({"use_reentrant": False})
-    if settings.compile:
-        for layer in built.model.layers:
-            layer.compile()
-    model, wrapped_optimizers, wrapper = prepared(
-        accelerator, built, lambda module: optimizers(module, settings, accelerator.device)
-    )
-    chosen_kernels = kernels.select(accelerator.unwrap_model(model), settings.kernels)
-    counts = parameter_counts(model_config)
-    flops_per_token = training_flops_per_token(model_config, config.data.block_size)
-    peak_flops, peak_source = peak_flops_per_second(accelerator.device, accelerator.mixed_precision != "no")
-    record = RunRecord(
-        state="running",
-        step=0,
-        total_steps=total_steps,
-        tokens=0,
-        seconds=0.0,
-        parameters=counts.total,
-        non_embedding_parameters=counts.non_embedding,
-        provenance=provenance(
-            data=loader.manifest,
-            validation_data=validation.manifest,
-            processes=accelerator.num_processes,
-            wrapper=wrapper,
-            device=str(accelerator.device),
-            mixed_precision=accelerator.mixed_precision,
-            threads=torch.get_num_threads(),
-            kernels=sorted(set(chosen_kernels.values())),
-            training_flops_per_token=flops_per_token,
-            peak_flops_per_second=peak_flops,
-            peak_flops_source=peak_source,
-        ),
-        process_id=os.getpid(),
-    )
-    return Session(
-        config=config,
-        run=run,
-        accelerator=accelerator,
-        model_config=model_config,
-        model=model,
-        optimizers=wrapped_optimizers,
-        loader=loader,
-        validation=validation,
-        tokenizer=tokenizer,
-        micro_batch_size=micro_batch_size,
-        accumulation_steps=accumulation_steps,
-        total_steps=total_steps,
-        state=TrainerState(
-            data_sha256=loader.manifest["sha256"],
-            tokenizer_sha256=tokenizer_sha256(tokenizer),
-            world_size=accelerator.num_processes,
-        ),
-        record=record,
-        flops_per_token=flops_per_token,
-        peak_flops=peak_flops,
-    )
-
-
-def step_shape(config: RunConfig, processes: int) -> tuple[int, int, int]:
-    """Sequences in a micro-batch of one process, micro-batches in a step, and steps in all."""
-    settings = config.train
-    if settings.batch_size % processes:
-        raise UserError(
-            f"train.batch_size: {settings.batch_size} sequences do not divide among {processes} processes; "
-            f"choose a multiple of {processes}"
-        )
-    micro_batch_size = settings.micro_batch_size or settings.batch_size // processes
-    if settings.batch_size % (micro_batch_size * processes):
-        raise UserError(
-            f"train.micro_batch_size: {micro_batch_size} sequences in each of {processes} processes do not "
-            f"divide "
-            f"train.batch_size = {settings.batch_size}"
-        )
-    step_tokens = settings.batch_size * config.data.block_size
-    if settings.max_tokens < step_tokens:
-        raise UserError(
-            f"train.max_tokens: {settings.max_tokens} is less than one step of batch_size x block_size = "
-            f"{settings.batch_size} x {config.data.block_size} = {step_tokens} tokens"
-        )
-    return (
-        micro_batch_size,
-        settings.batch_size // (micro_batch_size * processes),
-        settings.max_tokens // step_tokens,
-    )
-
-
-def start(session: Session) -> None:
-    """Go on from the newest intact checkpoint, if there is one, and begin to report."""
-    config, run, accelerator, record = session.config, session.run, session.accelerator, session.record
-    found: list[str] = []
-    folder = resume(run, session.state, session.model, session.raw_optimizers, accelerator, say=found.append)
-    state = session.state
-    if state.loader:
-        session.loader.load_state_dict(state.loader)
-    if state.scaler:
-        accelerator.scaler.load_state_dict(state.scaler)
-    start_trackers(accelerator, config, run.root)
-    if accelerator.is_main_process:
-        write_json(run.config, config)
-        session.tokenizer.save_pretrained(run.tokenizer)
-    session.watch = ZeroGradientWatch(session.model, config.train.zero_gradient_steps, state.silent)
-    goes_on = config.train.on_checkpoint_error == "continue"
-    session.progress = Progress(accelerator, run.metrics, session.total_steps, state.step, goes_on)
-    session.keep_record = RecordKeeper(run, record, accelerator, session.progress)
-    session.writer = checkpoint.CheckpointWriter(
-        run,
-        keep_last=config.train.keep_last,
-        keep_every=config.train.keep_every,
-        asynchronous=config.train.async_checkpoint,
-        on_error=config.train.on_checkpoint_error,
-        say=session.progress.say,
-    )
-    for line in found:
-        session.progress.say(line)
-    device = accelerator.device.type
-    if device == "cpu":
-        device += f" ({torch.get_num_threads()} thread(s) each)"
-    session.progress.say(
-        f"{config.name}: {record.parameters:,} parameters ({record.non_embedding_parameters:,} without "
-        f"embeddings), "
-        f"{session.total_steps:,} steps of {config.train.batch_size} x {config.data.block_size} tokens, "
-        f"{accelerator.num_processes} process(es) on {device}, "
-        f"wrapper {record.provenance['wrapper']}, precision {accelerator.mixed_precision}"
-    )
-    sharded = record.provenance["wrapper"] == "fsdp2"
-    if sharded and kan_coefficient_names(accelerator.unwrap_model(session.model)):
-        session.progress.say("kan_health is left out: it cannot read sharded parameters (FSDP2)")
-    if folder is not None:
-        session.progress.say(f"resumed at step {state.step} from {folder}")
-    session.keep_record(state)
 
 
 @dataclass
@@ -335,7 +91,7 @@ class Step:
     loss: float
     grad_norm: float
     learning_rate: float
-    batch: dict[str, torch.Tensor]
+    batch: Batch
     """The last micro-batch of this process."""
     stopping: bool
     """Whether some process has received a signal to stop."""
@@ -345,46 +101,40 @@ class Step:
 
 def run_steps(session: Session) -> None:
     """Steps until the token budget is spent or a signal asks to stop; logs, validations, checkpoints."""
-    settings, state, accelerator = session.config.train, session.state, session.accelerator
-    batches = iter(session.loader)
-    session.model.train()
+    settings, state = session.config.train, session.state
     saved_step = state.step if state.loader else None
     logged_tokens, logged_seconds = state.tokens, state.seconds
     stopping = False
     while state.step < session.total_steps and not stopping:
-        started = time.perf_counter()
-        done = one_step(session, batches)
+        started, thread_started = time.perf_counter(), time.thread_time()
+        done = one_step(session)
+        seconds = time.perf_counter() - started
         state.step += 1
-        state.tokens += session.step_tokens
-        state.seconds += time.perf_counter() - started
+        state.tokens += session.config.step_tokens
+        state.seconds += seconds
         stopping = done.stopping
         session.progress.step_done()
+        if notice := session.busy.step_done(seconds, time.thread_time() - thread_started):
+            session.progress.say(notice)
+        stop_where_the_loss_stays_high(session, done.loss)
 
         last = state.step == session.total_steps
-        validate = settings.eval_every > 0 and (last or state.step % settings.eval_every == 0)
-        if last and settings.eval_tokens is None:
-            validate = False  # finish() is about to do the same
+        every = settings.eval_every
+        validate = every > 0 and (last or state.step % every == 0)
+        # With all of the held-out text the last step's validation is the run's final one.
+        validate |= last and settings.eval_tokens is None
         health = state.step % settings.health_every == 0 if settings.health_every else validate or last
         if state.step % settings.log_every == 0 or state.step == 1 or last or validate or health:
             speed = (state.tokens - logged_tokens) / (state.seconds - logged_seconds)
             logged_tokens, logged_seconds = state.tokens, state.seconds
-            values = {
-                "step": state.step,
-                "tokens": state.tokens,
-                "loss": done.loss,
-                "lr": done.learning_rate,
-                "grad_norm": done.grad_norm,
-                "tokens_per_second": speed,
-                "mfu": speed * session.flops_per_token / (session.peak_flops * accelerator.num_processes),
-                "seconds": state.seconds,
-                "seconds_left": (session.total_steps - state.step) * session.step_tokens / speed,
-                "skipped_steps": state.skipped_steps,
-            }
+            values = step_metrics(session, done, speed)
             if validate:
                 values |= validation_metrics(session, settings.eval_tokens)
             if health:
                 values |= health_metrics(session, done.batch)
             session.progress.log(values)
+            if last and settings.eval_tokens is None:
+                record_final_validation(session, values)
         session.writer.check()
         session.keep_record(state, at_most_every_seconds=10.0)
         due = done.save_due or (settings.save_every > 0 and state.step % settings.save_every == 0)
@@ -397,72 +147,59 @@ def run_steps(session: Session) -> None:
     session.accelerator.wait_for_everyone()  # a launcher ends all processes when the first one has ended
 
 
-def one_step(session: Session, batches: Any) -> Step:
+def one_step(session: Session) -> Step:
     """Forward and backward over the micro-batches, then the optimiser, unless a number is not finite."""
-    config, state, accelerator = session.config, session.state, session.accelerator
-    micro_batches, state.loader = session.fetched or fetch(session, batches)
-    valid_tokens, stopping, save_due = agreed(session, micro_batches)
-
-    factor = learning_rate_factor(state.step, session.total_steps, config.train)
-    for optimizer in session.raw_optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+    settings, state = session.config.train, session.state
+    accelerator, model = session.accelerator, session.model
+    micro_batches, state.loader = session.batches.take()
+    valid_tokens, stopping, save_due = agree_over_processes(session, micro_batches)
+    learning_rate = set_learning_rates(session)
     if session.model_config.attention_dropout > 0:  # a function of the step, so that a resumed run repeats it
-        torch.manual_seed(dropout_seed(config.seed, state.step, accelerator.process_index))
+        torch.manual_seed(dropout_seed(session.config.seed, state.step, accelerator.process_index))
 
-    loss_tensor = accumulate_gradients(session, micro_batches, valid_tokens)
-    norm_tensor = gradient_norm(accelerator, session.model)
+    loss_sum = torch.zeros((), device=accelerator.device)
+    for number, batch in enumerate(micro_batches, 1):
+        batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        # Gradients are exchanged once a step, in the backward pass of the last micro-batch.
+        with nullcontext() if number == len(micro_batches) else no_sync(accelerator, model):
+            with accelerator.autocast():
+                output = model(**batch, num_items_in_batch=valid_tokens, use_cache=False)
+            loss = output.loss
+            loss_sum += loss.detach()
+            if settings.z_loss > 0:
+                loss = (
+                    loss
+                    + settings.z_loss * squared_log_partition(output.logits, batch["labels"]) / valid_tokens
+                )
+            del output  # backward needs the logits' memory
+            # DDP and FSDP2 average gradients over processes. The factor makes that a sum, and the division
+            # by the global number of valid tokens, which the model has done, makes it exact for documents
+            # and micro-batches of any length.
+            accelerator.backward(loss * accelerator.num_processes)
+    if accelerator.scaler is not None:  # fp16: clipping and the finite check need the true gradients
+        accelerator.unscale_gradients()
+    loss_tensor, norm_tensor = global_sum(loss_sum), gradient_norm(model)
     # A GPU is still at work on the gradients; the next batch is read before its numbers are waited for.
-    session.fetched = fetch(session, batches) if state.step + 1 < session.total_steps else None
-    loss, grad_norm = loss_tensor.item(), norm_tensor.item()
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        session.watch.observe(session.model, state.step + 1)
-        clip_gradients(session.model, grad_norm, config.train.max_grad_norm)
+    if state.step + 1 < session.total_steps:
+        session.batches.read_ahead()
+    mean_loss, grad_norm = loss_tensor.item(), norm_tensor.item()
+
+    if math.isfinite(mean_loss) and math.isfinite(grad_norm):
+        session.watch.observe(model, state.step + 1)
+        clip_gradients(model, grad_norm, settings.max_grad_norm)
         for optimizer in session.optimizers:
             optimizer.step()
         state.nonfinite_in_a_row = 0
     else:
-        state.skipped_steps += 1
-        blamed = "the loss scale was too high, and is halved"
-        if not lowered_scale(accelerator.scaler) or not math.isfinite(loss):
-            state.nonfinite_in_a_row += 1
-            blamed = f"{state.nonfinite_in_a_row} in a row"
-        session.progress.say(
-            f"step {state.step + 1}: loss {loss}, gradient norm {grad_norm}; the step was left out ({blamed})"
-        )
-        if state.nonfinite_in_a_row == MAX_NONFINITE_STEPS:
-            raise diverged(session, micro_batches, loss, grad_norm)
+        leave_out_step(session, micro_batches, mean_loss, grad_norm)
     for optimizer in session.optimizers:
         optimizer.zero_grad()
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes == 1:  # a signal during the step; several processes stop after the next
         stopping = session.stop_signal.received is not None
-    return Step(loss, grad_norm, config.train.learning_rate * factor, micro_batches[-1], stopping, save_due)
+    return Step(mean_loss, grad_norm, learning_rate, micro_batches[-1], stopping, save_due)
 
 
-def dropout_seed(seed: int, step: int, process: int) -> int:
-    """64 bits, another for each step and process."""
-    digest = hashlib.blake2b(f"{seed} {step} {process}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
-
-
-def lowered_scale(scaler: torch.amp.GradScaler | None) -> bool:
-    """Whether fp16's loss scale was above 1, and so to blame for a gradient that is not finite; it is halved.
-
-    From 2^16, where it starts, that are at most 16 steps without the model's fault.
-    """
-    if scaler is None:
-        return False
-    scale = scaler.get_scale()
-    scaler.update(scale * scaler.get_backoff_factor())  # on all processes alike
-    return scale > 1
-
-
-def fetch(session: Session, batches: Any) -> tuple[list[dict[str, torch.Tensor]], dict[str, Any]]:
-    """The micro-batches of a step, and the state that gives the batches after them."""
-    return [next(batches) for _ in range(session.accumulation_steps)], session.loader.state_dict()
-
-
-def agreed(session: Session, micro_batches: list[dict[str, torch.Tensor]]) -> tuple[int, bool, bool]:
+def agree_over_processes(session: Session, micro_batches: list[Batch]) -> tuple[int, bool, bool]:
     """Valid tokens of the step over all processes, whether any was asked to stop, and whether `save_minutes`
     are over for any.
 
@@ -479,30 +216,32 @@ def agreed(session: Session, micro_batches: list[dict[str, torch.Tensor]]) -> tu
     return valid, bool(stop), bool(due)
 
 
-def accumulate_gradients(
-    session: Session, micro_batches: list[dict[str, torch.Tensor]], valid_tokens: int
-) -> torch.Tensor:
-    """Gradients of the global mean loss into the parameters; the loss (nats/token, over all processes) back.
+def set_learning_rates(session: Session) -> float:
+    """Those of this step into every group of every optimiser; the matrices' back."""
+    settings = session.config.train
+    factor = learning_rate_factor(session.state.step, session.total_steps, settings)
+    for optimizer in session.raw_optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+    return settings.learning_rate * factor
 
-    DDP and FSDP2 average gradients over processes; the factor `num_processes` turns that into the sum, which
-    the division by the global number of valid tokens makes exact for documents and micro-batches of any
-    length.
+
+def dropout_seed(seed: int, step: int, process: int) -> int:
+    """64 bits, another for each step and process."""
+    digest = hashlib.blake2b(f"{seed} {step} {process}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+def lowered_scale(scaler: torch.amp.GradScaler | None) -> bool:
+    """Whether fp16's loss scale was above 1, and so to blame for a gradient that is not finite; it is halved.
+
+    It starts at 2^16, so at most 16 steps can be left out without the model's fault.
     """
-    accelerator, z_loss = session.accelerator, session.config.train.z_loss
-    total = torch.zeros((), device=accelerator.device)
-    for index, batch in enumerate(micro_batches):
-        batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-        last = index == len(micro_batches) - 1
-        with nullcontext() if last else no_sync(accelerator, session.model):
-            with accelerator.autocast():
-                output = session.model(**batch, num_items_in_batch=valid_tokens, use_cache=False)
-            loss = output.loss
-            total += loss.detach()
-            if z_loss > 0:
-                loss = loss + z_loss * squared_log_partition(output.logits, batch["labels"]) / valid_tokens
-            del output  # backward needs the logits' memory
-            accelerator.backward(loss * accelerator.num_processes)
-    return global_sum(total)
+    if scaler is None:
+        return False
+    scale = scaler.get_scale()
+    scaler.update(scale * scaler.get_backoff_factor())  # on all processes alike
+    return scale > 1
 
 
 def squared_log_partition(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -515,7 +254,55 @@ def squared_log_partition(logits: torch.Tensor, labels: torch.Tensor) -> torch.T
     return (log_partition.square() * (labels[:, 1:] != -100)).sum()
 
 
+def leave_out_step(session: Session, micro_batches: list[Batch], loss: float, grad_norm: float) -> None:
+    """Count a step that is not finite and say so; `Diverged` after `MAX_NONFINITE_STEPS` in a row."""
+    state = session.state
+    state.skipped_steps += 1
+    blamed = "the loss scale was too high, and is halved"
+    if not lowered_scale(session.accelerator.scaler) or not math.isfinite(loss):
+        state.nonfinite_in_a_row += 1
+        blamed = f"{state.nonfinite_in_a_row} in a row"
+    session.progress.say(
+        f"step {state.step + 1}: loss {loss}, gradient norm {grad_norm}; the step was left out ({blamed})"
+    )
+    if state.nonfinite_in_a_row == MAX_NONFINITE_STEPS:
+        raise nonfinite_error(
+            session.config, session.accelerator, session.model, micro_batches, state.step, loss, grad_norm
+        )
+
+
+def stop_where_the_loss_stays_high(session: Session, loss: float) -> None:
+    """`Diverged` after `MAX_HIGH_STEPS` in a row above `HIGH_LOSS` times a blind guess's, ln(vocabulary).
+
+    A run starts at about that loss, so one that stays far above it has unlearned more than it could know.
+    """
+    state, guess = session.state, math.log(session.model_config.vocab_size)
+    if math.isfinite(loss):
+        state.high_in_a_row = state.high_in_a_row + 1 if loss > HIGH_LOSS * guess else 0
+    if state.high_in_a_row == MAX_HIGH_STEPS:
+        raise high_loss_error(session.config, state.step, loss, guess)
+
+
+def step_metrics(session: Session, done: Step, tokens_per_second: float) -> dict[str, Any]:
+    """A line of metrics.jsonl."""
+    state = session.state
+    tokens_left = (session.total_steps - state.step) * session.config.step_tokens
+    return {
+        "step": state.step,
+        "tokens": state.tokens,
+        "loss": done.loss,
+        "lr": done.learning_rate,
+        "grad_norm": done.grad_norm,
+        "tokens_per_second": tokens_per_second,
+        "mfu": tokens_per_second * session.flops_per_token / session.peak_flops,
+        "seconds": state.seconds,
+        "seconds_left": tokens_left / tokens_per_second,
+        "skipped_steps": state.skipped_steps,
+    }
+
+
 def validation_metrics(session: Session, max_tokens: int | None) -> dict[str, float]:
+    """`validation_loss` and its relatives on the first `max_tokens` of the held-out text, or on all of it."""
     with session.accelerator.autocast():
         values = validation_loss(
             session.model,
@@ -528,13 +315,13 @@ def validation_metrics(session: Session, max_tokens: int | None) -> dict[str, fl
     return {f"validation_{name}": value for name, value in values.items()}
 
 
-def health_metrics(session: Session, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+def health_metrics(session: Session, batch: Batch) -> dict[str, Any]:
     """Every measurement of `kan_health` on `batch`, and the largest of each kind as `kan_...`.
 
     Nothing for sharded parameters, which the measurement cannot read, and for models without KAN layers.
     """
     model = session.accelerator.unwrap_model(session.model)
-    if session.record.provenance["wrapper"] == "fsdp2" or not kan_coefficient_names(model):
+    if session.sharded or not kan_coefficient_names(model):
         return {}
     batch = {name: tensor.to(session.accelerator.device) for name, tensor in batch.items()}
     with session.accelerator.autocast():
@@ -547,6 +334,7 @@ def health_metrics(session: Session, batch: dict[str, torch.Tensor]) -> dict[str
 
 
 def save(session: Session) -> None:
+    """A checkpoint of the step that is done; its files are written while training goes on."""
     state, accelerator = session.state, session.accelerator
     state.silent = sorted(session.watch.silent)
     state.scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
@@ -560,59 +348,30 @@ def save(session: Session) -> None:
 
 
 def finish(session: Session) -> None:
-    """The last validation and record of a run that has spent its budget, or how to go on with an interrupted
-    one.
-    """
-    state, record = session.state, session.record
+    """The final validation and the closing line of a run that has spent its budget, or how to go on."""
+    state, record, run = session.state, session.record, session.run
     if state.step < session.total_steps:
         record.state = "interrupted"
         session.progress.say(
             f"stopped by a signal after step {state.step} of {session.total_steps}; checkpoint: "
-            f"{session.run.checkpoint(state.step)}; run the same command again to go on"
+            f"{run.checkpoint(state.step)}; run the same command again to go on"
         )
         return
-    values = validation_metrics(session, None)
-    session.progress.log(
-        {"step": state.step, "tokens": state.tokens, "seconds": state.seconds, "final": True} | values
-    )
-    record.final_validation = {name.removeprefix("validation_"): value for name, value in values.items()}
+    if record.final_validation is None:  # judged on a part so far, or resumed after the last step
+        values = validation_metrics(session, None)
+        session.progress.track({"step": state.step} | values)
+        record_final_validation(session, values)
     record.state = "finished"
-
-
-def diverged(
-    session: Session, micro_batches: list[dict[str, torch.Tensor]], loss: float, grad_norm: float
-) -> Diverged:
-    """Write what is known of the last non-finite step to nonfinite.json; the error to raise."""
-    config, state = session.config, session.state
-    first = state.step * config.train.batch_size
-    device = session.accelerator.device
-    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in micro_batches]
-    with session.accelerator.autocast():
-        found = first_nonfinite_layer(session.model, batches)
-    by_process = gather_object([found])
-    layer = next((each for each in by_process if each != THE_LOSS), THE_LOSS)
-    path = session.run.root / "nonfinite.json"
-    if session.accelerator.is_main_process:
-        write_json(
-            path,
-            {
-                "step": state.step + 1,
-                "loss": repr(loss),
-                "grad_norm": repr(grad_norm),
-                "first_nonfinite": layer,
-                "first_nonfinite_by_process": by_process,
-                "sequences": {
-                    f"step {state.step + 1 - back}": [
-                        first - back * config.train.batch_size,
-                        first - (back - 1) * config.train.batch_size,
-                    ]
-                    for back in reversed(range(MAX_NONFINITE_STEPS))
-                },
-                "sequences_meaning": "first and one past the last place in the run's order (data.data_seed)",
-            },
-        )
-    return Diverged(
-        f"{config.name}: loss or gradient not finite in {MAX_NONFINITE_STEPS} steps in a row, up to step "
-        f"{state.step + 1}; first in {layer}; see {path}; lower train.learning_rate (now "
-        f"{config.train.learning_rate:g}) or train in fp32"
+    assert record.final_validation is not None
+    session.progress.say(
+        f"finished: {state.tokens:,} tokens in {timedelta(seconds=round(state.seconds))}, validation "
+        f"{record.final_validation['bits_per_byte']:.4f} bits/byte; next: kanlm export {run.root}"
     )
+
+
+def record_final_validation(session: Session, values: dict[str, Any]) -> None:
+    session.record.final_validation = {
+        name.removeprefix("validation_"): value
+        for name, value in values.items()
+        if name.startswith("validation_")
+    }

@@ -1,4 +1,4 @@
-"""Placement: one process, DDP or FSDP2, as accelerate was launched; and what is really in use.
+"""Placement: one process, DDP or FSDP2, as accelerate was launched; and which of them is in use.
 
 accelerate's own FSDP2 serves GPUs. On CPU it ignores its FSDP setting and trains with DDP without a word;
 there torch's `fully_shard` is applied here, so that the same launch command shards on both.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -24,13 +23,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from kanlm.config import RunConfig, UserError
+from kanlm.config import RunConfig, TrainConfig, UserError
 from kanlm.model import KanLMForCausalLM
 from kanlm.train import tracking
+from kanlm.train.build import MakeOptimizers
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 COLLECTIVE_TIMEOUT = timedelta(hours=3)
-"""So long may one process tokenise a corpus while the others wait; the launcher sees a process that dies."""
+"""How long the others wait while one process tokenises a corpus. The launcher sees a process that dies."""
 
 
 def fsdp_requested() -> bool:
@@ -38,23 +38,16 @@ def fsdp_requested() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
 
 
-def prepared(
-    accelerator: Accelerator,
-    model: KanLMForCausalLM,
-    make_optimizers: Callable[[KanLMForCausalLM], list[torch.optim.Optimizer]],
-) -> tuple[nn.Module, list[AcceleratedOptimizer], str]:
-    """The model and its optimisers as this launch runs them, and "none", "ddp" or "fsdp2": what was really
-    done.
-
-    UserError where the launch asks for something else than these.
-    """
+def place(
+    accelerator: Accelerator, model: KanLMForCausalLM, make_optimizers: MakeOptimizers
+) -> tuple[nn.Module, list[AcceleratedOptimizer]]:
+    """The model and its optimisers as this launch runs them; UserError where it asks for what cannot be."""
     if fsdp_requested() and accelerator.num_processes == 1:
         raise UserError(
             "accelerate: FSDP was asked for, but one process was launched; set num_processes to 2 or more"
         )
-    if accelerator.is_fsdp2:
-        model, *optimizers = accelerator.prepare(model, *make_optimizers(model))
-    elif fsdp_requested():
+    placed: nn.Module = model
+    if fsdp_requested() and not accelerator.is_fsdp2:
         if accelerator.device.type != "cpu":
             raise UserError("accelerate: fsdp_config.fsdp_version: expected 2; FSDP1 is not supported")
         for layer in model.model.layers:
@@ -62,39 +55,36 @@ def prepared(
         fully_shard(model)
         optimizers = [accelerator.prepare(optimizer) for optimizer in make_optimizers(model)]
     else:
-        model, *optimizers = accelerator.prepare(model, *make_optimizers(model))
-    # The model would otherwise turn its logits to fp32, a copy as large as they are; the loop opens autocast
-    # itself.
-    if not isinstance(model, FSDPModule):
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    wrapper = wrapper_in_use(model)
+        placed, *optimizers = accelerator.prepare(model, *make_optimizers(model))
+    # accelerate makes the model turn its logits to fp32, a copy as large as they are. That is undone here,
+    # and the loop opens autocast itself.
+    if not isinstance(placed, FSDPModule):
+        accelerator.unwrap_model(placed, keep_fp32_wrapper=False)
     expected = "none" if accelerator.num_processes == 1 else "fsdp2" if fsdp_requested() else "ddp"
-    assert wrapper == expected, f"{accelerator.num_processes} processes: expected {expected}, got {wrapper}"
-    return model, optimizers, wrapper
+    found = wrapper_in_use(placed)
+    assert found == expected, f"{accelerator.num_processes} processes: expected {expected}, got {found}"
+    return placed, optimizers
 
 
 def wrapper_in_use(model: nn.Module) -> str:
+    """What wraps `model`: none, ddp or fsdp2."""
     if isinstance(model, FSDPModule):
         return "fsdp2"
     return "ddp" if isinstance(model, DistributedDataParallel) else "none"
 
 
-def no_sync(accelerator: Accelerator, model: nn.Module) -> Any:
-    """A context in which gradients stay local to the process: every micro-batch of a step but the last."""
-    if isinstance(model, FSDPModule):
-        return _FsdpNoSync(model)
-    return accelerator.no_sync(model)
-
-
-class _FsdpNoSync:
-    def __init__(self, model: FSDPModule):
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.model.set_requires_gradient_sync(False)
-
-    def __exit__(self, *_: object) -> None:
-        self.model.set_requires_gradient_sync(True)
+@contextmanager
+def no_sync(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Gradients stay local to the process: for every micro-batch of a step but the last."""
+    if not isinstance(model, FSDPModule):
+        with accelerator.no_sync(model):
+            yield
+        return
+    model.set_requires_gradient_sync(False)  # accelerate does not know of the sharding done here on a CPU
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
 
 
 def global_sum(values: torch.Tensor) -> torch.Tensor:
@@ -107,7 +97,6 @@ def global_sum(values: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def new_accelerator(config: RunConfig) -> Iterator[Accelerator]:
     """accelerate's view of this launch, for one run; UserError where the device lacks the precision."""
-    wanted = config.train.mixed_precision
     processes = int(os.environ.get("WORLD_SIZE", 1))
     # Without `cpu` accelerate starts so many runs of one process each on a machine without GPUs, in silence.
     state = PartialState(
@@ -119,24 +108,9 @@ def new_accelerator(config: RunConfig) -> Iterator[Accelerator]:
             f"accelerate: {processes} processes were launched, but {state.num_processes} train together; "
             "use one of configs/accelerate/"
         )
-    on_gpu = state.device.type == "cuda"
-    if wanted == "auto":
-        wanted = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    elif wanted == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError("train.mixed_precision: this GPU has no bf16; use 'fp16', 'no' or 'auto'")
-    elif wanted == "fp16" and not on_gpu:
-        raise UserError(
-            f"train.mixed_precision: 'fp16' needs a GPU, and this run is on {state.device.type}; "
-            "use 'no', 'bf16' or 'auto'"
-        )
-    if wanted == "fp16":  # its loss scale serves one optimiser
-        for key in ("optimizer", "kan_optimizer"):
-            if getattr(config.train, key) == "muon":
-                raise UserError(
-                    f"train.mixed_precision: 'fp16' does not go with train.{key} = 'muon'; use 'bf16'"
-                )
+    precision = mixed_precision(config.train, state.device)
     accelerator = Accelerator(
-        mixed_precision=wanted,
+        mixed_precision=precision,
         log_with=tracking.log_with(config),
         project_config=ProjectConfiguration(project_dir=str(config.run_dir), logging_dir=str(config.run_dir)),
     )
@@ -144,11 +118,32 @@ def new_accelerator(config: RunConfig) -> Iterator[Accelerator]:
         yield accelerator
     finally:
         tracking.finish(accelerator)
-        if (
-            accelerator.device.type == "cuda"
-        ):  # the next run of this process needs the memory; on a CPU it can wait
-            accelerator.free_memory()
+        if accelerator.device.type == "cuda":
+            accelerator.free_memory()  # for the next run of this process; on a CPU that can wait
         AcceleratorState._reset_state()  # the next run of this process may choose another precision
+
+
+def mixed_precision(settings: TrainConfig, device: torch.device) -> str:
+    """no, bf16 or fp16: what `settings` mean on `device`; UserError where it cannot do that."""
+    wanted, on_gpu = settings.mixed_precision, device.type == "cuda"
+    # torch emulates bf16 on GPUs that lack it, slower than fp32.
+    has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "auto":
+        return "bf16" if has_bf16 else "no"
+    if wanted == "bf16" and on_gpu and not has_bf16:
+        raise UserError("train.mixed_precision: this GPU has no bf16; use 'fp16', 'no' or 'auto'")
+    if wanted == "fp16" and not on_gpu:
+        raise UserError(
+            f"train.mixed_precision: 'fp16' needs a GPU, and this run is on {device.type}; "
+            "use 'no', 'bf16' or 'auto'"
+        )
+    if wanted == "fp16":  # its loss scale serves one optimiser
+        for key in ("optimizer", "kan_optimizer"):
+            if getattr(settings, key) == "muon":
+                raise UserError(
+                    f"train.mixed_precision: 'fp16' does not go with train.{key} = 'muon'; use 'bf16'"
+                )
+    return wanted
 
 
 def _cpu_processes(processes: int) -> bool:
@@ -156,10 +151,10 @@ def _cpu_processes(processes: int) -> bool:
 
 
 def set_threads(accelerator: Accelerator, num_threads: int | None) -> None:
-    """torch threads of this process: as configured, else OMP_NUM_THREADS of a lone process, else its share of
-    the cores.
+    """torch threads of this process: as configured, else a lone process's OMP_NUM_THREADS, else its share
+    of the cores.
 
-    (`accelerate launch` and torchrun set OMP_NUM_THREADS=1 themselves when they start several processes.)
+    Of several processes OMP_NUM_THREADS says nothing: accelerate and torchrun set it to 1 themselves.
     """
     if num_threads is None and accelerator.num_processes == 1 and "OMP_NUM_THREADS" in os.environ:
         return
@@ -183,17 +178,18 @@ def keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def gradient_norm(accelerator: Accelerator, model: nn.Module) -> torch.Tensor:
+def gradient_norm(model: nn.Module) -> torch.Tensor:
     """L2 norm of all gradients, over all shards; 0-dim, on the device."""
-    if accelerator.scaler is not None:
-        accelerator.unscale_gradients()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def clip_gradients(model: nn.Module, norm: float, max_norm: float) -> None:
-    """Scale all gradients so that their norm, which is `norm`, is at most `max_norm`; 0 = no clipping."""
+    """Scale all gradients so that their norm, which is `norm`, is at most `max_norm`; 0 = no clipping.
+
+    torch's own clipping multiplies every gradient in every step, by 1 where nothing is to do.
+    """
     if max_norm > 0 and norm > max_norm:
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         torch._foreach_mul_(gradients, max_norm / norm)

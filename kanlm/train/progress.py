@@ -1,6 +1,4 @@
-"""What a person and a program see of a run: a progress bar or plain lines, metrics.jsonl, and the
-trackers.
-"""
+"""What people and programs see of a run: a progress bar or plain lines, metrics.jsonl, and the trackers."""
 
 from __future__ import annotations
 
@@ -72,7 +70,7 @@ class Progress:
             self.bar.update()
 
     def log(self, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, the same to the trackers, and a readable form of it."""
+        """One line of metrics.jsonl, the same to the tracker, and a readable form of it."""
         if self.file is None:
             return
         try:
@@ -80,16 +78,20 @@ class Progress:
             self.file.flush()
         except OSError as error:
             self.not_written(self.file.name, error)
-        numbers = {
-            key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"
-        }
-        if failure := tracking.log(self.accelerator, numbers, values["step"]):
-            self.say(failure)
+        self.track(values)
         self.newest |= values
         if self.bar is not None:
             self.bar.set_postfix_str(self._short(self.newest))
         else:
             print(f"step {values['step']}/{self.total_steps}  {self._short(self.newest)}", flush=True)
+
+    def track(self, values: dict[str, Any]) -> None:
+        """The numbers among `values`, which hold the step, to the tracker alone."""
+        numbers = {
+            key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"
+        }
+        if failure := tracking.log(self.accelerator, numbers, values["step"]):
+            self.say(failure)
 
     def _short(self, values: dict[str, Any]) -> str:
         parts = []
@@ -99,7 +101,8 @@ class Progress:
             parts += [f"{values['validation_bits_per_byte']:.3f} bits/byte"]
         if values.get("tokens_per_second"):
             parts += [f"{values['tokens_per_second']:,.0f} tokens/s"]
-            if values.get("mfu") is not None:
+            # Of a CPU the peak is a short measurement, which a busy machine makes a fraction of the truth.
+            if self.accelerator.device.type != "cpu":
                 parts += [f"{values['mfu']:.1%} of peak"]
             if self.bar is None and "seconds_left" in values:
                 parts += [f"{timedelta(seconds=math.ceil(values['seconds_left']))} left"]
@@ -131,9 +134,7 @@ class Progress:
 
 
 def keep_metrics_until(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, which a resumed run is about to do again, and a torn last
-    line.
-    """
+    """Drop the lines of steps after `step`, which a resumed run does again, and a torn last line."""
     if not path.exists():
         return
     kept = []
@@ -142,10 +143,42 @@ def keep_metrics_until(path: Path, step: int) -> None:
             values = json.loads(line)
         except json.JSONDecodeError:  # the line that a kill cut off
             break
-        if values["step"] > step or values.get("final"):
+        if values["step"] > step:
             break
         kept.append(line)
     write_text(path, "".join(line + "\n" for line in kept))
+
+
+class BusyNotice:
+    """Finds out that other programs take the processor away from training on a CPU, and says it once.
+
+    The thread that trains never waits for anything but the processor: between kernels it computes, in a
+    kernel it does its share. Where its processor time falls behind the clock, something else had the core.
+    """
+
+    SECONDS, SHARE = 20.0, 0.75
+
+    def __init__(self, accelerator: Accelerator):
+        # Several processes also wait for each other, a GPU's is waited for.
+        self.watching = accelerator.device.type == "cpu" and accelerator.num_processes == 1
+        self.seconds = self.thread_seconds = 0.0
+
+    def step_done(self, seconds: float, thread_seconds: float) -> str | None:
+        """The line to say after a step that took `seconds`, of them `thread_seconds` on a processor."""
+        self.seconds += seconds
+        self.thread_seconds += thread_seconds
+        if not self.watching or self.seconds < self.SECONDS:
+            return None
+        share = self.thread_seconds / self.seconds
+        self.seconds = self.thread_seconds = 0.0
+        if share >= self.SHARE:
+            return None
+        self.watching = False
+        return (
+            f"this machine is busy: training had the processor for {share:.0%} of the last "
+            f"{self.SECONDS:.0f} seconds; end other programs, or leave them a core with "
+            f"train.num_threads (now {torch.get_num_threads()})"
+        )
 
 
 def peak_flops_per_second(device: torch.device, low_precision: bool) -> tuple[float, str]:

@@ -1,9 +1,8 @@
-"""When a run may go on: same configuration, tokenizer and data, one process group at a time."""
+"""When a run may go on: same configuration, text and tokenizer, one process group at a time."""
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +13,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 
 from kanlm.config import RunConfig, UserError
+from kanlm.data import TokenLoader
 from kanlm.runs import RunDir, RunRecord, read_json, remove_leftovers
 from kanlm.train import checkpoint
 
@@ -53,13 +52,13 @@ class TrainerState:
     seconds: float = 0.0
     skipped_steps: int = 0
     nonfinite_in_a_row: int = 0
+    high_in_a_row: int = 0
+    """Steps in a row with a loss far above a blind guess's."""
     loader: dict[str, Any] = field(default_factory=dict)
     silent: list[str] | None = None
     """Parameters whose gradient has always been zero so far; None before the first step."""
     scaler: dict[str, Any] | None = None
     """fp16 only: the gradient scaler."""
-    data_sha256: str = ""
-    tokenizer_sha256: str = ""
     world_size: int = 1
 
 
@@ -76,8 +75,12 @@ def check_same_run(config: RunConfig, run: RunDir) -> None:
             )
 
 
-def finished_record(run: RunDir) -> RunRecord | None:
-    """The record of a run that has nothing left to do, its last checkpoint being intact."""
+def finished_record(config: RunConfig, run: RunDir) -> RunRecord | None:
+    """The record of a run that has nothing left to do, its last checkpoint being intact.
+
+    UserError where the folder of `run` holds another configuration's run, finished or not.
+    """
+    check_same_run(config, run)
     if not run.record.exists():
         return None
     try:
@@ -98,10 +101,6 @@ def leaves(table: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in table.items():
         flat |= leaves(value, f"{prefix}.{key}" if prefix else key)
     return flat
-
-
-def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
 @contextmanager
@@ -137,14 +136,14 @@ def resume(
     state: TrainerState,
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
+    loader: TokenLoader,
     accelerator: Accelerator,
     say: Callable[[str], None],
 ) -> Path | None:
-    """Load the newest intact checkpoint into `state`, `model` and `optimizers`; its folder, or None for a
-    new run.
+    """Load the newest intact checkpoint into all of these; its folder, or None for a new run.
 
-    UserError where the checkpoint's tokenizer or data are not those of `state`, or where every checkpoint of
-    the run is damaged.
+    UserError where the checkpoint is that of another text or tokenizer, or where every checkpoint of the run
+    is damaged.
     """
     choice: list[Any] = [None, False]  # made once, so that all processes load the same
     if accelerator.is_main_process:
@@ -162,14 +161,11 @@ def resume(
     if folder is None:
         return None
     saved = read_json(folder / "trainer.json")
-    for name, what in (("tokenizer_sha256", "tokenizer"), ("data_sha256", "training data")):
-        if saved[name] != getattr(state, name):
-            raise UserError(
-                f"{run.root}: {name}: the {what} of the checkpoint ({saved[name][:12]}) is not today's "
-                f"({getattr(state, name)[:12]}); restore it, or choose another name for a new run"
-            )
+    loader.load_state_dict(saved["loader"])  # first: it refuses other text before anything is loaded
     checkpoint.restore(folder, model, optimizers)
     for item in fields(state):
-        if item.name != "world_size":
+        if item.name in saved and item.name != "world_size":
             setattr(state, item.name, saved[item.name])
+    if state.scaler:
+        accelerator.scaler.load_state_dict(state.scaler)
     return folder

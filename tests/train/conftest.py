@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from kanlm.config import RunConfig, parsed, with_overrides
 from kanlm.train import loop
+from kanlm.train.session import Session
 
 
 @pytest.fixture(autouse=True)
@@ -113,17 +115,35 @@ def losses(metrics):
 
 
 @pytest.fixture
-def interrupt_after(monkeypatch):
+def after_backward(monkeypatch):
+    """Install `act(session)` between the backward pass and the gradient norm of every step."""
+
+    def install(act: Callable[[Session], object]) -> None:
+        real_step, real_norm, sessions = loop.one_step, loop.gradient_norm, []
+
+        def step(session):
+            sessions[:] = [session]
+            return real_step(session)
+
+        def norm(model):
+            act(sessions[0])
+            return real_norm(model)
+
+        monkeypatch.setattr(loop, "one_step", step)
+        monkeypatch.setattr(loop, "gradient_norm", norm)
+
+    return install
+
+
+@pytest.fixture
+def interrupt_after(after_backward):
     """Make the process send itself a signal while it does a given step."""
 
     def install(step: int, number: int = signal.SIGTERM) -> None:
-        real = loop.accumulate_gradients
-
-        def signalling(session, *arguments):
+        def signalling(session):
             if session.state.step == step - 1:
                 os.kill(os.getpid(), number)
-            return real(session, *arguments)
 
-        monkeypatch.setattr(loop, "accumulate_gradients", signalling)
+        after_backward(signalling)
 
     return install

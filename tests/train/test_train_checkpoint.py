@@ -135,8 +135,8 @@ def test_snapshot_is_not_touched_by_later_steps(run_config, monkeypatch):
             assert later.wait(60)
         real_write(self, folder)
 
-    def step(session, batches):
-        done = real_step(session, batches)
+    def step(session):
+        done = real_step(session)
         if session.state.step == 4:  # step 5 is done, and step 3 not yet written
             later.set()
         return done
@@ -272,10 +272,10 @@ def test_failed_write_is_told_after_the_next_step(run_config, monkeypatch):
     failing_at(4, OSError(28, "No space left on device"), monkeypatch)
     real = loop.one_step
 
-    def step(session, batches):
+    def step(session):
         if session.writer.thread is not None:
             session.writer.thread.join()
-        return real(session, batches)
+        return real(session)
 
     monkeypatch.setattr(loop, "one_step", step)
     config = run_config("train.save_every=4", "train.max_tokens=6400")
@@ -304,8 +304,8 @@ def no_space_for_metrics(monkeypatch):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     real = loop.one_step
 
-    def step(session, batches):
-        done = real(session, batches)
+    def step(session):
+        done = real(session)
         if session.state.step == 7:
             resource.setrlimit(resource.RLIMIT_FSIZE, (session.run.metrics.stat().st_size + 20, hard))
         if session.state.step == 10:
@@ -329,5 +329,5 @@ def test_disk_too_full_for_metrics_can_be_outlived_by_option(
     config = run_config("train.on_checkpoint_error=continue")
     assert loop.train(config).state == "finished"
     assert capsys.readouterr().out.count("metrics.jsonl: cannot be written") == 1
-    steps = [line["step"] for line in metrics(config) if not line.get("final")]
+    steps = [line["step"] for line in metrics(config)]
     assert steps == sorted(set(steps)) and steps[-1] == 12 and len(steps) >= 10

@@ -64,10 +64,10 @@ def test_soak_keeps_memory_and_file_descriptors_flat(run_config, monkeypatch):
     seen: list[tuple[int, int]] = []
     real = loop.one_step
 
-    def observed(session, batches):
+    def observed(session):
         if session.state.step in (500, 1000, 1500, 1999):
             seen.append((process.memory_info().rss, process.num_fds()))
-        return real(session, batches)
+        return real(session)
 
     monkeypatch.setattr(loop, "one_step", observed)
     config = run_config(

@@ -21,12 +21,14 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
 from kanlm.config import UserError
+from kanlm.data import TokenLoader
 from kanlm.model import KanLMForCausalLM
 from kanlm.model.ffn import KANGLU
 from kanlm.runs import RunDir, RunRecord
 from kanlm.train import loop, parallel
 from kanlm.train.checkpoint import load_model, load_tokenizer
 from kanlm.train.faults import Diverged, StopSignal
+from kanlm.train.progress import BusyNotice
 
 
 def test_run_leaves_config_record_metrics_tokenizer_and_checkpoint(run_config, metrics):
@@ -37,9 +39,9 @@ def test_run_leaves_config_record_metrics_tokenizer_and_checkpoint(run_config, m
     assert (record.state, record.step, record.tokens) == ("finished", 12, 12 * 4 * 32)
     assert json.loads(run.config.read_text()) == config.model_dump(mode="json")
     lines = metrics(config)
-    assert [line["step"] for line in lines] == [*range(1, 13), 12]
-    assert [line["step"] for line in lines if "validation_bits_per_byte" in line] == [6, 12, 12]
-    assert lines[-1]["validation_loss"] == record.final_validation["loss"]
+    assert [line["step"] for line in lines] == [*range(1, 13)]
+    assert [line["step"] for line in lines if "validation_bits_per_byte" in line] == [6, 12]
+    assert lines[-1]["validation_loss"] != record.final_validation["loss"]  # of 256 tokens, of all
     assert lines[11]["loss"] < lines[0]["loss"] - 0.1
     assert all(line["seconds"] > 0 and line["tokens_per_second"] > 0 for line in lines[:12])
     model_config, weights = load_model(run.root)
@@ -184,23 +186,24 @@ def test_z_loss_counts_valid_targets_only():
     assert torch.allclose(loop.squared_log_partition(logits, labels), expected)
 
 
-def poison(monkeypatch, steps: set[int], value: float):
-    """Make the loss of the given steps (1-based) NaN or Inf through a weight's gradient."""
-    real = loop.accumulate_gradients
+@pytest.fixture
+def poison(after_backward):
+    """Make a gradient of the given steps (1-based) NaN or Inf."""
 
-    def poisoned(session, *arguments):
-        loss = real(session, *arguments)
-        if session.state.step + 1 in steps:
-            session.model.model.layers[1].mlp.down_proj.weight.grad.view(-1)[3] = value
-        return loss
+    def install(steps: set[int], value: float) -> None:
+        def poisoned(session):
+            if session.state.step + 1 in steps:
+                session.model.model.layers[1].mlp.down_proj.weight.grad.view(-1)[3] = value
 
-    monkeypatch.setattr(loop, "accumulate_gradients", poisoned)
+        after_backward(poisoned)
+
+    return install
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_nonfinite_step_is_skipped_and_counted(run_config, monkeypatch, metrics, capsys, value):
+def test_nonfinite_step_is_skipped_and_counted(run_config, poison, metrics, capsys, value):
     config = run_config("train.save_every=1", "train.keep_last=20", "train.async_checkpoint=false")
-    poison(monkeypatch, {4, 5}, value)
+    poison({4, 5}, value)
     record = loop.train(config)
     assert record.state == "finished"
     assert metrics(config)[11]["skipped_steps"] == 2
@@ -210,9 +213,9 @@ def test_nonfinite_step_is_skipped_and_counted(run_config, monkeypatch, metrics,
     assert not all(torch.equal(third[name], sixth[name]) for name in third)
 
 
-def test_three_nonfinite_steps_in_a_row_stop_the_run_and_name_the_layer(run_config, monkeypatch):
+def test_three_nonfinite_steps_in_a_row_stop_the_run_and_name_the_layer(run_config, poison):
     config = run_config("train.save_every=2")
-    poison(monkeypatch, {6, 7, 8}, math.nan)
+    poison({6, 7, 8}, math.nan)
     with pytest.raises(Diverged, match=r"layers\.1\.mlp\.down_proj\.weight"):
         loop.train(config)
     report = json.loads((config.run_dir / "nonfinite.json").read_text())
@@ -227,26 +230,26 @@ def loss_scaling(monkeypatch):
     """What fp16 brings on a GPU, here in fp32: scaled losses, unscaled gradients, a scale in search."""
 
     def install(scale: float) -> torch.amp.GradScaler:
-        scaler, real = torch.amp.GradScaler("cpu", init_scale=scale), loop.prepare
+        scaler, real = torch.amp.GradScaler("cpu", init_scale=scale), loop.open_session
 
-        def prepare(config, run, accelerator):
-            session = real(config, run, accelerator)
+        def open_session(config, run, accelerator, *arguments):
+            session = real(config, run, accelerator, *arguments)
             raw, accelerator.scaler = session.raw_optimizers, scaler
             session.optimizers = [AcceleratedOptimizer(o, device_placement=False, scaler=scaler) for o in raw]
             accelerator.unscale_gradients = lambda: [scaler.unscale_(optimizer) for optimizer in raw]
             return session
 
-        monkeypatch.setattr(loop, "prepare", prepare)
+        monkeypatch.setattr(loop, "open_session", open_session)
         return scaler
 
     return install
 
 
 def test_scale_that_is_too_high_costs_steps_and_not_the_run(
-    run_config, monkeypatch, loss_scaling, metrics, losses, capsys
+    run_config, monkeypatch, loss_scaling, metrics, losses, capsys, poison
 ):
     plain, config = run_config("name=plain"), run_config()
-    poison(monkeypatch, {4, 5, 6, 7}, math.inf)
+    poison({4, 5, 6, 7}, math.inf)
     scaler = loss_scaling(2.0**16)
     assert loop.train(config).skipped_steps == 4
     assert scaler.get_scale() == 2.0**12
@@ -258,16 +261,15 @@ def test_scale_that_is_too_high_costs_steps_and_not_the_run(
         assert losses(config)[step] == losses(plain)[step]
 
 
-def test_gradient_that_no_scale_makes_finite_stops_the_run(run_config, monkeypatch, loss_scaling):
-    poison(monkeypatch, set(range(3, 13)), math.nan)
+def test_gradient_that_no_scale_makes_finite_stops_the_run(run_config, poison, loss_scaling):
+    poison(set(range(3, 13)), math.nan)
     loss_scaling(4.0)  # too high in steps 3 and 4; 1, a half and a quarter are not
     with pytest.raises(Diverged, match=r"up to step 7; first in gradient of .*down_proj"):
         loop.train(run_config())
 
 
 def test_loss_that_is_not_finite_has_no_scale_to_blame(run_config, monkeypatch, loss_scaling):
-    real = loop.accumulate_gradients
-    monkeypatch.setattr(loop, "accumulate_gradients", lambda *arguments: real(*arguments) * math.nan)
+    monkeypatch.setattr(loop, "global_sum", lambda loss: loss * math.nan)
     loss_scaling(2.0**16)
     with pytest.raises(Diverged, match="up to step 3"):
         loop.train(run_config())
@@ -294,28 +296,21 @@ def test_second_ctrl_c_acts_at_once():
 
 def test_nan_weight_is_traced_to_the_layer_it_sits_in(run_config, monkeypatch):
     config = run_config()
-    real = loop.accumulate_gradients
+    real = loop.one_step
 
-    def broken(session, *arguments):
+    def broken(session):
         with torch.no_grad():
             session.model.model.layers[1].mlp.down_proj.weight[0, 0] = math.nan
-        return real(session, *arguments)
+        return real(session)
 
-    monkeypatch.setattr(loop, "accumulate_gradients", broken)
+    monkeypatch.setattr(loop, "one_step", broken)
     with pytest.raises(Diverged, match=r"output of model\.layers\.1\.mlp\.down_proj \(Linear\)"):
         loop.train(config)
 
 
-def test_parameter_that_never_gets_a_gradient_stops_the_run(run_config, monkeypatch):
+def test_parameter_that_never_gets_a_gradient_stops_the_run(run_config, after_backward):
     config = run_config()
-    real = loop.accumulate_gradients
-
-    def dead(session, *arguments):
-        loss = real(session, *arguments)
-        session.model.model.layers[0].mlp.down_proj.weight.grad.zero_()
-        return loss
-
-    monkeypatch.setattr(loop, "accumulate_gradients", dead)
+    after_backward(lambda session: session.model.model.layers[0].mlp.down_proj.weight.grad.zero_())
     with pytest.raises(UserError, match=r"first 5 steps .*layers\.0\.mlp\.down_proj\.weight"):
         loop.train(config)
     assert json.loads(RunDir(config.run_dir).record.read_text())["failure_kind"] == "user_error"
@@ -348,15 +343,19 @@ def test_harmless_settings_may_change_when_a_run_goes_on(run_config, interrupt_a
     assert record.state == "finished"
 
 
-@pytest.mark.parametrize("field", ["tokenizer_sha256", "data_sha256"])
-def test_checkpoint_of_other_tokens_is_refused(run_config, interrupt_after, monkeypatch, field):
+def test_checkpoint_of_other_tokens_is_refused(run_config, interrupt_after, monkeypatch):
     config = run_config()
     interrupt_after(4)
     loop.train(config)
     monkeypatch.undo()
-    real = loop.TrainerState
-    monkeypatch.setattr(loop, "TrainerState", lambda **values: real(**values | {field: "0" * 64}))
-    with pytest.raises(UserError, match=field):
+    real = TokenLoader.load_state_dict
+
+    def other_text(self, state):
+        self._identity["sha256 of the data manifest (text and tokenizer)"] = "0" * 64
+        real(self, state)
+
+    monkeypatch.setattr(TokenLoader, "load_state_dict", other_text)
+    with pytest.raises(UserError, match="sha256 of the data manifest"):
         loop.train(config)
     record = json.loads(RunDir(config.run_dir).record.read_text())
     assert (record["state"], record["failure_kind"], record["step"]) == ("failed", "user_error", 4)
@@ -364,7 +363,7 @@ def test_checkpoint_of_other_tokens_is_refused(run_config, interrupt_after, monk
 
 def test_error_of_our_own_is_recorded_as_a_crash(run_config, monkeypatch):
     config = run_config()
-    monkeypatch.setattr(loop, "accumulate_gradients", lambda *_: 1 / 0)
+    monkeypatch.setattr(loop, "gradient_norm", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         loop.train(config)
     record = json.loads(RunDir(config.run_dir).record.read_text())
@@ -391,10 +390,11 @@ def test_mistake_is_one_line_and_leaves_no_run_folder(run_config, overrides, mes
 
 def test_batch_must_divide_among_processes(run_config):
     with pytest.raises(UserError, match="train.batch_size: 4 sequences do not divide among 3 processes"):
-        loop.step_shape(run_config(), processes=3)
+        run_config().train.micro_batches(3)
     with pytest.raises(UserError, match="train.micro_batch_size: 4 sequences in each of 2 processes"):
-        loop.step_shape(run_config("train.micro_batch_size=4"), processes=2)
-    assert loop.step_shape(run_config("train.micro_batch_size=1"), processes=2) == (1, 2, 12)
+        run_config("train.micro_batch_size=4").train.micro_batches(2)
+    assert run_config("train.micro_batch_size=1").train.micro_batches(2) == (1, 2)
+    assert run_config().total_steps == 12
 
 
 def test_second_process_on_the_same_run_is_refused(run_config):
@@ -439,7 +439,9 @@ def test_terminal_gets_a_bar_with_loss_speed_and_time_left(run_config, monkeypat
     monkeypatch.setattr("sys.stderr", terminal)
     loop.train(run_config("train.eval_every=4"))
     bar = terminal.getvalue().split("\r")[-1]
-    assert "12/12" in bar and "loss" in bar and "bits/byte" in bar and "tokens/s" in bar and "of peak" in bar
+    assert (
+        "12/12" in bar and "loss" in bar and "bits/byte" in bar and "tokens/s" in bar and "of peak" not in bar
+    )
     middle = [line for line in terminal.getvalue().split("\r") if "6/12" in line][-1]
     assert re.search(r"\[\d\d:\d\d<\d\d:\d\d", middle), middle  # time gone < time left
 
@@ -518,3 +520,33 @@ def test_gpu_without_bf16_is_told_so(run_config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     with pytest.raises(UserError, match="train.mixed_precision: this GPU has no bf16; use 'fp16'"):
         loop.train(run_config("train.mixed_precision=bf16"))
+
+
+def test_loss_that_runs_away_without_nan_stops_the_run(run_config):
+    config = run_config("train.learning_rate=10", "train.max_tokens=12_800")
+    with pytest.raises(Diverged, match=r"above 1.5 times ln\(vocabulary\) = 5.70"):
+        loop.train(config)
+    record = json.loads(RunDir(config.run_dir).record.read_text())
+    assert (record["state"], record["failure_kind"]) == ("failed", "diverged") and record["step"] < 100
+
+
+def test_last_step_is_one_line_and_a_closing_line_names_the_next_command(run_config, metrics, capsys):
+    config = run_config("train.eval_tokens=1_000_000")
+    whole = run_config("name=whole")
+    whole = whole.model_copy(update={"train": whole.train.model_copy(update={"eval_tokens": None})})
+    for each in (config, whole):
+        record = loop.train(each)
+        out = capsys.readouterr().out
+        assert out.count("step 12/12") == 1
+        assert out.splitlines()[-1].startswith("finished: 1,536 tokens in ")
+        assert out.rstrip().endswith(f"next: kanlm export {each.run_dir}")
+    assert metrics(whole)[-1]["validation_loss"] == record.final_validation["loss"]
+
+
+def test_busy_machine_is_told_once():
+    accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+    idle, busy = BusyNotice(accelerator), BusyNotice(accelerator)
+    assert not any(idle.step_done(5.0, 4.9) for _ in range(20))
+    told = [busy.step_done(5.0, 2.0) for _ in range(20)]
+    assert [line is not None for line in told] == [False] * 3 + [True] + [False] * 16
+    assert "40% of the last 20 seconds" in told[3] and "train.num_threads" in told[3]

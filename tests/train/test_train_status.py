@@ -18,10 +18,10 @@ def test_status_tells_running_from_finished_and_killed(run_config, monkeypatch):
     seen = []
     real = loop.one_step
 
-    def looking(session, batches):
+    def looking(session):
         if session.state.step == 9:
             seen.append(status(run.root))
-        return real(session, batches)
+        return real(session)
 
     monkeypatch.setattr(loop, "one_step", looking)
     loop.train(config)

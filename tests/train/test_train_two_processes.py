@@ -86,13 +86,13 @@ def test_two_processes_train_as_one(kind, run_table, run_config, tmp_path, losse
     worker.train(in_parts)
     with monkeypatch.context() as patch:
         begun = run_config("name=begun-by-one")
-        real = loop.accumulate_gradients
+        real = loop.one_step
 
-        def stop_after_7(session, *arguments):
+        def stop_after_7(session):
             session.stop_signal.received = 15 if session.state.step == 6 else None
-            return real(session, *arguments)
+            return real(session)
 
-        patch.setattr(loop, "accumulate_gradients", stop_after_7)
+        patch.setattr(loop, "one_step", stop_after_7)
         assert loop.train(begun).state == "interrupted"
 
     jobs, out = tmp_path / "jobs.json", tmp_path / "observed.json"

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from kanlm.config import RunConfig, parsed
 from kanlm.data import TokenLoader
 from kanlm.train import loop
+from kanlm.train.session import StepBatches
 
 
 def mask_labels(batches):
@@ -35,10 +36,12 @@ def mask_labels(batches):
 
 def train(job: dict) -> dict:
     config = parsed(RunConfig, job["table"], "job")
-    originals = loop.one_step, loop.accumulate_gradients, loop.gradient_norm, TokenLoader.__iter__
-    one_step, accumulate_gradients, gradient_norm, batches = originals
+    originals = loop.one_step, StepBatches.take, loop.gradient_norm, TokenLoader.__iter__
+    one_step, take, gradient_norm, batches = originals
+    sessions = []
 
-    def interrupting(session, *arguments):
+    def interrupting(session):
+        sessions[:] = [session]
         if session.state.step + 1 == job.get("interrupt_after") and session.accelerator.process_index == 1:
             os.kill(os.getpid(), signal.SIGTERM)  # one process alone is asked to stop
         if session.state.step + 1 == job.get("die_at") and session.accelerator.process_index == 1:
@@ -46,16 +49,19 @@ def train(job: dict) -> dict:
             if job["how"] == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("rank 1 dies here")
-        return one_step(session, *arguments)
+        return one_step(session)
 
-    def noting(session, micro_batches, *arguments):
+    def noting(self):
+        (session,) = sessions
+        micro_batches, state = take(self)
         with open(config.run_dir / f"batches-{session.accelerator.process_index}", "a") as file:
             for batch in micro_batches:
                 digest = hashlib.sha256(batch["input_ids"].numpy().tobytes()).hexdigest()
                 file.write(f"{session.state.step} {digest}\n")
-        return accumulate_gradients(session, micro_batches, *arguments)
+        return micro_batches, state
 
-    def saving(accelerator, model, *arguments):
+    def saving(model):
+        accelerator = sessions[0].accelerator
         path = config.run_dir / "gradients.safetensors"
         gradients = {}
         for name, parameter in model.named_parameters():
@@ -64,16 +70,16 @@ def train(job: dict) -> dict:
             gradients[name.removeprefix("module.")] = full.clone()
         if accelerator.is_main_process and not path.exists():
             save_file(gradients, path)
-        return gradient_norm(accelerator, model, *arguments)
+        return gradient_norm(model)
 
-    loop.one_step, loop.accumulate_gradients = interrupting, noting
+    loop.one_step, StepBatches.take = interrupting, noting
     if job.get("masked"):
         loop.gradient_norm = saving
         TokenLoader.__iter__ = lambda self: mask_labels(batches(self))
     try:
         record = loop.train(config)
     finally:
-        loop.one_step, loop.accumulate_gradients, loop.gradient_norm, TokenLoader.__iter__ = originals
+        loop.one_step, StepBatches.take, loop.gradient_norm, TokenLoader.__iter__ = originals
     return {
         "state": record.state,
         "step": record.step,

@@ -1,0 +1,70 @@
+"""A model ready to train, put together in one place for training, speed measurements and benchmarks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from kanlm import kernels
+from kanlm.config import TrainConfig
+from kanlm.model import KanLMConfig, KanLMForCausalLM
+from kanlm.train.optimizer import optimizers
+
+MakeOptimizers = Callable[[KanLMForCausalLM], list[torch.optim.Optimizer]]
+Placement = Callable[[KanLMForCausalLM, MakeOptimizers], tuple[nn.Module, list[Any]]]
+"""Where a model goes, and how: it returns the model and the optimisers to use from then on."""
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A model with its optimisers, as they were placed."""
+
+    model: nn.Module
+    optimizers: list[Any]
+    kernels: dict[str, str]
+    """Implementation of each KAN operation, by module name."""
+
+
+def build(
+    architecture: KanLMConfig,
+    settings: TrainConfig,
+    device: torch.device,
+    *,
+    seed: int = 0,
+    placement: Placement | None = None,
+) -> Trainable:
+    """The model of `architecture` in training mode, with checkpointing, compilation, kernels and optimisers.
+
+    Without a `placement` (accelerate's DDP or FSDP2) the model simply goes to `device`.
+    """
+    torch.manual_seed(seed)
+    model = KanLMForCausalLM(architecture)
+    if settings.gradient_checkpointing:
+        with warnings.catch_warnings():  # the new name came after the oldest transformers that is supported
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    if settings.compile:
+        # Layer by layer: all layers of one shape share a compiled graph, and FSDP2 shards at the same places.
+        for layer in model.model.layers:
+            layer.compile()
+    # Optimisers come after the move: FSDP2 replaces the parameters by shards.
+    place = placement or partial(plain_placement, device)
+    placed, made = place(model, partial(optimizers, config=settings, device=device))
+    # Kernels come last: which of them can run depends on the device that the parameters lie on.
+    chosen = kernels.select(model, settings.kernels)
+    placed.train()
+    return Trainable(placed, made, chosen)
+
+
+def plain_placement(
+    device: torch.device, model: KanLMForCausalLM, make_optimizers: MakeOptimizers
+) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+    """All on one device, without accelerate."""
+    nn.Module.to(model, device)
+    return model, make_optimizers(model)

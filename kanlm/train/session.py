@@ -1,0 +1,264 @@
+"""What one process holds while it trains, built once and complete: text, model, optimisers, and reporters."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from kanlm.config import RunConfig, UserError
+from kanlm.data import TokenCache, TokenLoader, token_cache, tokenizer_for
+from kanlm.model import KanLMConfig
+from kanlm.model.kan import kan_coefficient_names
+from kanlm.runs import RunDir, RunRecord, provenance, read_json, write_json
+from kanlm.sizing import architecture, parameter_counts, planned_vocab_size, training_flops_per_token
+from kanlm.train import parallel
+from kanlm.train.build import Trainable, build
+from kanlm.train.checkpoint import CheckpointWriter
+from kanlm.train.faults import StopSignal, ZeroGradientWatch, failure_kind
+from kanlm.train.progress import BusyNotice, Progress, RecordKeeper, peak_flops_per_second
+from kanlm.train.resume import TrainerState, resume
+from kanlm.train.tracking import start_trackers
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Text:
+    """The tokens of a run."""
+
+    tokenizer: PreTrainedTokenizerFast
+    loader: TokenLoader
+    validation: TokenCache
+
+
+class StepBatches:
+    """The micro-batches of one step after the other, with the loader's state after them."""
+
+    def __init__(self, loader: TokenLoader, accumulation_steps: int):
+        self.loader, self.accumulation_steps = loader, accumulation_steps
+        self._iterator = iter(loader)
+        self._ahead: tuple[list[Batch], dict[str, Any]] | None = None
+
+    def read_ahead(self) -> None:
+        """Read the next step's, for instance while a GPU is at work on this one's."""
+        self._ahead = [next(self._iterator) for _ in range(self.accumulation_steps)], self.loader.state_dict()
+
+    def take(self) -> tuple[list[Batch], dict[str, Any]]:
+        if self._ahead is None:
+            self.read_ahead()
+        assert self._ahead is not None
+        taken, self._ahead = self._ahead, None
+        return taken
+
+
+@dataclass
+class Session:
+    """Everything that one process holds while it trains."""
+
+    config: RunConfig
+    run: RunDir
+    accelerator: Accelerator
+    stop_signal: StopSignal
+    model_config: KanLMConfig
+    model: nn.Module
+    """As accelerate or FSDP2 wrapped it."""
+    optimizers: list[Any]
+    """As accelerate wrapped them; they know the loss scale of fp16."""
+    sharded: bool
+    """FSDP2: a process holds a part of each parameter."""
+    batches: StepBatches
+    validation: TokenCache
+    micro_batch_size: int
+    total_steps: int
+    state: TrainerState
+    record: RunRecord
+    flops_per_token: float
+    peak_flops: float
+    """Of all processes, per second."""
+    watch: ZeroGradientWatch
+    progress: Progress
+    keep_record: RecordKeeper
+    writer: CheckpointWriter
+    busy: BusyNotice
+    saved_at: float = field(default_factory=time.monotonic)
+    """When the last checkpoint was taken, or the run begun."""
+
+    @property
+    def raw_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [optimizer.optimizer for optimizer in self.optimizers]
+
+
+def read_text(config: RunConfig, accelerator: Accelerator) -> Text:
+    """Tokenizer and tokens, made by the main process and read by the others."""
+    # Mistakes in sizes are told before any text is read; the tokenizer may turn out smaller than planned.
+    micro_batch_size, _ = config.train.micro_batches(accelerator.num_processes)
+    _ = config.total_steps
+    architecture(config, planned_vocab_size(config))
+    with accelerator.main_process_first():
+        tokenizer = tokenizer_for(config)
+        loader = TokenLoader(
+            config,
+            tokenizer,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            micro_batch_size=micro_batch_size,
+        )
+        return Text(tokenizer, loader, token_cache(config, tokenizer, "validation"))
+
+
+def build_for(config: RunConfig, tokenizer: PreTrainedTokenizerFast, accelerator: Accelerator) -> Trainable:
+    """The run's model and optimisers on the devices of this launch."""
+    parallel.set_threads(accelerator, config.train.num_threads)
+    if accelerator.device.type == "cpu":
+        parallel.keep_freed_memory()
+    return build(
+        architecture(
+            config, len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        ),
+        config.train,
+        accelerator.device,
+        seed=config.seed,
+        placement=partial(parallel.place, accelerator),
+    )
+
+
+def open_session(
+    config: RunConfig,
+    run: RunDir,
+    accelerator: Accelerator,
+    stop_signal: StopSignal,
+    text: Text,
+    trainable: Trainable,
+) -> Session:
+    """The session of a run at its newest intact checkpoint, or at its beginning; the caller holds the lock.
+
+    UserError, which run.json then names, where the checkpoint is that of other text or every one is damaged.
+    """
+    model_config: KanLMConfig = accelerator.unwrap_model(trainable.model).config
+    wrapper = parallel.wrapper_in_use(trainable.model)
+    state = TrainerState(world_size=accelerator.num_processes)
+    said: list[str] = []  # there is a place to say it once the step to go on from is known
+    optimizers = [optimizer.optimizer for optimizer in trainable.optimizers]
+    folder = resume(run, state, trainable.model, optimizers, text.loader, accelerator, say=said.append)
+    start_trackers(accelerator, config, run.root)
+    if accelerator.is_main_process:
+        write_json(run.config, config)
+        text.tokenizer.save_pretrained(run.tokenizer)
+    flops_per_token = training_flops_per_token(model_config, config.data.block_size)
+    peak_flops, peak_source = peak_flops_per_second(accelerator.device, accelerator.mixed_precision != "no")
+    counts = parameter_counts(model_config)
+    record = RunRecord(
+        state="running",
+        step=state.step,
+        total_steps=config.total_steps,
+        tokens=state.tokens,
+        seconds=state.seconds,
+        parameters=counts.total,
+        non_embedding_parameters=counts.non_embedding,
+        provenance=provenance(
+            data=text.loader.manifest,
+            validation_data=text.validation.manifest,
+            processes=accelerator.num_processes,
+            wrapper=wrapper,
+            device=str(accelerator.device),
+            mixed_precision=accelerator.mixed_precision,
+            threads=torch.get_num_threads(),
+            kernels=sorted(set(trainable.kernels.values())),
+            training_flops_per_token=flops_per_token,
+            peak_flops_per_second=peak_flops,
+            peak_flops_source=peak_source,
+        ),
+        process_id=os.getpid(),
+    )
+    goes_on = config.train.on_checkpoint_error == "continue"
+    progress = Progress(accelerator, run.metrics, record.total_steps, state.step, goes_on)
+    micro_batch_size, accumulation_steps = config.train.micro_batches(accelerator.num_processes)
+    session = Session(
+        config=config,
+        run=run,
+        accelerator=accelerator,
+        stop_signal=stop_signal,
+        model_config=model_config,
+        model=trainable.model,
+        optimizers=trainable.optimizers,
+        sharded=wrapper == "fsdp2",
+        batches=StepBatches(text.loader, accumulation_steps),
+        validation=text.validation,
+        micro_batch_size=micro_batch_size,
+        total_steps=record.total_steps,
+        state=state,
+        record=record,
+        flops_per_token=flops_per_token,
+        peak_flops=peak_flops * accelerator.num_processes,
+        watch=ZeroGradientWatch(trainable.model, config.train.zero_gradient_steps, state.silent),
+        progress=progress,
+        keep_record=RecordKeeper(run, record, accelerator, progress),
+        writer=CheckpointWriter(
+            run,
+            keep_last=config.train.keep_last,
+            keep_every=config.train.keep_every,
+            asynchronous=config.train.async_checkpoint,
+            on_error=config.train.on_checkpoint_error,
+            say=progress.say,
+        ),
+        busy=BusyNotice(accelerator),
+    )
+    device = accelerator.device.type
+    if device == "cpu":
+        device += f" ({torch.get_num_threads()} thread(s) each)"
+    said.append(
+        f"{config.name}: {counts.total:,} parameters ({counts.non_embedding:,} without embeddings), "
+        f"{record.total_steps:,} steps of {config.train.batch_size} x {config.data.block_size} tokens, "
+        f"{accelerator.num_processes} process(es) on {device}, "
+        f"wrapper {wrapper}, precision {accelerator.mixed_precision}"
+    )
+    if session.sharded and kan_coefficient_names(accelerator.unwrap_model(trainable.model)):
+        said.append("kan_health is left out: it cannot read sharded parameters (FSDP2)")
+    if folder is not None:
+        said.append(f"resumed at step {state.step} from {folder}")
+    for line in said:
+        progress.say(line)
+    session.keep_record(state)
+    return session
+
+
+@contextmanager
+def opening_recorded(run: RunDir, accelerator: Accelerator) -> Iterator[None]:
+    """A mistake that keeps a run from going on is told in the record of the part that was trained before."""
+    try:
+        yield
+    except UserError as error:
+        if accelerator.is_main_process and run.record.exists():
+            before = RunRecord.model_validate(read_json(run.record))
+            failed = {"state": "failed", "failure": str(error), "failure_kind": failure_kind(error)}
+            write_json(run.record, before.model_copy(update=failed))
+        raise
+
+
+@contextmanager
+def end_recorded(session: Session) -> Iterator[None]:
+    """However the steps end, run.json says so, the checkpoint under way is written, the files are closed."""
+    try:
+        yield
+    except BaseException as error:
+        session.record.state = "failed"
+        session.record.failure = f"{type(error).__name__}: {error}"
+        session.record.failure_kind = failure_kind(error)
+        raise
+    finally:
+        session.writer.wait()
+        try:
+            session.keep_record(session.state)
+        except UserError as error:  # must not take the place of what ended the run
+            session.progress.say(str(error))
+        session.progress.close()
