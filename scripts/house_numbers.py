@@ -158,9 +158,8 @@ def main() -> None:
     files = sorted({str(path.relative_to(ROOT)) for path in step.files})
     print(f"one training step: {len(files)} files: {', '.join(files)}")
     walk = start(Walk(follow_all=False), arguments.walk)
-    print(
-        f"walk of {arguments.walk}: {len(walk.files)} stays, {len(set(walk.files))} files, {walk.returns} returns"
-    )
+    stays, entered = len(walk.files), len(set(walk.files))
+    print(f"walk of {arguments.walk}: {stays} stays, {entered} files, {walk.returns} returns")
 
 
 if __name__ == "__main__":
