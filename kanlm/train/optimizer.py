@@ -26,9 +26,7 @@ GROUPS = ("matrices", "kan", "embeddings", "vectors")
 
 
 def parameter_groups(model: KanLMForCausalLM) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Every trainable parameter of a KanLM model, exactly once, as (name, parameter) under its group's
-    name.
-    """
+    """Every trainable parameter of a KanLM model, exactly once, as (name, parameter) by its group's name."""
     kan = kan_coefficient_names(model)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings()
@@ -58,7 +56,7 @@ def optimizers(
     """
     groups = parameter_groups(model)
 
-    def group(name: str) -> dict:
+    def settings_of(name: str) -> dict:
         multiplier = config.kan_lr_multiplier if name == "kan" else 1.0
         peak = config.learning_rate * multiplier
         betas = config.kan_betas if name == "kan" and config.kan_betas else config.betas
@@ -74,20 +72,20 @@ def optimizers(
     muon_names = {"matrices"} if config.optimizer == "muon" else set()
     if config.kan_optimizer == "muon":
         muon_names.add("kan")
-    present = [group(name) for name in GROUPS if groups[name]]
+    present = [settings_of(name) for name in GROUPS if groups[name]]
     fused = device.type in ("cuda", "cpu")
     made: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
-            [of for of in present if of["name"] not in muon_names],
+            [group for group in present if group["name"] not in muon_names],
             lr=config.learning_rate,
             eps=config.eps,
             fused=fused,
         )
     ]
     for_muon = [
-        {key: value for key, value in of.items() if key != "betas"}
-        for of in present
-        if of["name"] in muon_names
+        {key: value for key, value in group.items() if key != "betas"}
+        for group in present
+        if group["name"] in muon_names
     ]
     if for_muon:
         made.insert(0, torch.optim.Muon(for_muon, lr=config.learning_rate, adjust_lr_fn="match_rms_adamw"))

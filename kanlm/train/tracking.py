@@ -35,8 +35,7 @@ def log_with(config: RunConfig) -> str | None:
     if name == "wandb" and config.tracking.wandb_mode == "online" and not _wandb_key():
         raise UserError(
             "tracking.wandb_mode: 'online' needs an API key, and WANDB_API_KEY is not set and no `wandb "
-            "login` was "
-            "made; log in, or set tracking.wandb_mode=offline"
+            "login` was made; log in, or set tracking.wandb_mode=offline"
         )
     return name
 
