@@ -45,6 +45,8 @@ SCATTERED = 250
 """Functions of a layer in the picture of the two importances."""
 EVALUATIONS = 450_000_000
 """Formulas evaluated for one loss: beyond, the sequences on which losses are measured are shortened."""
+PART_EVALUATIONS = 60_000_000
+"""Functions times tokens of one part of the text for the controls: beyond, its sequences are shortened."""
 LOOKED_FOR = "KANLinear, LearnedFunction, or a block with down_proj, c_proj or fc2 and an activation"
 
 
@@ -145,7 +147,9 @@ def inspection(
         bar.update()
 
     summaries: dict[str, list[list[dict[str, float | None]]]] = {}  # of each model: parts x layers
-    parts = own.tensor_split(PARTS)
+    number_of_functions = sum(layer.functions for layer in layers)
+    positions = max(32, PART_EVALUATIONS // (number_of_functions * (len(own) // PARTS)))
+    parts = own[:, :positions].tensor_split(PARTS)
     summaries["trained"] = [part_summaries(model, part, bar.update) for part in parts]
     summaries["random"] = [
         part_summaries(with_random_weights(model, seed + index), part, bar.update)
