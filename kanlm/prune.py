@@ -98,6 +98,7 @@ def prune_table(
 
     rows = []
     for path in models:
+        model: Any
         model, tokenizer = load_causal_lm(path)
         batch = text_batch(model, tokenizer, data, split, tokens)
         fit, held = batch[::2], batch[1::2]
