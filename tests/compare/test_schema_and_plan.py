@@ -151,7 +151,7 @@ def test_every_arm_gets_the_same_number_of_learning_rates(tmp_path):
         ),
         ("seeds = [3, 4]", 'seeds = [3, 4]\nmatching = ["wallclock"]', 'add "parameters"'),
         ("seeds = [3, 4]", "sedes = [3, 4]", "sedes: unknown key; did you mean 'seeds'"),
-        ("max_tokens = 10_000", "max_tokens = 1e4", "train.max_tokens"),
+        ("max_tokens = 10_000", "max_tokens = 1.5", "train.max_tokens"),
         ("max_tokens = 10_000", "", "train.max_tokens: required"),
     ],
 )
