@@ -140,3 +140,54 @@ def test_a_law_without_offset_keeps_the_offset_at_zero():
 def test_points_without_a_law_are_errors(points, message):
     with pytest.raises(ValueError, match=message):
         stats.scaling_fits(points)
+
+
+def test_holm_is_that_of_a_worked_example():
+    # Holm 1979's procedure by hand: 4 x 0.005, 3 x 0.01, max(2 x 0.03, before), max(0.04, before).
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([0.6]) == [0.6] and stats.holm([]) == [] and stats.holm([0.7, 0.6]) == [1.0, 1.0]
+
+
+def test_sign_flips_are_counted_exactly():
+    # All of one sign: two of the 2^n assignments are as extreme.
+    for n in (3, 5, 8):
+        ones = np.arange(1, n + 1, dtype=float)
+        assert stats.sign_flip_p_value(ones, np.zeros(n)) == pytest.approx(2 / 2**n)
+    # Differences 1, 2, -4: sums of the 8 signs are +-7, +-5, +-3, +-1; |-1| or more: all.
+    assert stats.sign_flip_p_value([1.0, 2.0, -4.0], [0.0, 0.0, 0.0]) == 1.0
+    # 3, 2, -1: +-6, +-4, +-2, 0, 0; |4| or more: four of eight.
+    assert stats.sign_flip_p_value([3.0, 2.0, -1.0], [0.0, 0.0, 0.0]) == pytest.approx(0.5)
+
+
+def test_bootstrap_interval_agrees_with_scipy():
+    rng = np.random.default_rng(4)
+    a, b = rng.normal(0.2, 1, 12), rng.normal(0, 1, 12)
+    found = scipy_stats.bootstrap((a - b,), np.mean, method="percentile", n_resamples=20_000, random_state=1)
+    low, high = stats.bootstrap_interval(a, b)
+    assert (low, high) == pytest.approx(tuple(found.confidence_interval), abs=0.05)
+    assert stats.bootstrap_interval(a, b) == (low, high), "the same pairs, the same interval"
+
+
+def test_detectable_difference_is_that_of_the_power_tables():
+    # G*Power 3.1, two-sided paired t test at 5%: d = 1 has power 0.803 with 10 pairs, d = 0.5 0.808 with 34.
+    assert stats.detectable_difference(1.0, 10, power=0.8031) == pytest.approx(1.0, abs=2e-3)
+    assert stats.detectable_difference(2.0, 34, power=0.8078) == pytest.approx(1.0, abs=2e-3)
+    assert stats.pairs_needed(1.0, 1.0) == 10 and stats.pairs_needed(1.0, 0.5) == 34
+    assert stats.pairs_needed(1.0, 1e-3) is None
+
+
+def test_detectable_difference_is_found_as_often_as_it_says():
+    rng = np.random.default_rng(6)
+    shift = stats.detectable_difference(0.02, 4)
+    differences = rng.normal(shift, 0.02, (4000, 4))
+    p_values = scipy_stats.ttest_1samp(differences, 0, axis=1).pvalue
+    assert 0.78 < (p_values < 0.05).mean() < 0.82
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((0.02, 1), "2 seeds"), ((math.nan, 3), "std"), ((0.02, 3, 0.05, 0.01), "power")],
+)
+def test_power_of_nothing_is_an_error(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        stats.detectable_difference(*arguments)

@@ -11,7 +11,8 @@ import math
 from typing import Any
 
 from kanlm.compare.artifacts import Artifacts
-from kanlm.compare.verdict import Judgement, best_mlp, finished, mean, tokens_to_loss
+from kanlm.compare.judgement import Judgement, mean
+from kanlm.compare.verdict import best_mlp, finished, tokens_to_loss
 from kanlm.stats import scaling_fits
 
 CLAIMS = {

@@ -16,16 +16,9 @@ from markupsafe import Markup, escape
 from kanlm.compare import plots
 from kanlm.compare.artifacts import Artifacts, Result, load
 from kanlm.compare.claims import claims, size_points
+from kanlm.compare.judgement import MATCHED, Judgement, mean, sentence
 from kanlm.compare.schema import TOLERANCE, PlannedArm
-from kanlm.compare.verdict import (
-    MATCHED,
-    Judgement,
-    judgements,
-    learned_nothing,
-    mean,
-    mean_bits,
-    sentence,
-)
+from kanlm.compare.verdict import judgements, learned_nothing, mean_bits
 from kanlm.interpret.pictures import learned_functions_svg, spread, standalone_svg
 from kanlm.runs import write_json, write_text
 

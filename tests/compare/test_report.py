@@ -50,7 +50,7 @@ def test_a_clear_winner_and_a_clear_loser(tmp_path):
     )
     judged = {row["arm"]: row for row in found["verdict"]["judgements"]}
     assert judged["kan_glu"]["interval_nats"][1] < 0 < judged["kan"]["interval_nats"][0]
-    assert judged["kan"]["confidence"] == pytest.approx(0.975)
+    assert {row["confidence"] for row in judged.values()} == {0.975, 0.95}, "as Holm tests them"
 
 
 def test_differences_within_the_margin_are_a_tie(tmp_path):
@@ -110,7 +110,9 @@ def test_diverged_and_crashed_runs_are_results(tmp_path):
 def test_an_arm_that_never_finished_gives_no_verdict(tmp_path):
     values = {("kan", 0): "diverged", ("kan_glu", 0): "diverged", ("swiglu", 0): 3.9}
     found = content(tmp_path, values)
-    assert found["verdict"]["sentence"] == "No verdict: kan finished no seed with swiglu."
+    assert found["verdict"]["sentence"] == (
+        "No verdict: kan finished no seed with swiglu; kan diverged in seed 0."
+    )
     values = {("kan", 0): 3.9, ("kan_glu", 0): 3.9, ("swiglu", 0): "crashed"}
     found = content(tmp_path / "second", values)
     assert found["verdict"]["sentence"] == "No verdict: no MLP arm finished."
@@ -256,7 +258,7 @@ def test_the_report_loads_no_model(tmp_path):
         "import sys; from kanlm.compare.report import report; report(sys.argv[1]); "
         "assert not {'kanlm.train', 'kanlm.export', 'kanlm.sizing', 'kanlm.evaluation'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=500)
 
 
 def test_summary_is_a_table_and_the_verdict(tmp_path):
