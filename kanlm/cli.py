@@ -27,6 +27,14 @@ def verb(name: str, example: str, **settings):
     return cli.command(name, epilog=f"\b\nExample:\n  {example}", **settings)
 
 
+def model_argument(function):
+    """MODEL, and whether code that comes with it may run."""
+    trust = click.option(
+        "--trust-remote-code", is_flag=True, help="Run Python code that comes with MODEL; kanlm's needs none."
+    )
+    return click.argument("model")(trust(function))
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="kanlm")
 def cli() -> None:
@@ -67,7 +75,7 @@ def export_verb(run: str, out: str | None) -> None:
 
 
 @verb("eval", "kanlm eval runs/tiny-kan_glu/hf --data stdlib --out eval.json")
-@click.argument("model")
+@model_argument
 @click.option(
     "--data", required=True, help="Held-out text: a file, folder, run folder, embedded source or hub id."
 )
@@ -106,7 +114,7 @@ def eval_verb(model: str, data: str, out: str | None, card: bool, **settings) ->
 
 
 @verb("pairs", "kanlm pairs runs/tiny-kan_glu/hf blimp.jsonl")
-@click.argument("model")
+@model_argument
 @click.argument("file", type=click.Path())
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--device", default=None, help="Default: cuda if there is one, else cpu.")
@@ -146,7 +154,7 @@ def status_verb(run: str) -> None:
 
 
 @verb("generate", 'kanlm generate runs/tiny-kan_glu/hf --prompt "def main("')
-@click.argument("model")
+@model_argument
 @click.option("--prompt", required=True)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=100, show_default=True)
 @click.option(
@@ -162,7 +170,7 @@ def generate_verb(model: str, prompt: str, **settings) -> None:
 
 
 @verb("inspect", "kanlm inspect runs/tiny-kan_glu/hf --data stdlib --out inspect/")
-@click.argument("model")
+@model_argument
 @click.option(
     "--out", type=click.Path(), default="inspect", show_default=True, help="Folder for the page and JSON."
 )
@@ -194,7 +202,7 @@ def inspect_verb(model: str, out: str, data: str | None, **settings) -> None:
 
 
 @verb("prune", "kanlm prune runs/tiny-kan_glu/hf --keep 0.8 --data stdlib --out runs/tiny-kan_glu/pruned")
-@click.argument("model")
+@model_argument
 @click.option("--data", required=True, help="Text that decides what goes, as in `kanlm eval`.")
 @click.option("--out", required=True, type=click.Path(), help="New folder for the pruned model.")
 @click.option("--keep", type=float, default=0.8, show_default=True, help="Share that stays, in (0, 1].")

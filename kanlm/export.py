@@ -8,19 +8,20 @@ README.md                                                   the model card, with
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from kanlm import __version__
 from kanlm.config import UserError
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.runs import EvalReport, RunDir, new_folder, read_json, write_text
-from kanlm.train.checkpoint import load_model
+from kanlm.train.checkpoint import load_model, load_tokenizer
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 METRICS = {
@@ -48,13 +49,7 @@ def export(run_dir: str | Path, out: str | Path | None = None) -> Path:
         )
     _must_be_new(out)
     config, weights = load_model(run.root)
-    if not (run.tokenizer / "tokenizer.json").is_file():
-        raise UserError(
-            f"{run.tokenizer}: no tokenizer.json; the run's tokenizer is part of the exported model"
-        )
-    return export_model(
-        model_of(config, weights), AutoTokenizer.from_pretrained(run.tokenizer), out, card_facts(run)
-    )
+    return export_model(model_of(config, weights), load_tokenizer(run.root), out, card_facts(run))
 
 
 def export_model(
@@ -62,8 +57,9 @@ def export_model(
 ) -> Path:
     """Write `model` and `tokenizer` to the new folder `out`.
 
-    `card` may hold `name`, `training` (a dict of facts that are shown as a list), `datasets` (hub ids) and
-    `eval_reports`. Special token ids that the model's config leaves open are the tokenizer's.
+    `card` may hold `name`, `training` (facts shown as a list; the values are Markdown, see `plain`),
+    `datasets` (hub ids) and `eval_reports`. Special token ids that the model's config leaves open are the
+    tokenizer's.
 
     Raises:
         UserError: `out` exists, or the tokenizer has more tokens than the model.
@@ -108,7 +104,7 @@ def card_facts(run: RunDir) -> dict[str, Any]:
     record = read_json(run.record) if run.record.is_file() else {}
     data = config.get("data", {})
     sources = [source["source"] for source in data.get("mixture") or [data]]
-    training = {"Data": ", ".join(f"`{source}`" for source in sources)}
+    training = {"Data": ", ".join(map(code_span, sources))}
     if settings := config.get("train"):
         training |= {
             "Batch": f"{settings['batch_size']} sequences of {data['block_size']} tokens",
@@ -118,7 +114,7 @@ def card_facts(run: RunDir) -> dict[str, Any]:
         }
     if record:
         if licence := record.get("provenance", {}).get("data", {}).get("licence"):
-            training["Licence of the data"] = str(licence)
+            training["Licence of the data"] = plain(licence)
         training |= {
             "Tokens seen": f"{record['tokens']:,}",
             "Steps": f"{record['step']:,}",
@@ -126,7 +122,7 @@ def card_facts(run: RunDir) -> dict[str, Any]:
         }
         commit = record.get("provenance", {}).get("git", {}).get("commit")
         if commit:
-            training["Commit of kanlm"] = f"`{commit}`"
+            training["Commit of kanlm"] = code_span(commit)
     return {
         "name": config["name"],
         "training": training,
@@ -158,7 +154,7 @@ def update_card(folder: str | Path, eval_reports: Iterable[EvalReport]) -> None:
 
 def model_card(model: KanLMForCausalLM, facts: dict[str, Any]) -> ModelCard:
     """The card of `model`: YAML front matter (with a model-index) and a text that ends in the evaluation."""
-    config, name = model.config, facts.get("name", "kanlm")
+    config, name = model.config, plain(facts.get("name", "kanlm"))
     reports = facts.get("eval_reports", [])
     data = ModelCardData(
         model_name=name,
@@ -218,6 +214,18 @@ or harmful text.
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}{_evaluation_section(reports)}")
 
 
+def plain(text: object) -> str:
+    """`text` on one line of Markdown, shown as it is: no HTML, link, table column or code comes out of it."""
+    escaped = html.escape(" ".join(str(text).split()), quote=False)
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", escaped)
+
+
+def code_span(text: object) -> str:
+    """`text` as Markdown code, without what would end it or stand as HTML in a careless reader."""
+    line = " ".join(str(text).split()).replace("`", "'")
+    return f"`{line.replace('<', '&lt;').replace('>', '&gt;')}`"
+
+
 def _bullets(facts: dict[str, Any]) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in facts.items())
 
@@ -228,7 +236,7 @@ def _evaluation_section(reports: list[EvalReport]) -> str:
     rows = ["| Data | Tokens | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 2) + "|"]
     for report in reports:
         values = " | ".join(f"{getattr(report, metric):.4f}" for metric in METRICS)
-        rows.append(f"| {report.dataset} ({report.split}) | {report.tokens:,} | {values} |")
+        rows.append(f"| {plain(report.dataset)} ({plain(report.split)}) | {report.tokens:,} | {values} |")
     return f"{EVALUATION}\n\n" + "\n".join(rows) + "\n"
 
 
@@ -237,8 +245,8 @@ def _eval_results(reports: list[EvalReport]) -> list[EvalResult] | None:
         EvalResult(
             task_type="text-generation",
             dataset_type=re.sub(r"[^A-Za-z0-9._/-]+", "-", report.dataset),
-            dataset_name=report.dataset,
-            dataset_split=report.split,
+            dataset_name=plain(report.dataset),
+            dataset_split=plain(report.split),
             metric_type=metric,
             metric_name=label,
             metric_value=getattr(report, metric),

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kanlm.config import UserError
-from kanlm.evaluation.perplexity import held_out_documents, load_causal_lm
-from kanlm.export import export_model
+from kanlm.evaluation.loading import load_causal_lm
+from kanlm.evaluation.perplexity import held_out_documents
+from kanlm.export import code_span, export_model
 from kanlm.interpret.functions import token_batch
 from kanlm.interpret.pruning import checked_keep, pruned, without_edges
 from kanlm.interpret.removal import sequence_losses
@@ -25,6 +26,7 @@ def prune(
     what: Literal["channels", "edges"] = "channels",
     split: str | None = None,
     tokens: int = 16_384,
+    trust_remote_code: bool = False,
 ) -> str:
     """Write the pruned model to the new folder `out`; returns what it has lost, as text.
 
@@ -39,7 +41,7 @@ def prune(
         raise UserError(str(error)) from error
     if Path(out).exists():
         raise UserError(f"{out}: exists already; delete it, or choose another folder with --out")
-    model, tokenizer = load_causal_lm(model_path)
+    model, tokenizer = load_causal_lm(model_path, trust_remote_code=trust_remote_code)
     batch = text_batch(model, tokenizer, data, split, tokens)
     fit, held = batch[::2], batch[1::2]
     try:
@@ -52,7 +54,7 @@ def prune(
     before, after = (float(sequence_losses(network, held).mean()) for network in (model, small))
     numbers = [sum(parameter.numel() for parameter in network.parameters()) for network in (model, small)]
     facts = {
-        "Pruned from": f"`{model_path}`, {keep:.0%} of the {what} kept",
+        "Pruned from": f"{code_span(model_path)}, {keep:.0%} of the {what} kept",
         "Loss before and after": f"{before:.4f} and {after:.4f} nats/token on {held.numel():,} tokens",
     }
     export_model(small, tokenizer, out, {"name": f"{Path(model_path).name}-{keep:g}", "training": facts})

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kanlm.config import RunConfig, UserError, parsed
-from kanlm.export import eval_reports, export, export_model, model_of, update_card
+from kanlm.export import code_span, eval_reports, export, export_model, model_card, model_of, update_card
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.runs import EvalReport, RunDir, read_json, write_json
 from kanlm.train.checkpoint import load_model
@@ -230,6 +230,20 @@ def test_weights_that_do_not_fit_are_named(run):
         model_of(config, lost)
     with pytest.raises(UserError, match="has not, model.layers.9.bias"):
         model_of(config, weights | {"model.layers.9.bias": torch.ones(2)})
+
+
+def test_a_card_shows_names_and_texts_as_they_are_written(run):
+    evil = "<img src=x onerror=alert(1)>`|[a](javascript:b)\n# x"
+    model = model_of(*load_model(run.root))
+    facts = {
+        "name": evil,
+        "training": {"Data": code_span("a`<img src=x>`")},
+        "eval_reports": [report(evil, 1.5)],
+    }
+    card = str(model_card(model, facts))
+    assert "<img" not in card and "\n# x" not in card and card.count("](") == card.count("\\](") > 0
+    row = next(line for line in card.splitlines() if "(test)" in line)
+    assert row.replace("\\|", "").count("|") == 7
 
 
 def test_no_card_to_update(tmp_path):

@@ -32,7 +32,8 @@ from kanlm.compare.tracking import track_table
 from kanlm.config import RunConfig, UserError
 from kanlm.data import TokenLoader, documents, text_documents, token_cache, tokenizer_for
 from kanlm.evaluation.baselines import kneser_ney_bits_per_byte, xz_bits_per_byte
-from kanlm.evaluation.perplexity import evaluate_model, load_causal_lm
+from kanlm.evaluation.loading import load_causal_lm
+from kanlm.evaluation.perplexity import evaluate_model
 from kanlm.export import export, update_card
 from kanlm.interpret.functions import learned_functions
 from kanlm.runs import provenance, read_json, write_json, write_text

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from kanlm.config import RunConfig, UserError
 from kanlm.data.corpus import TextStream, split_sources
 from kanlm.runs import json_sha256, new_folder, remove_leftovers
+from kanlm.trust import refuse_tokenizer_code
 
 END_OF_TEXT = "<|endoftext|>"
 """The one special token: it opens every document (bos), ends generation (eos) and fills batches (pad)."""
@@ -73,7 +74,12 @@ def trained_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokeni
 def loaded_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """The fast tokenizer in folder or hub id `path`; `UserError` where there is none or it has no eos."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), use_fast=True)
+        refuse_tokenizer_code(
+            path, f"tokenizer.path {path}", "choose a tokenizer without code of its own, or leave it out"
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

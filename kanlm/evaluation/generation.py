@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+from transformers import TextStreamer, set_seed
 
 from kanlm.config import UserError
+from kanlm.evaluation.loading import load_causal_lm
 
 
-def generate(model: str, prompt: str, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> str:
+def generate(
+    model: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+    *,
+    trust_remote_code: bool = False,
+) -> str:
     """The continuation of `prompt`, also streamed to standard output; temperature 0 is greedy."""
     if not prompt:
         raise UserError(
             "--prompt: expected at least one character, got an empty string; give the text to continue"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
-        network = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True).eval()
-    except OSError as error:
-        raise UserError(f"{model}: no model there: {error}; give an exported folder or a hub id") from None
+    network: Any
+    network, tokenizer = load_causal_lm(model, device="cpu", trust_remote_code=trust_remote_code)
     set_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
     length = inputs["input_ids"].shape[1] + max_new_tokens

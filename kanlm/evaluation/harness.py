@@ -9,14 +9,16 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import kanlm.model  # noqa: F401  registers the classes that serve kanlm's own folders
 from kanlm.config import UserError
+from kanlm.trust import refuse_model_code
 
 
 def write_task(folder: str | Path, name: str, documents: Iterable[str]) -> Path:
     """Write NAME.jsonl and NAME.yaml, a `loglikelihood_rolling` task over `documents`; the YAML's path.
 
     The harness then runs it offline:
-    `lm-eval run --model hf --model_args pretrained=MODEL,trust_remote_code=True --tasks NAME --include_path
+    `lm-eval run --model hf --model_args pretrained=MODEL --tasks NAME --include_path
     FOLDER`
     """
     folder = Path(folder).resolve()
@@ -50,7 +52,13 @@ def write_task(folder: str | Path, name: str, documents: Iterable[str]) -> Path:
 
 
 def harness_perplexity(
-    model_path: str | Path, task: str | Path, *, context_length: int, batch_size: int = 8, device: str = "cpu"
+    model_path: str | Path,
+    task: str | Path,
+    *,
+    context_length: int,
+    batch_size: int = 8,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> dict[str, float]:
     """word_perplexity, byte_perplexity and bits_per_byte by the harness, on a task of `write_task`."""
     try:
@@ -58,12 +66,14 @@ def harness_perplexity(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError(f"lm-evaluation-harness: not installed ({error}); pip install lm-eval") from None
+    if not trust_remote_code:
+        refuse_model_code(model_path)
     task = Path(task)
     results = lm_eval.simple_evaluate(
         model="hf",
         model_args={
             "pretrained": str(model_path),
-            "trust_remote_code": True,
+            "trust_remote_code": trust_remote_code,
             "dtype": "float32",
             "max_length": context_length,
         },

@@ -19,7 +19,8 @@ from typing import Any
 from torch import nn
 
 from kanlm.config import UserError
-from kanlm.evaluation.perplexity import Window, load_causal_lm, max_context_length, prefix_token, token_ids
+from kanlm.evaluation.loading import load_causal_lm
+from kanlm.evaluation.perplexity import Window, max_context_length, prefix_token, token_ids
 from kanlm.evaluation.perplexity import window_nll as _window_nll
 
 
@@ -98,8 +99,13 @@ def _sentence(index: int, tokens: list[int], prefix: int, longest: int, text: st
 
 
 def evaluate_minimal_pairs(
-    model_path: str | Path, path: str | Path, *, batch_size: int = 64, device: str | None = None
+    model_path: str | Path,
+    path: str | Path,
+    *,
+    batch_size: int = 64,
+    device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> MinimalPairs:
     """`score_pairs` of a model folder or hub id on a file of pairs, in fp32."""
-    model, tokenizer = load_causal_lm(model_path, device=device)
+    model, tokenizer = load_causal_lm(model_path, device=device, trust_remote_code=trust_remote_code)
     return score_pairs(model, tokenizer, read_pairs(path), batch_size=batch_size)

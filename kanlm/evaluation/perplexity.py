@@ -35,6 +35,7 @@ from kanlm import __version__, metrics
 from kanlm.config import RunConfig, SourceConfig, UserError, load_run_config, parsed
 from kanlm.data import documents as split_documents
 from kanlm.data import text_documents
+from kanlm.evaluation.loading import load_causal_lm
 from kanlm.runs import EvalReport, RunDir, read_json, versions
 
 _BUFFERED_BATCHES = 32
@@ -218,48 +219,6 @@ def max_context_length(model: nn.Module) -> int:
     raise UserError("context_length: the model's config declares no number of positions; give context_length")
 
 
-def load_causal_lm(
-    model_path: str | Path,
-    *,
-    dtype: str = "float32",
-    device: str | None = None,
-    trust_remote_code: bool = True,
-) -> tuple[nn.Module, Any]:
-    """(model, tokenizer) of a folder or hub id through the Auto classes, on `device` (default GPU, else CPU).
-
-    `dtype` is a torch dtype's name or `auto` (as saved). UserError where the folder is no model.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = Path(model_path)
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise UserError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
-    if not path.exists() and str(model_path).startswith((".", "/", "~")):
-        raise UserError(f"model {model_path}: no such folder; give an exported folder or a hub id")
-    if path.exists() and not (path / "config.json").is_file():
-        raise UserError(
-            f"model {model_path}: no config.json there; expected a folder written by `kanlm export`"
-        )
-    if RunDir(path).record.is_file():
-        raise UserError(
-            f"model {model_path}: a run, not a model; run `kanlm export` and give {RunDir(path).hf}"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            model_path,
-            trust_remote_code=trust_remote_code,
-            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-        )
-    except OSError as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"model {model_path}: neither a model folder nor a reachable hub id: {first_line}"
-        ) from error
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), tokenizer
-
-
 def parameter_numbers(model: Any) -> tuple[int, int]:
     """(all, non-embedding) parameters; the second leaves out input and output embeddings, tied or not."""
     embeddings = {
@@ -284,7 +243,7 @@ def evaluate(
     device: str | None = None,
     prefix_token_id: int | None = None,
     words: int | None = None,
-    trust_remote_code: bool = True,
+    trust_remote_code: bool = False,
     progress: bool = False,
 ) -> EvalReport:
     """The perplexity report of a causal LM (folder or hub id) on `documents`.

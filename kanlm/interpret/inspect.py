@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from kanlm import __version__
 from kanlm.config import UserError
-from kanlm.evaluation.perplexity import held_out_documents, load_causal_lm, prefix_token
+from kanlm.evaluation.loading import load_causal_lm
+from kanlm.evaluation.perplexity import held_out_documents, prefix_token
 from kanlm.interpret.drivers import drivers
 from kanlm.interpret.functions import curves, rounded, token_batch
 from kanlm.interpret.layers import (
@@ -62,6 +63,7 @@ def inspect(
     threshold: float = THRESHOLD,
     library: Sequence[str] | None = None,
     seed: int = 0,
+    trust_remote_code: bool = False,
 ) -> str:
     """Write inspect.html and inspect.json into `out`; returns a table for the terminal.
 
@@ -75,7 +77,7 @@ def inspect(
     """
     if tokens < 2 * PARTS * 2:
         raise UserError(f"tokens: expected at least {4 * PARTS}, got {tokens}; the default is 4096")
-    model, tokenizer = load_causal_lm(model_path)
+    model, tokenizer = load_causal_lm(model_path, trust_remote_code=trust_remote_code)
     model = model.float()
     if not function_layers(model):
         raise UserError(

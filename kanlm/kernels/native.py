@@ -84,6 +84,32 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kanlm" / "kernels"
 
 
+def _private(path: Path) -> Path:
+    """`path` if it is this user's and only he may write it: what lies there is run without a question.
+
+    Raises:
+        NativeUnavailable: another user owns it or may write it.
+    """
+    status = path.stat()
+    if not hasattr(os, "getuid"):  # Windows keeps a user's folders by other means
+        return path
+    if status.st_uid != os.getuid():
+        raise NativeUnavailable(
+            f"{path} belongs to another user; set KANLM_KERNEL_CACHE to a folder of yours"
+        )
+    if status.st_mode & 0o022:
+        raise NativeUnavailable(f"{path} may be written by other users; chmod go-w {path}")
+    return path
+
+
+def _whole(library: Path) -> bool:
+    """Whether `library` is there with the content that its name ends in: loading a part of one can crash."""
+    if not library.exists():
+        return False
+    content = _private(library).read_bytes()
+    return library.stem.endswith(hashlib.sha256(content).hexdigest()[:16])
+
+
 def _compiler() -> str:
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     for name in names:
@@ -102,11 +128,11 @@ def _built() -> Path:
         :16
     ]
     folder = cache_folder()
-    library = folder / f"native-{key}.so"
-    if library.exists():
-        return library
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for library in _private(folder).glob(f"native-{key}-*.so"):
+            if _whole(library):
+                return library
         handle, temporary = tempfile.mkstemp(dir=folder, suffix=".so")
         os.close(handle)
     except OSError as error:
@@ -118,6 +144,9 @@ def _built() -> Path:
                 (line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip()
             )
             raise NativeUnavailable(f"{compiler} does not compile {SOURCE.name}: {first[:200]}")
+        content = Path(temporary).read_bytes()
+        library = folder / f"native-{key}-{hashlib.sha256(content).hexdigest()[:16]}.so"
+        os.chmod(temporary, 0o700)  # the linker follows the umask, which may let a group write
         os.replace(temporary, library)
     finally:
         Path(temporary).unlink(missing_ok=True)

@@ -48,5 +48,5 @@ def test_impossible_requests_are_one_line(folder, prompt, changes, message):
 
 
 def test_a_missing_model_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="no model there"):
+    with pytest.raises(UserError, match="no such folder"):
         generate(str(tmp_path / "absent"), "the cat", **SETTINGS)

@@ -79,3 +79,42 @@ def test_the_choice_is_not_saved_and_survives_a_copy():
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+@pytest.fixture
+def kernel_cache(monkeypatch, tmp_path):
+    """A cache of its own, and a compiler that copies: the content of a library does not matter here."""
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nfor last; do :; done\n[ "$1" = --version ] || echo whole > "$last"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("KANLM_KERNEL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("content", ["", "who"])
+def test_a_truncated_library_is_built_anew(kernel_cache, content):
+    library = native._built()
+    assert library.read_text() == "whole\n" and library.stat().st_mode & 0o077 == 0
+    library.write_text(content)
+    assert native._built() == library and library.read_text() == "whole\n"
+
+
+def test_a_cache_that_others_may_write_is_refused(kernel_cache):
+    library = native._built()
+    for place, mode in ((library, 0o722), (kernel_cache, 0o770)):
+        before = place.stat().st_mode
+        place.chmod(mode)
+        with pytest.raises(
+            native.NativeUnavailable, match=f"{place} may be written by other users; chmod go-w"
+        ):
+            native._built()
+        place.chmod(before)
+    assert native._built() == library
+
+
+def test_a_cache_of_another_user_is_refused(kernel_cache, monkeypatch):
+    native._built()
+    monkeypatch.setattr(native.os, "getuid", lambda: 123_456)
+    with pytest.raises(native.NativeUnavailable, match="belongs to another user; set KANLM_KERNEL_CACHE"):
+        native._built()

@@ -1,0 +1,61 @@
+"""Any causal language model and its tokenizer, read from a folder or the Hub without running foreign code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kanlm.model  # noqa: F401  registers the classes that serve kanlm's own folders
+from kanlm.config import UserError
+from kanlm.runs import RunDir
+from kanlm.trust import refuse_model_code
+
+
+def load_causal_lm(
+    model_path: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) of a folder or hub id through the Auto classes, on `device` (default GPU, else CPU).
+
+    `dtype` is a torch dtype's name or `auto` (as saved). Models of kanlm are built by the installed package,
+    whatever code lies beside them; other code runs only if `trust_remote_code`.
+
+    Raises:
+        UserError: no model there, a run instead of a model, or code of its own without trust.
+    """
+    path = Path(model_path)
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise UserError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
+    if not path.exists() and str(model_path).startswith((".", "/", "~")):
+        raise UserError(f"model {model_path}: no such folder; give an exported folder or a hub id")
+    if RunDir(path).record.is_file():
+        raise UserError(
+            f"model {model_path}: a run, not a model; run `kanlm export` and give {RunDir(path).hf}"
+        )
+    if path.exists() and not (path / "config.json").is_file():
+        raise UserError(
+            f"model {model_path}: no config.json there; expected a folder written by `kanlm export`"
+        )
+    try:
+        if not trust_remote_code:
+            refuse_model_code(model_path)
+        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            model_path,
+            trust_remote_code=trust_remote_code,
+            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+        )
+    except OSError as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"model {model_path}: neither a model folder nor a reachable hub id: {first_line}"
+        ) from error
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), tokenizer
