@@ -301,8 +301,9 @@ def complaint(error: BaseException) -> str | None:
             return None
         where = Path(error.filename).resolve() if error.filename else "output"
         return f"{where}: {error.strerror}; free some space or choose another folder"
-    if isinstance(error, SafetensorError) and "os error" in str(error):
-        return f"model file: {one_line(error)}; free some space or choose another folder"
+    if isinstance(error, SafetensorError):
+        remedy = "free some space or choose another folder" if "os error" in str(error) else "write it again"
+        return f"model file: {one_line(error)}; {remedy}"
     if isinstance(error, ValueError):
         return f"{one_line(error)} (KANLM_DEBUG=1 shows where)"
     return None

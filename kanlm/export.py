@@ -4,6 +4,7 @@ config.json, model.safetensors, generation_config.json     the model
 configuration_kanlm.py, modeling_kanlm.py, ...              its code: loads where kanlm is not installed
 tokenizer.json, tokenizer_config.json, ...                  the tokenizer
 README.md                                                   the model card, with the evaluation results
+SHA256SUMS                                                  of all files but the card, for `sha256sum -c`
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedTokenizerBase
 
-from kanlm import __version__
+from kanlm import __version__, checksums
 from kanlm.config import UserError
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.runs import EvalReport, RunDir, new_folder, read_json, write_text
@@ -80,7 +81,10 @@ def export_model(
     with new_folder(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        for weights in folder.glob("*.safetensors"):  # safetensors writes for the owner alone
+            weights.chmod((folder / "config.json").stat().st_mode)
         write_text(folder / "README.md", str(model_card(model, {**card, "eval_reports": reports})))
+        write_text(folder / checksums.NAME, checksums.checksums(folder))
     return out
 
 

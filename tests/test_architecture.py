@@ -13,6 +13,7 @@ FLOORS = {
     "stats": 0,
     "model": 1,
     "trust": 1,
+    "checksums": 1,
     "data": 2,
     "kernels": 2,
     "sizing": 3,

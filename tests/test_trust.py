@@ -118,7 +118,7 @@ def test_changed_code_beside_a_kanlm_model_is_left_alone(verb, tokenizer, tmp_pa
     folder = exported(tokenizer, tmp_path / "export")
     for file in folder.glob("*.py"):
         file.write_text(f"from pathlib import Path\nPath({str(marker)!r}).write_text('ran')\n")
-    (folder / "checksums.json").unlink(missing_ok=True)
+    (folder / "SHA256SUMS").unlink(missing_ok=True)
     run(verb, folder, tmp_path)
     assert not marker.exists()
 

@@ -12,6 +12,7 @@ from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from kanlm.checksums import must_be_readable
 from kanlm.config import RunConfig, UserError
 from kanlm.data.corpus import TextStream, split_sources
 from kanlm.runs import json_sha256, new_folder, remove_leftovers
@@ -73,6 +74,7 @@ def trained_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokeni
 
 def loaded_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """The fast tokenizer in folder or hub id `path`; `UserError` where there is none or it has no eos."""
+    must_be_readable(path)
     try:
         refuse_tokenizer_code(
             path, f"tokenizer.path {path}", "choose a tokenizer without code of its own, or leave it out"

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import kanlm.model  # noqa: F401  registers the classes that serve kanlm's own folders
+from kanlm.checksums import verify
 from kanlm.config import UserError
 from kanlm.trust import refuse_model_code
 
@@ -68,6 +69,7 @@ def harness_perplexity(
         raise UserError(f"lm-evaluation-harness: not installed ({error}); pip install lm-eval") from None
     if not trust_remote_code:
         refuse_model_code(model_path)
+    verify(model_path)
     task = Path(task)
     results = lm_eval.simple_evaluate(
         model="hf",

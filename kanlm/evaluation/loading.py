@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kanlm.model  # noqa: F401  registers the classes that serve kanlm's own folders
+from kanlm.checksums import must_be_readable, verify
 from kanlm.config import UserError
 from kanlm.runs import RunDir
 from kanlm.trust import refuse_model_code
@@ -28,7 +29,8 @@ def load_causal_lm(
     whatever code lies beside them; other code runs only if `trust_remote_code`.
 
     Raises:
-        UserError: no model there, a run instead of a model, or code of its own without trust.
+        UserError: no model there, a run instead of a model, a file that is damaged or not that of the
+            folder's SHA256SUMS, or code of its own without trust.
     """
     path = Path(model_path)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -43,9 +45,12 @@ def load_causal_lm(
         raise UserError(
             f"model {model_path}: no config.json there; expected a folder written by `kanlm export`"
         )
+    if path.exists():
+        must_be_readable(path)
     try:
         if not trust_remote_code:
             refuse_model_code(model_path)
+        verify(path)
         tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         model: Any = AutoModelForCausalLM.from_pretrained(
             model_path,
