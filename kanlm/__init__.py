@@ -1,21 +1,68 @@
 """kanlm: language models with Kolmogorov-Arnold (KAN) feed-forward blocks.
 
-After `import kanlm` the Auto classes of transformers know the models, so `from_pretrained` asks for no trust.
+`import kanlm` loads no torch: the public names below come on first use. transformers' Auto classes learn of
+the models when they are imported themselves, so after `import kanlm` `from_pretrained` asks for no trust.
 """
 
 import importlib
-import sys
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kanlm import auto_classes
+
+if TYPE_CHECKING:
+    from kanlm.config import RunConfig, UserError, load_run_config
+    from kanlm.kernels import select as select_kernels
+    from kanlm.model.configuration_kanlm import KanLMConfig
+    from kanlm.model.ffn import build_ffn
+    from kanlm.model.health import kan_health
+    from kanlm.model.kan import KANLinear, kan_coefficient_names
+    from kanlm.model.learned_function import LearnedFunction
+    from kanlm.model.modeling_kanlm import KanLMForCausalLM, KanLMModel
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "KANLinear",
+    "KanLMConfig",
+    "KanLMForCausalLM",
+    "KanLMModel",
+    "LearnedFunction",
+    "RunConfig",
+    "UserError",
+    "build_ffn",
+    "kan_coefficient_names",
+    "kan_health",
+    "load_run_config",
+    "select_kernels",
+]
 
-def _is_command_line() -> bool:
-    """Whether this process is `kanlm ...` or `python -m kanlm ...`, which imports what its verb needs."""
-    words = sys.orig_argv
-    run_as_module = "-m" in words and words[words.index("-m") + 1 :][:1] == ["kanlm"]
-    return run_as_module or (bool(sys.argv) and Path(sys.argv[0]).name == "kanlm")
+_HOMES = {
+    "KANLinear": "kanlm.model.kan",
+    "KanLMConfig": "kanlm.model.configuration_kanlm",
+    "KanLMForCausalLM": "kanlm.model.modeling_kanlm",
+    "KanLMModel": "kanlm.model.modeling_kanlm",
+    "LearnedFunction": "kanlm.model.learned_function",
+    "RunConfig": "kanlm.config",
+    "UserError": "kanlm.config",
+    "build_ffn": "kanlm.model.ffn",
+    "kan_coefficient_names": "kanlm.model.kan",
+    "kan_health": "kanlm.model.health",
+    "load_run_config": "kanlm.config",
+    "select_kernels": "kanlm.kernels",
+}
+_NAMES_THERE = {"select_kernels": "select"}
 
 
-if not _is_command_line():  # there `--help` would wait seconds for torch
-    importlib.import_module("kanlm.model")
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), _NAMES_THERE.get(name, name))
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+auto_classes.register_when_imported()

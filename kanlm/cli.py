@@ -47,9 +47,10 @@ def cli() -> None:
 def train_verb(config: str, overrides: tuple[str, ...]) -> None:
     """Train the run of CONFIG (TOML), with section.key=value OVERRIDES; goes on where it stopped."""
     launcher.end_with_launcher()
+    run = load_run_config(config, overrides)  # a mistake in it is told before the seconds that torch takes
     from kanlm.train.loop import train
 
-    train(load_run_config(config, overrides))
+    train(run)
 
 
 @verb("plan", "kanlm plan configs/tiny-kan.toml")
@@ -58,9 +59,10 @@ def train_verb(config: str, overrides: tuple[str, ...]) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan_verb(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Parameters, FLOPs, memory and the matched baseline's width of CONFIG; trains nothing."""
+    run = load_run_config(config, overrides)
     from kanlm.sizing import plan, plan_text
 
-    planned = plan(load_run_config(config, overrides))
+    planned = plan(run)
     click.echo(json.dumps(planned, indent=2) if as_json else plan_text(planned))
 
 

@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -30,6 +31,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from kanlm import __version__
+
+_STEP = re.compile(r"step-(\d{8,})")
 
 
 class RunDir:
@@ -47,6 +50,18 @@ class RunDir:
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
+
+    def checkpoint_folders(self) -> list[Path]:
+        """All complete-looking checkpoint folders, oldest first."""
+        if not self.checkpoints.is_dir():
+            return []
+        return sorted(
+            path for path in self.checkpoints.iterdir() if path.is_dir() and _STEP.fullmatch(path.name)
+        )
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 class EvalReport(BaseModel):

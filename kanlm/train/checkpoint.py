@@ -15,7 +15,6 @@ processes.
 from __future__ import annotations
 
 import hashlib
-import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -36,10 +35,9 @@ from transformers import PreTrainedTokenizerFast
 
 from kanlm.config import UserError
 from kanlm.model import KanLMConfig
-from kanlm.runs import RunDir, new_folder, read_json, write_json
+from kanlm.runs import RunDir, new_folder, read_json, step_of, write_json
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
-FOLDER = re.compile(r"step-(\d{8,})$")
 FILES = {"model.safetensors", "optimizer.safetensors", "model.json", "trainer.json"}
 
 
@@ -151,17 +149,6 @@ def with_tied(weights: dict[str, torch.Tensor], config: KanLMConfig) -> dict[str
     return weights | {name: weights["model.embed_tokens.weight"] for name in tied_names(config)}
 
 
-def checkpoint_folders(run: RunDir) -> list[Path]:
-    """All complete-looking checkpoint folders of `run`, oldest first."""
-    if not run.checkpoints.is_dir():
-        return []
-    return sorted(path for path in run.checkpoints.iterdir() if path.is_dir() and FOLDER.fullmatch(path.name))
-
-
-def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
-
-
 def verify(folder: Path) -> None:
     """Raise `CorruptCheckpoint` where `folder` is not exactly what its manifest lists."""
     try:
@@ -191,7 +178,7 @@ def newest_good(run: RunDir, say: Callable[[str], None] = print) -> Path | None:
     """The newest intact checkpoint of `run`, or None where it has none; each damaged one passed over is
     named.
     """
-    for folder in reversed(checkpoint_folders(run)):
+    for folder in reversed(run.checkpoint_folders()):
         try:
             verify(folder)
         except CorruptCheckpoint as error:
@@ -211,7 +198,7 @@ def remove_leftovers(run: RunDir, after_step: int) -> None:
         return
     for path in run.checkpoints.glob(".step-*"):
         shutil.rmtree(path)
-    for path in checkpoint_folders(run):
+    for path in run.checkpoint_folders():
         if step_of(path) > after_step:
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
@@ -303,7 +290,7 @@ class CheckpointWriter:
             self.error = error
 
     def _prune(self) -> None:
-        folders = checkpoint_folders(self.run)
+        folders = self.run.checkpoint_folders()
         for folder in folders[: -self.keep_last]:
             if not (self.keep_every and step_of(folder) % self.keep_every == 0):
                 shutil.rmtree(folder)
@@ -325,7 +312,7 @@ def load_model(run_dir: str | Path, step: int | None = None) -> tuple[KanLMConfi
     else:
         folder = run.checkpoint(step)
         if not folder.is_dir():
-            found = ", ".join(str(step_of(path)) for path in checkpoint_folders(run)) or "none"
+            found = ", ".join(str(step_of(path)) for path in run.checkpoint_folders()) or "none"
             raise UserError(f"{run.root}: no checkpoint of step {step}; steps that it holds: {found}")
         verify(folder)
     config = KanLMConfig.from_dict(read_json(folder / "model.json"))

@@ -16,7 +16,7 @@ from torch import nn
 
 from kanlm.config import RunConfig, UserError
 from kanlm.data import TokenLoader
-from kanlm.runs import RunDir, RunRecord, read_json, remove_leftovers
+from kanlm.runs import RunDir, RunRecord, read_json, remove_leftovers, step_of
 from kanlm.train import checkpoint
 
 FREE_TO_CHANGE = {
@@ -148,7 +148,7 @@ def resume(
     choice: list[Any] = [None, False]  # made once, so that all processes load the same
     if accelerator.is_main_process:
         folder = checkpoint.newest_good(run, say)
-        choice = [folder, bool(checkpoint.checkpoint_folders(run))]
+        choice = [folder, bool(run.checkpoint_folders())]
     if accelerator.num_processes > 1:
         torch.distributed.broadcast_object_list(choice)
     folder, any_folder = choice
@@ -157,7 +157,7 @@ def resume(
             f"{run.checkpoints}: every checkpoint is damaged; delete the folder to start the run anew"
         )
     if accelerator.is_main_process:
-        checkpoint.remove_leftovers(run, after_step=checkpoint.step_of(folder) if folder else 0)
+        checkpoint.remove_leftovers(run, after_step=step_of(folder) if folder else 0)
     if folder is None:
         return None
     saved = read_json(folder / "trainer.json")

@@ -8,8 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from kanlm.config import UserError
-from kanlm.runs import RunDir, RunRecord, read_json
-from kanlm.train.checkpoint import checkpoint_folders, step_of
+from kanlm.runs import RunDir, RunRecord, read_json, step_of
 
 
 def status(run_dir: str | Path) -> str:
@@ -42,7 +41,7 @@ def status(run_dir: str | Path) -> str:
         lines += [f"  left        {timed(last['seconds_left'])}"]
     if last.get("skipped_steps"):
         lines += [f"  skipped     {last['skipped_steps']} steps with numbers that were not finite"]
-    steps = [str(step_of(folder)) for folder in checkpoint_folders(run)]
+    steps = [str(step_of(folder)) for folder in run.checkpoint_folders()]
     lines += [f"  checkpoints {', '.join(steps) or 'none yet'}"]
     damaged = sorted(path.name for path in run.checkpoints.glob("damaged-*"))
     if damaged:
