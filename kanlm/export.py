@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from kanlm import __version__, checksums
 from kanlm.config import UserError
 from kanlm.model import KanLMConfig, KanLMForCausalLM
+from kanlm.model.ffn import find_arm
 from kanlm.runs import EvalReport, RunDir, new_folder, read_json, write_text
 from kanlm.train.checkpoint import load_model, load_tokenizer
 
@@ -113,7 +114,7 @@ def card_facts(run: RunDir) -> dict[str, Any]:
         training |= {
             "Batch": f"{settings['batch_size']} sequences of {data['block_size']} tokens",
             "Optimiser": f"{settings['optimizer']}, peak learning rate {settings['learning_rate']:g}, "
-            f"{settings['kan_lr_multiplier']:g} times that for KAN coefficients, {settings['schedule']}",
+            f"{_kan_rate(settings)} for KAN coefficients, {settings['schedule']}",
             "Seed": str(config["seed"]),
         }
     if record:
@@ -156,10 +157,18 @@ def update_card(folder: str | Path, eval_reports: Iterable[EvalReport]) -> None:
     write_text(path, str(card))
 
 
+def _kan_rate(settings: dict[str, Any]) -> str:
+    """The learning rate of KAN coefficients in words."""
+    if rate := settings.get("kan_learning_rate"):
+        return f"{rate:g}"
+    return f"{settings['kan_lr_multiplier']:g} times that"
+
+
 def model_card(model: KanLMForCausalLM, facts: dict[str, Any]) -> ModelCard:
     """The card of `model`: YAML front matter (with a model-index) and a text that ends in the evaluation."""
     config, name = model.config, plain(facts.get("name", "kanlm"))
     reports = facts.get("eval_reports", [])
+    is_kan = find_arm(config.ffn_type).family == "kan"
     data = ModelCardData(
         model_name=name,
         license="apache-2.0",
@@ -167,7 +176,7 @@ def model_card(model: KanLMForCausalLM, facts: dict[str, Any]) -> ModelCard:
         pipeline_tag="text-generation",
         tags=[
             "kanlm",
-            "kolmogorov-arnold-network" if config.ffn_type.startswith("kan") else "mlp",
+            "kolmogorov-arnold-network" if is_kan else "mlp",
             config.ffn_type,
         ],
         datasets=facts.get("datasets") or None,
@@ -176,7 +185,9 @@ def model_card(model: KanLMForCausalLM, facts: dict[str, Any]) -> ModelCard:
     embedding = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     ffn = f"`{config.ffn_type}`"
-    if config.ffn_type.startswith("kan"):
+    if config.hidden_norm:
+        ffn += " with a hidden norm"
+    if is_kan:
         ffn += f" (`{config.kan_basis}`, {config.kan_grid_size} intervals of order {config.kan_order})"
     architecture = {
         "Feed-forward blocks": ffn,

@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig
 
 from kanlm.config import RunConfig, UserError, did_you_mean, one_line
 from kanlm.model import KanLMConfig, KanLMForCausalLM
-from kanlm.model.configuration_kanlm import KAN_TYPES, MLP_TYPES
+from kanlm.model.ffn import arm_names, find_arm
 
 TOLERANCE = {"parameters": 0.005, "flops": 0.01}
 """Relative mismatch up to which two arms count as equal in size."""
@@ -85,39 +85,6 @@ class Counts:
     ffn: int
 
 
-def num_basis_functions(config: KanLMConfig) -> int:
-    """K of one learned function."""
-    if config.kan_basis == "rational":
-        return 10
-    return config.kan_grid_size + (config.kan_order if config.kan_basis == "bspline" else 1)
-
-
-def _ffn_parameters(config: KanLMConfig) -> tuple[int, int]:
-    """(matrix, other) parameters of one FFN block."""
-    area = config.hidden_size * config.intermediate_size
-    functions = num_basis_functions(config)
-    edges = area * (functions + (config.kan_base != "none"))
-    coefficients = config.kan_num_groups * functions
-    match config.ffn_type:
-        case "gelu" | "relu2":
-            return 2 * area, 0
-        case "polynorm":
-            return 2 * area, 4
-        case "xielu":
-            return 2 * area, 2
-        case "swiglu" | "geglu":
-            return 3 * area, 0
-        case "kan":
-            return 2 * edges, 0
-        case "kan_mixed":
-            return area + edges, 0
-        case "kan_grouped":
-            return 2 * area, 2 * coefficients
-        case "kan_glu":
-            return 3 * area, coefficients
-    raise AssertionError(config.ffn_type)
-
-
 def _head_channels(config: KanLMConfig) -> tuple[int, int]:
     """Channels of the queries, and of the keys (as of the values): H E and C E."""
     assert config.head_dim is not None and config.num_key_value_heads is not None  # the config fills them in
@@ -132,7 +99,7 @@ def _attention_parameters(config: KanLMConfig) -> int:
 def parameter_counts(config: KanLMConfig) -> Counts:
     """Parameters in closed form; equal to the numbers of the built model."""
     embedding = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-    ffn = config.num_hidden_layers * sum(_ffn_parameters(config))
+    ffn = config.num_hidden_layers * sum(find_arm(config.ffn_type).count_parameters(config))
     norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
     non_embedding = config.num_hidden_layers * _attention_parameters(config) + ffn + norms
     return Counts(embedding + non_embedding, embedding, non_embedding, ffn)
@@ -162,59 +129,14 @@ class Flops:
         return self.matrix + self.attention + self.elementwise
 
 
-_ACTIVATION_FLOPS = {"silu": 4, "gelu": 5, "relu2": 2, "polynorm": 14, "xielu": 9}
-_BASIS_FLOPS = {"rbf": 5, "relu_switch": 5, "chebyshev": 2, "fourier": 3, "wavelet": 7}
-"""Forward FLOPs of one basis function at one input; B-splines are counted by their polynomial pieces."""
-
-
-def _spline_order(config: KanLMConfig) -> int | None:
-    return {"bspline": config.kan_order, "linear": 1}.get(config.kan_basis)
-
-
-def _edge_flops(config: KanLMConfig) -> int:
-    """Forward FLOPs for the features of one input of a full-edge layer."""
-    base = _ACTIVATION_FLOPS["silu"] if config.kan_base != "none" else 0
-    order = _spline_order(config)
-    if order is not None:  # the interval, then order + 1 polynomials by Horner's rule
-        return base + 3 + (order + 1) * 2 * order
-    return base + num_basis_functions(config) * _BASIS_FLOPS[config.kan_basis]
-
-
-def _function_flops(config: KanLMConfig) -> int:
-    """Forward FLOPs of one learned function at one input."""
-    if config.kan_basis == "rational":
-        return 19
-    order = _spline_order(config)
-    if order is not None:  # the interval, then one polynomial from a table
-        return 3 + 2 * order
-    return num_basis_functions(config) * (_BASIS_FLOPS[config.kan_basis] + 2)
-
-
-def _elementwise_flops(config: KanLMConfig) -> int:
-    """Forward FLOPs per token of one FFN block outside its matrices."""
-    width, hidden = config.hidden_size, config.intermediate_size
-    match config.ffn_type:
-        case "swiglu" | "geglu":
-            return hidden * (1 + _ACTIVATION_FLOPS["silu" if config.ffn_type == "swiglu" else "gelu"])
-        case "kan":
-            return (width + hidden) * _edge_flops(config) + 4 * hidden  # and the norm between the layers
-        case "kan_mixed":
-            return hidden * _edge_flops(config) + 4 * hidden
-        case "kan_grouped":
-            return (width + hidden) * _function_flops(config)
-        case "kan_glu":
-            residual = 1 + _ACTIVATION_FLOPS["silu"] if config.kan_glu_form == "residual" else 0
-            return hidden * (1 + residual + _function_flops(config))
-    return hidden * _ACTIVATION_FLOPS[config.ffn_type]
-
-
 def training_flops(config: KanLMConfig, block_size: int) -> Flops:
     """FLOPs per token of a training step on blocks of `block_size` tokens, by kind."""
     layers = config.num_hidden_layers
-    matrices = layers * (_attention_parameters(config) + _ffn_parameters(config)[0])
+    block = find_arm(config.ffn_type)
+    matrices = layers * (_attention_parameters(config) + block.count_parameters(config)[0])
     head = config.vocab_size * config.hidden_size
     attention = 12 * layers * _head_channels(config)[0] * block_size
-    return Flops(6 * (matrices + head), attention, 3 * layers * _elementwise_flops(config))
+    return Flops(6 * (matrices + head), attention, 3 * layers * block.count_flops(config))
 
 
 def training_flops_per_token(config: KanLMConfig, block_size: int) -> int:
@@ -240,14 +162,7 @@ class Memory:
 
 def kan_coefficients(config: KanLMConfig) -> int:
     """Coefficients of learned functions in the whole model."""
-    edges = config.hidden_size * config.intermediate_size
-    functions = {
-        "kan": 2 * edges,
-        "kan_mixed": edges,
-        "kan_grouped": 2 * config.kan_num_groups,
-        "kan_glu": config.kan_num_groups,
-    }.get(config.ffn_type, 0)
-    return config.num_hidden_layers * functions * num_basis_functions(config)
+    return config.num_hidden_layers * find_arm(config.ffn_type).count_coefficients(config)
 
 
 def memory_bytes(
@@ -287,7 +202,7 @@ def memory_bytes(
         "fsdp2": 2 * half * layer + 4 * layer + half * config.vocab_size * config.hidden_size,
     }[sharding]
     # Autocast keeps a copy of every matrix until backward; recomputed KAN layers and FSDP2 do not.
-    recomputed = counts.ffn if config.ffn_type in ("kan", "kan_mixed") else 0
+    recomputed = 0 if find_arm(config.ffn_type).keeps_casts else counts.ffn
     casts = half * (counts.total - recomputed) if mixed_precision and sharding != "fsdp2" else 0
     tokens = micro_batch_size * block_size
     return Memory(
@@ -304,24 +219,15 @@ def _saved_bytes(config: KanLMConfig, half: int) -> tuple[int, int]:
 
     An RMSNorm keeps its fp32 input and normalised values, and each matrix its input: under autocast every
     matrix has a cast of its own, without it those that read one tensor share it. Attention keeps q, k, v and
-    its output. KAN layers keep their inputs and compute the basis again. The controls compute in fp32.
+    its output; the FFN says by itself what it keeps.
     """
-    width, hidden = config.hidden_size, config.intermediate_size
+    width = config.hidden_size
     heads, key_values = _head_channels(config)
-    gated = config.ffn_type in ("swiglu", "geglu", "kan_glu")
-    readers = 3 + (2 if gated else 1)  # matrices that read a norm's output
+    block = find_arm(config.ffn_type)
+    readers = 3 + block.input_matrices  # matrices that read a norm's output
     norms = 2 * 8 * width + half * width * (readers if half < 4 else 2)
-    ffn = {
-        "polynorm": (24 + half) * hidden,
-        "xielu": (20 + half) * hidden,
-        "swiglu": 4 * half * hidden,
-        "geglu": 4 * half * hidden,
-        "kan_glu": 3 * half * hidden,
-        "kan_grouped": 2 * half * hidden + 4 * width,
-        "kan_mixed": (4 + 2 * half) * hidden,
-        "kan": (4 + 2 * half) * hidden + 4 * width,
-    }.get(config.ffn_type, 2 * half * hidden)
-    return norms + half * (2 * heads + 2 * key_values) + ffn, (8 + half) * width
+    attention = half * (2 * heads + 2 * key_values)
+    return norms + attention + block.saved_bytes(config, half), (8 + half) * width
 
 
 def _activation_bytes(config: KanLMConfig, half: int, gradient_checkpointing: bool) -> int:
@@ -354,7 +260,7 @@ def matched_width(
     tolerance = TOLERANCE[matching]
     block_size = block_size or config.max_position_embeddings
     fields = {name: getattr(config, name) for name in architecture_fields()}
-    step = config.kan_num_groups if ffn_type in ("kan_grouped", "kan_glu") else 1
+    step = find_arm(ffn_type).width_step(config)
 
     def candidate(width: int) -> KanLMConfig:
         return KanLMConfig(**{**fields, "ffn_type": ffn_type, "intermediate_size": width})
@@ -451,7 +357,7 @@ def plan(
         ],
         "matched": [
             _match(model, ffn_type, matching, block_size)
-            for ffn_type in (MLP_TYPES if model.ffn_type not in MLP_TYPES else KAN_TYPES)
+            for ffn_type in arm_names("kan" if find_arm(model.ffn_type).family == "mlp" else "mlp")
             for matching in TOLERANCE
         ],
     }

@@ -105,6 +105,7 @@ def test_the_folder_is_complete(run, tmp_path):
         "config.json",
         "configuration_kanlm.py",
         "ffn.py",
+        "ffn_kan.py",
         "generation_config.json",
         "kan.py",
         "model.safetensors",

@@ -8,7 +8,9 @@ import torch
 from kanlm import sizing
 from kanlm.config import RunConfig, TrainConfig, UserError, load_run_config, parsed
 from kanlm.model import KanLMConfig, KanLMForCausalLM
-from kanlm.model.configuration_kanlm import EDGE_BASES, FFN_TYPES, FUNCTION_BASES
+from kanlm.model.configuration_kanlm import FFN_TYPES
+from kanlm.model.ffn import find_arm
+from kanlm.model.ffn_kan import EDGE_BASES, FUNCTION_BASES, EdgeKAN
 from kanlm.train.optimizer import optimizers
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -31,12 +33,11 @@ def run_config(**tables) -> RunConfig:
 
 def variants():
     for ffn_type in FFN_TYPES:
-        if ffn_type in ("kan", "kan_mixed"):
-            bases = EDGE_BASES
-        elif ffn_type in ("kan_grouped", "kan_glu"):
-            bases = FUNCTION_BASES
-        else:
+        arm = find_arm(ffn_type)
+        if arm.family != "kan":
             bases = ("bspline",)
+        else:
+            bases = EDGE_BASES if issubclass(arm, EdgeKAN) else FUNCTION_BASES
         for basis in bases:
             yield ffn_type, basis
 
@@ -119,6 +120,7 @@ def test_matched_arms_are_equally_large(ours, width, ffn_type, matching):
         num_attention_heads=4,
         ffn_type=ours,
         kan_grid_size=5,
+        kan_num_groups=4,
     )
 
     def size(config):
@@ -167,11 +169,13 @@ def test_sharding_divides_memory_and_ddp_does_not():
 
 
 @pytest.mark.parametrize("mixed_precision", [False, True])
+@pytest.mark.parametrize("hidden_norm", [False, True])
 @pytest.mark.parametrize("ffn_type", FFN_TYPES)
-def test_estimated_activations_are_what_autograd_keeps(ffn_type, mixed_precision):
+def test_estimated_activations_are_what_autograd_keeps(ffn_type, hidden_norm, mixed_precision):
     config = KanLMConfig(
-        **{**SMALL, "hidden_size": 128, "intermediate_size": 256}, ffn_type=ffn_type, kan_grid_size=5
-    )
+        **{**SMALL, "hidden_size": 128, "intermediate_size": 256}, ffn_type=ffn_type, hidden_norm=hidden_norm,
+        kan_grid_size=5,
+    )  # fmt: skip
     model = KanLMForCausalLM(config)
     ids = torch.randint(300, (5, 64), generator=torch.Generator().manual_seed(0))
     kept = {}

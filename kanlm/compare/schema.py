@@ -5,7 +5,7 @@
     reference            the arm whose width is given; every other arm's width is solved to its size
     matching             "parameters", "flops", "wallclock": one table each, never folded into one score
     seeds                paired: every arm sees the same data order for one seed
-    [[arms]]             name, ffn_type, [arms.model] kan_* keys, [arms.train] optimiser keys for it
+    [[arms]]             name, ffn_type, [arms.model] hidden_norm and kan_*, [arms.train] optimiser keys
     [[sizes]]            optional: the same comparison at several sizes (for the parameters claim)
     [sweep]              learning rates tried for every arm, the same number for each
     [evaluation], [speed]
@@ -22,11 +22,17 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from kanlm.config import RunConfig, Section, SourceConfig, parsed, toml_table, with_overrides
+from kanlm.model.ffn import Family, find_arm
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-MLP_FFN = ("gelu", "relu2", "swiglu", "geglu")
-CONTROL_FFN = ("polynorm", "xielu")
-ARM_TRAIN_KEYS = ("learning_rate", "kan_lr_multiplier", "kan_betas", "kan_optimizer", "kernels")
+ARM_TRAIN_KEYS = (
+    "learning_rate",
+    "kan_lr_multiplier",
+    "kan_learning_rate",
+    "kan_betas",
+    "kan_optimizer",
+    "kernels",
+)
 TOLERANCE = {"parameters": 0.005, "flops": 0.01, "wallclock": 0.005}
 """Largest relative mismatch; wall-clock arms have the parameter-matched widths."""
 
@@ -39,25 +45,23 @@ class ArmConfig(Section):
     name: str = Field(pattern=NAME)
     ffn_type: str
     model: dict[str, Any] = {}
-    """`kan_*` fields of `KanLMConfig`; the reference arm may also give `intermediate_size`."""
+    """`hidden_norm` and `kan_*` fields of `KanLMConfig`; the reference arm may also give `intermediate_size`."""
     train: dict[str, Any] = {}
-    """Of `TrainConfig`: learning_rate, kan_lr_multiplier, kan_betas, kan_optimizer, kernels."""
+    """Of `TrainConfig`: the keys in ARM_TRAIN_KEYS."""
     learning_rates: tuple[float, ...] = Field((), strict=False)
     """Sweep of this arm instead of `sweep.learning_rates`, with the same number of trials."""
 
     @property
-    def family(self) -> Literal["kan", "mlp", "control"]:
-        if self.ffn_type in MLP_FFN:
-            return "mlp"
-        return "control" if self.ffn_type in CONTROL_FFN else "kan"
+    def family(self) -> Family:
+        return find_arm(self.ffn_type).family
 
     @model_validator(mode="after")
     def only_the_ffn_differs(self) -> ArmConfig:
         for key in self.model:
-            if not key.startswith("kan_") and key != "intermediate_size":
+            if not key.startswith("kan_") and key not in ("intermediate_size", "hidden_norm"):
                 raise ValueError(
                     f"model.{key} of arm {self.name!r} is not the feed-forward block's; arms may differ in "
-                    "kan_* only, so set it in [base.model] for all"
+                    "hidden_norm and kan_* only, so set it in [base.model] for all"
                 )
         for key in self.train:
             if key not in ARM_TRAIN_KEYS:
@@ -182,7 +186,7 @@ class PlannedArm(Section):
     matching: Matching
     size: str
     arm: str
-    family: Literal["kan", "mlp", "control"]
+    family: Family
     ffn_type: str
     intermediate_size: int
     model: dict[str, Any]

@@ -10,22 +10,14 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from .ffn import arm_names, find_arm
+from .ffn_kan import KAN_TYPES
+
 FORMAT_VERSION = 1
 """Meaning of the fields and names of the parameters. Raised where an older checkpoint would load wrongly."""
 
-MLP_TYPES = ("gelu", "relu2", "swiglu", "geglu")
-KAN_TYPES = ("kan", "kan_mixed", "kan_grouped", "kan_glu")
-ACTIVATION_TYPES = ("polynorm", "xielu")
-FFN_TYPES = MLP_TYPES + KAN_TYPES + ACTIVATION_TYPES
-EDGE_BASES = ("bspline", "rbf", "relu_switch", "chebyshev", "fourier", "wavelet", "linear")
-FUNCTION_BASES = EDGE_BASES + ("rational",)
-"""`rational` has no linear expansion per edge, so only learned functions of a channel or group take it."""
-MAX_ORDER = 5
-
-
-def _choice(field, value, known):
-    if value not in known:
-        raise ValueError(f"{field}: unknown value {value!r}; choose one of {', '.join(known)}")
+FFN_TYPES = arm_names("mlp") + KAN_TYPES + arm_names("control")
+"""The arms that kanlm brings; other packages may register more (ffn.py)."""
 
 
 @strict
@@ -37,14 +29,18 @@ class KanLMConfig(PreTrainedConfig):
     `num_attention_heads`, `num_key_value_heads` (fewer = grouped-query attention; default: all heads),
     `head_dim` (default `hidden_size / num_attention_heads`), `max_position_embeddings` (tokens).
 
-    FFN: `ffn_type` is one of `gelu`, `relu2` (plain MLP), `swiglu`, `geglu` (gated MLP), `kan` (two layers of
-    edge functions), `kan_mixed` (mix, then edge functions), `kan_grouped` (learned functions around ordinary
-    matrices), `kan_glu` (gated, the gate's activation is learned), and the controls `polynorm` and `xielu`.
+    FFN: `ffn_type` is one of `gelu`, `relu2` (plain MLP), `swiglu`, `geglu` (gated MLP), `kan_act` (an MLP
+    whose activation is learned), `kan_grouped` (learned functions before both matrices), `kan_glu` (gated, the
+    gate's activation is learned), `kan_product` (the product of two learned functions), `kan` (two layers of
+    edge functions), `kan_mixed` (mix, then edge functions), and the controls `polynorm` and `xielu`.
+    `hidden_norm` puts an RMSNorm without parameters before the hidden activations, of both branches in a
+    gated arm; `kan` and `kan_mixed` have it in either case.
 
     KAN: `kan_basis` with `kan_grid_size` (G intervals or functions) of order `kan_order` (B-splines: the
     degree) on [`kan_grid_min`, `kan_grid_max`]; `kan_base` (`silu` or `none`) adds a fixed branch beside the
     edge functions; `kan_conditioning` (`none` or `whitened`) is the form of the edge coefficients;
-    `kan_num_groups` learned functions serve the channels of a `kan_grouped` or `kan_glu` layer;
+    `kan_num_groups` learned functions serve the channels of a `kan_act`, `kan_grouped`, `kan_glu` or
+    `kan_product` layer;
     `kan_glu_form` (`interpolated` or `residual`) says whether the gate's function starts as a spline fitted
     to SiLU or as SiLU plus a zero correction.
 
@@ -89,6 +85,7 @@ class KanLMConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     ffn_type: str = "kan_glu"
+    hidden_norm: bool = False
     kan_basis: str = "bspline"
     kan_grid_size: int = 16
     kan_order: int = 3
@@ -107,12 +104,6 @@ class KanLMConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.ffn_type in MLP_TYPES:
-            self.base_model_tp_plan = self.base_model_tp_plan | {
-                "layers.*.mlp.gate_proj": "colwise",
-                "layers.*.mlp.up_proj": "colwise",
-                "layers.*.mlp.down_proj": "rowwise",
-            }
         kwargs.setdefault(
             "auto_map",
             {
@@ -123,6 +114,9 @@ class KanLMConfig(PreTrainedConfig):
         )
         # Before the base class, so that a mistake is a plain one-line ValueError.
         self.validate_architecture()
+        self.base_model_tp_plan = self.base_model_tp_plan | {
+            f"layers.*.mlp.{name}": split for name, split in find_arm(self.ffn_type).tp_plan.items()
+        }
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
@@ -148,9 +142,7 @@ class KanLMConfig(PreTrainedConfig):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}: must be at least 1, got {getattr(self, field)}")
         self._validate_attention()
-        _choice("ffn_type", self.ffn_type, FFN_TYPES)
-        if self.ffn_type in KAN_TYPES:
-            self._validate_kan()
+        find_arm(self.ffn_type).check(self)
         if not (math.isfinite(self.initializer_range) and self.initializer_range > 0):
             raise ValueError(
                 f"initializer_range: must be a finite number above 0, got {self.initializer_range}"
@@ -182,35 +174,6 @@ class KanLMConfig(PreTrainedConfig):
             )
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout: must lie in [0, 1), got {self.attention_dropout}")
-
-    def _validate_kan(self):
-        per_edge = self.ffn_type in ("kan", "kan_mixed")
-        if per_edge and self.kan_basis == "rational":
-            raise ValueError(
-                f"kan_basis: 'rational' is a function of a channel, and {self.ffn_type!r} has functions of "
-                f"edges; choose one of {', '.join(EDGE_BASES)}, or ffn_type kan_grouped or kan_glu"
-            )
-        _choice("kan_basis", self.kan_basis, EDGE_BASES if per_edge else FUNCTION_BASES)
-        _choice("kan_base", self.kan_base, ("silu", "none"))
-        _choice("kan_conditioning", self.kan_conditioning, ("none", "whitened"))
-        _choice("kan_glu_form", self.kan_glu_form, ("interpolated", "residual"))
-        if not 0 <= self.kan_order <= MAX_ORDER:
-            raise ValueError(f"kan_order: must lie in 0..{MAX_ORDER}, got {self.kan_order}")
-        low, high = self.kan_grid_min, self.kan_grid_max
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ValueError(f"kan_grid_min: must be finite and below kan_grid_max, got {low} and {high}")
-        if per_edge:
-            return
-        groups = self.kan_num_groups
-        widths = {"intermediate_size": self.intermediate_size}
-        if self.ffn_type == "kan_grouped":
-            widths["hidden_size"] = self.hidden_size
-        for field, width in widths.items():
-            if width % groups:
-                raise ValueError(
-                    f"kan_num_groups: {groups} does not divide {field} {width}; groups have equally many "
-                    "channels"
-                )
 
 
 __all__ = ["KanLMConfig"]

@@ -1,32 +1,266 @@
 # Copyright 2026 The kanlm authors. Licensed under the Apache License, Version 2.0.
-"""Every feed-forward block: [B, T, D] to [B, T, D], from an input that an RMSNorm has scaled.
+"""Feed-forward blocks (arms): [B, T, D] to [B, T, D], from an input that an RMSNorm has scaled.
 
-Shapes: B batch, T time, D hidden_size, h intermediate_size, K basis functions. No block has a bias.
+Shapes: B batch, T time, D hidden_size, h intermediate_size. No block has a bias.
+
+An arm is one class, registered under its `ffn_type`. It states its family, its parameters, the FLOPs and the
+bytes of its forward pass beside that pass; sizes, comparisons, cards and kernels read them from here. This
+file has what all arms share, the MLPs and the controls; ffn_kan.py has the KANs. A package of your own adds
+arms by an entry point of the group "kanlm.arms" that names its module.
 
 Projections into the block start at standard deviation `initializer_range`, those out of it at
 `initializer_range / sqrt(2 num_hidden_layers)`, so that the residual stream's variance does not grow with
-depth (Radford et al. 2019). A KAN layer out of a block starts at the output scale of the GELU MLP with
-equally many parameters.
+depth (Radford et al. 2019).
 
 References: Shazeer 2020, arXiv:2002.05202 (gated blocks), So et al. 2021, arXiv:2109.08668 (squared ReLU),
-Zhuo et al. 2024, arXiv:2411.03884 (PolyNorm), Huang & Schlag 2024, arXiv:2411.13010 (xIELU), and those of
-kan.py.
+Zhuo et al. 2024, arXiv:2411.03884 (PolyNorm), Huang & Schlag 2024, arXiv:2411.13010 (xIELU).
 """
 
 import math
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .kan import KANLinear
-from .learned_function import LearnedFunction
 from .refit import normal_points
+
+Family = Literal["mlp", "kan", "control"]
+
+ARMS: dict[str, type["FeedForward"]] = {}
+"""Every registered arm by its `ffn_type`, in the order of registration."""
+
+NORM_FLOPS = 4
+"""Forward FLOPs of an RMSNorm without parameters for one value: square, add, scale, and its root's share."""
+
+
+def arm(name: str, family: Family) -> Callable[[type["FeedForward"]], type["FeedForward"]]:
+    """Register a class as the arm `ffn_type = name`.
+
+    Raises:
+        ValueError: the name belongs to another class.
+    """
+
+    def register(block: type[FeedForward]) -> type[FeedForward]:
+        if name in ARMS and ARMS[name].__qualname__ != block.__qualname__:
+            raise ValueError(f"ffn_type: {name!r} is already {ARMS[name].__module__}.{ARMS[name].__name__}")
+        block.ffn_type, block.family = name, family
+        ARMS[name] = block
+        return block
+
+    return register
+
+
+def arm_names(*families: Family) -> tuple[str, ...]:
+    """The ffn_types of these families, or of all."""
+    return tuple(name for name, block in ARMS.items() if not families or block.family in families)
+
+
+def find_arm(name: str) -> type["FeedForward"]:
+    """The class of the arm `name`; packages that offer arms are only asked for a name not known here.
+
+    Raises:
+        ValueError: nobody has such an arm.
+    """
+    if name not in ARMS:
+        for entry in entry_points(group="kanlm.arms"):
+            entry.load()
+    if name not in ARMS:
+        raise ValueError(f"ffn_type: unknown value {name!r}; choose one of {', '.join(ARMS)}")
+    return ARMS[name]
+
+
+def build_ffn(config) -> "FeedForward":
+    """The feed-forward block of `config.ffn_type`; `config` has the attributes of KanLMConfig.
+
+    Raises:
+        ValueError: an unknown ffn_type, or what the block's layers refuse.
+    """
+    return find_arm(config.ffn_type)(config)
+
+
+class FeedForward(nn.Module):
+    """What all blocks share, and what an arm states about itself.
+
+    The class methods take a config with the attributes of KanLMConfig. `half` is the bytes of an activation:
+    2 under autocast, else 4.
+    """
+
+    ffn_type: ClassVar[str]
+    family: ClassVar[Family]
+    tp_plan: ClassVar[dict[str, str]] = {}
+    """How tensor parallelism splits the block; only possible where channels do not depend on each other."""
+    input_matrices: ClassVar[int] = 1
+    """Matrices that read the block's input: under autocast each keeps a cast of it."""
+    keeps_casts: ClassVar[bool] = True
+    """Autocast keeps a copy of every matrix until the backward pass."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.hidden_size, self.initializer_range = config.hidden_size, config.initializer_range
+        self.output_std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+        self.norm_eps = config.rms_norm_eps
+        self.hidden_norm = config.hidden_norm
+
+    @classmethod
+    def check(cls, config) -> None:
+        """Raise ValueError where the config's fields do not fit this arm."""
+
+    @classmethod
+    def width_step(cls, config) -> int:
+        """Widths h are multiples of this."""
+        return 1
+
+    @classmethod
+    def count_parameters(cls, config) -> tuple[int, int]:
+        """Parameters of one block: those that take part in a matrix product for every token, and others."""
+        raise NotImplementedError
+
+    @classmethod
+    def count_coefficients(cls, config) -> int:
+        """Coefficients of learned functions in one block, part of the parameters."""
+        return 0
+
+    @classmethod
+    def count_flops(cls, config) -> int:
+        """Forward FLOPs for one token outside the matrices."""
+        raise NotImplementedError
+
+    @classmethod
+    def saved_bytes(cls, config, half: int) -> int:
+        """Bytes that one token leaves for the backward pass, its input aside."""
+        raise NotImplementedError
+
+    def normalize(self, hidden: Tensor) -> Tensor:
+        """`hidden` [..., h], RMS-normed without parameters where the config has `hidden_norm`."""
+        if not self.hidden_norm:
+            return hidden
+        return F.rms_norm(hidden, hidden.shape[-1:], eps=self.norm_eps)
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """Scale down the output projection; its other weights are the model's to initialise."""
+        if isinstance(self.down_proj, nn.Linear):
+            init.normal_(self.down_proj.weight, std=self.output_std)
+
+    def gelu_scale(self) -> float:
+        """Root mean square output of a new GELU MLP with equally many parameters, for a normed input."""
+        points, weights = normal_points()
+        hidden = F.gelu(points * (self.initializer_range * math.sqrt(self.hidden_size)))
+        matched_width = sum(parameter.numel() for parameter in self.parameters()) / (2 * self.hidden_size)
+        return self.output_std * math.sqrt(matched_width * float((hidden.square() * weights).sum()))
+
+
+SPLIT_BY_CHANNEL = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+
+
+class MLP(FeedForward):
+    """down(act(up u)): 2 D h parameters and those of the activation. With `hidden_norm`: act(norm(up u))."""
+
+    tp_plan = SPLIT_BY_CHANNEL
+    activation_parameters: ClassVar[int] = 0
+    activation_flops: ClassVar[int]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.activation = self.make_activation()
+        self.kernel = None
+
+    @staticmethod
+    def make_activation() -> Callable[[Tensor], Tensor]:
+        raise NotImplementedError
+
+    def forward(self, u: Tensor) -> Tensor:
+        hidden = self.normalize(self.up_proj(u))
+        hidden = self.activation(hidden) if self.kernel is None else self.kernel(self, hidden, None)
+        return self.down_proj(hidden)
+
+    @classmethod
+    def count_parameters(cls, config):
+        return 2 * config.hidden_size * config.intermediate_size, cls.activation_parameters
+
+    @classmethod
+    def count_flops(cls, config):
+        return config.intermediate_size * (cls.activation_flops + NORM_FLOPS * config.hidden_norm)
+
+    @classmethod
+    def saved_bytes(cls, config, half):
+        return config.intermediate_size * (2 * half + norm_bytes(config))
+
+
+def norm_bytes(config) -> int:
+    """Bytes that the hidden norm leaves for each value beside its input, which the block without it keeps."""
+    return 4 * config.hidden_norm
+
+
+@arm("gelu", "mlp")
+class GELUMLP(MLP):
+    activation_flops = 5
+    make_activation = staticmethod(nn.GELU)
 
 
 def relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
+
+
+@arm("relu2", "mlp")
+class ReLU2MLP(MLP):
+    activation_flops = 2
+    make_activation = staticmethod(lambda: relu2)
+
+
+class GatedMLP(FeedForward):
+    """down(act(gate u) * up u): 3 D h parameters. With `hidden_norm` both branches are normed first."""
+
+    tp_plan = SPLIT_BY_CHANNEL
+    input_matrices = 2
+    activation_flops: ClassVar[int]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.activation = self.make_activation()
+        self.kernel = None
+
+    @staticmethod
+    def make_activation() -> Callable[[Tensor], Tensor]:
+        raise NotImplementedError
+
+    def forward(self, u: Tensor) -> Tensor:
+        gate, up = self.normalize(self.gate_proj(u)), self.normalize(self.up_proj(u))
+        hidden = self.activation(gate) * up if self.kernel is None else self.kernel(self, gate, up)
+        return self.down_proj(hidden)
+
+    @classmethod
+    def count_parameters(cls, config):
+        return 3 * config.hidden_size * config.intermediate_size, 0
+
+    @classmethod
+    def count_flops(cls, config):
+        return config.intermediate_size * (1 + cls.activation_flops + 2 * NORM_FLOPS * config.hidden_norm)
+
+    @classmethod
+    def saved_bytes(cls, config, half):
+        return config.intermediate_size * (4 * half + 2 * norm_bytes(config))
+
+
+@arm("swiglu", "mlp")
+class SwiGLU(GatedMLP):
+    activation_flops = 4
+    make_activation = staticmethod(lambda: F.silu)
+
+
+@arm("geglu", "mlp")
+class GEGLU(GatedMLP):
+    activation_flops = 5
+    make_activation = staticmethod(lambda: F.gelu)
 
 
 class PolyNorm(nn.Module):
@@ -56,6 +290,20 @@ class PolyNorm(nn.Module):
         return total.to(x.dtype)
 
 
+@arm("polynorm", "control")
+class PolyNormMLP(MLP):
+    """A control: a few learned numbers for a whole layer, and a norm over its channels."""
+
+    tp_plan = {}
+    activation_parameters = 4
+    activation_flops = 14
+    make_activation = staticmethod(PolyNorm)
+
+    @classmethod
+    def saved_bytes(cls, config, half):  # computed in fp32: three powers, each with its norm
+        return config.intermediate_size * (24 + half + norm_bytes(config))
+
+
 class XIELU(nn.Module):
     """a_p x^2 + b x for x > 0, a_n (exp(x) - 1 - x) + b x otherwise; b = 1/2, both a learned.
 
@@ -83,176 +331,15 @@ class XIELU(nn.Module):
         return (curved + self.beta * wide).to(x.dtype)
 
 
-class FeedForward(nn.Module):
-    """What all blocks share: the initial scale of the projection out of the block."""
+@arm("xielu", "control")
+class XIELUMLP(MLP):
+    """A control: one function with two learned numbers for a whole layer."""
 
-    def __init__(self, config):
-        super().__init__()
-        self.hidden_size, self.initializer_range = config.hidden_size, config.initializer_range
-        self.output_std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+    tp_plan = {}  # its numbers would need a plan of their own
+    activation_parameters = 2
+    activation_flops = 9
+    make_activation = staticmethod(XIELU)
 
-    @torch.no_grad()
-    def reset_parameters(self):
-        """Scale down the output projection; its other weights are the model's to initialise."""
-        if isinstance(self.down_proj, nn.Linear):
-            init.normal_(self.down_proj.weight, std=self.output_std)
-
-    def gelu_scale(self) -> float:
-        """Root mean square output of a new GELU MLP with equally many parameters, for a normed input."""
-        points, weights = normal_points()
-        hidden = F.gelu(points * (self.initializer_range * math.sqrt(self.hidden_size)))
-        matched_width = sum(parameter.numel() for parameter in self.parameters()) / (2 * self.hidden_size)
-        return self.output_std * math.sqrt(matched_width * float((hidden.square() * weights).sum()))
-
-
-class MLP(FeedForward):
-    """down(act(up u)): 2 D h parameters and those of the activation."""
-
-    def __init__(self, config, activation):
-        super().__init__(config)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.activation = activation
-        self.kernel = None
-
-    def forward(self, u: Tensor) -> Tensor:
-        hidden = self.up_proj(u)
-        hidden = self.activation(hidden) if self.kernel is None else self.kernel(self, hidden, None)
-        return self.down_proj(hidden)
-
-
-class GatedMLP(FeedForward):
-    """down(act(gate u) * up u): 3 D h parameters."""
-
-    def __init__(self, config, activation):
-        super().__init__(config)
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.activation = activation
-        self.kernel = None
-
-    def forward(self, u: Tensor) -> Tensor:
-        gate, up = self.gate_proj(u), self.up_proj(u)
-        hidden = self.activation(gate) * up if self.kernel is None else self.kernel(self, gate, up)
-        return self.down_proj(hidden)
-
-
-def _learned_function(config, channels: int, initial: str, base: str | None = None) -> LearnedFunction:
-    return LearnedFunction(
-        channels,
-        groups=config.kan_num_groups,
-        basis=config.kan_basis,
-        grid_size=config.kan_grid_size,
-        order=config.kan_order,
-        grid_min=config.kan_grid_min,
-        grid_max=config.kan_grid_max,
-        base=base,
-        initial=initial,
-    )
-
-
-def _kan_linear(config, inputs: int, outputs: int) -> KANLinear:
-    has_base = config.kan_base != "none"
-    return KANLinear(
-        inputs,
-        outputs,
-        config.kan_basis,
-        grid_size=config.kan_grid_size,
-        order=config.kan_order,
-        grid_min=config.kan_grid_min,
-        grid_max=config.kan_grid_max,
-        base="silu" if has_base else None,
-        conditioning=config.kan_conditioning,
-        # Coefficients from zero: the block starts as its base branch and learns the corrections.
-        spline_share=0.0 if has_base else 1.0,
-    )
-
-
-class KANGLU(FeedForward):
-    """down(phi(gate u) * up u), phi learned per group of channels: 3 D h parameters and the coefficients.
-
-    phi starts as SiLU: `interpolated`, a spline fitted to it, or `residual`, SiLU plus a spline that is
-    zero, when the block starts as exactly SwiGLU.
-    """
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        residual = config.kan_glu_form == "residual"
-        self.phi = _learned_function(
-            config,
-            config.intermediate_size,
-            "zero" if residual else "silu",
-            base="silu" if residual else None,
-        )
-
-    def forward(self, u: Tensor) -> Tensor:
-        return self.down_proj(self.phi.gated(self.gate_proj(u), self.up_proj(u)))
-
-
-class GroupedKAN(FeedForward):
-    """down(phi2(up phi1(u))), both phi learned per group; phi1 starts as the identity and phi2 as GELU.
-
-    The placement of GR-KAN (Yang & Wang 2024): 2 D h parameters and the coefficients.
-    """
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.phi_in = _learned_function(config, config.hidden_size, "identity")
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.phi_hidden = _learned_function(config, config.intermediate_size, "gelu")
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, u: Tensor) -> Tensor:
-        return self.down_proj(self.phi_hidden(self.up_proj(self.phi_in(u))))
-
-
-class EdgeKAN(FeedForward):
-    """down(norm(up u)): `up_proj` a KAN layer (`kan`) or a matrix (`kan_mixed`), `down_proj` a KAN layer.
-
-    The norm in the middle is an RMSNorm without parameters: it puts the hidden values on the grid, as the
-    block's own input is. Parameters: 2 D h (K + 1), or D h (K + 2) for `kan_mixed`.
-    """
-
-    def __init__(self, config, mixed: bool):
-        super().__init__(config)
-        width, hidden = config.hidden_size, config.intermediate_size
-        self.eps = config.rms_norm_eps
-        self.up_proj: nn.Module
-        if mixed:
-            self.up_proj = nn.Linear(width, hidden, bias=False)
-        else:
-            self.up_proj = _kan_linear(config, width, hidden)
-        self.down_proj = _kan_linear(config, hidden, width)
-        self.down_proj.gain = self.gelu_scale()
-        self.down_proj.reset_parameters()
-
-    def forward(self, u: Tensor) -> Tensor:
-        hidden = self.up_proj(u)
-        return self.down_proj(F.rms_norm(hidden, hidden.shape[-1:], eps=self.eps))
-
-
-def build_ffn(config) -> nn.Module:
-    """The feed-forward block of `config.ffn_type`; `config` has the attributes of KanLMConfig.
-
-    Raises:
-        ValueError: an unknown ffn_type, or what `KANLinear` and `LearnedFunction` refuse.
-    """
-    builders = {
-        "gelu": lambda: MLP(config, nn.GELU()),
-        "relu2": lambda: MLP(config, relu2),
-        "polynorm": lambda: MLP(config, PolyNorm()),
-        "xielu": lambda: MLP(config, XIELU()),
-        "swiglu": lambda: GatedMLP(config, F.silu),
-        "geglu": lambda: GatedMLP(config, F.gelu),
-        "kan": lambda: EdgeKAN(config, mixed=False),
-        "kan_mixed": lambda: EdgeKAN(config, mixed=True),
-        "kan_grouped": lambda: GroupedKAN(config),
-        "kan_glu": lambda: KANGLU(config),
-    }
-    if config.ffn_type not in builders:
-        raise ValueError(f"ffn_type: unknown type {config.ffn_type!r}; choose one of {', '.join(builders)}")
-    return builders[config.ffn_type]()
+    @classmethod
+    def saved_bytes(cls, config, half):  # computed in fp32
+        return config.intermediate_size * (20 + half + norm_bytes(config))

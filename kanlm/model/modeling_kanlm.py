@@ -9,6 +9,10 @@ References: Vaswani et al. 2017 (attention), Su et al. 2021 (rotary embeddings),
 depth).
 """
 
+import contextlib
+import hashlib
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -25,9 +29,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_kanlm import KanLMConfig
-from .ffn import XIELU, FeedForward, PolyNorm, build_ffn
-from .kan import KANLinear
-from .learned_function import LearnedFunction
+from .ffn import build_ffn
 
 
 class KanLMRotaryEmbedding(nn.Module):
@@ -184,6 +186,25 @@ class KanLMDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
+@contextlib.contextmanager
+def draws_of(name: str, module: nn.Module) -> Iterator[None]:
+    """Within, torch draws from generators seeded by `name`; afterwards they go on as if nothing was drawn."""
+    devices = {parameter.device for parameter in module.parameters(recurse=False)} - {torch.device("meta")}
+    cuda = [device for device in devices if device.type == "cuda"]
+    with torch.random.fork_rng(cuda):
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+        torch.default_generator.manual_seed(seed)
+        for device in cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def has_own_start(module: nn.Module) -> bool:
+    """Whether the module, none of torch's own, says by `reset_parameters` how it starts."""
+    return hasattr(module, "reset_parameters") and not type(module).__module__.startswith("torch.")
+
+
 class KanLMPreTrainedModel(PreTrainedModel):
     config: KanLMConfig
     base_model_prefix = "model"
@@ -201,18 +222,34 @@ class KanLMPreTrainedModel(PreTrainedModel):
     _required_prefixes: tuple[str, ...] = ("model.", "lm_head.")
     _optional_prefixes: tuple[str, ...] = ("lm_head.",)
 
+    def __init__(self, config: KanLMConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        # One number from torch's generator, before any layer draws from it: the seed of all named draws.
+        self._draw_seed = int(torch.randint(2**62, (), device="cpu"))
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         """Normal weights of deviation `initializer_range`, unit norms, and what KAN modules ask for.
 
-        Called children first. `transformers.initialization` skips what was loaded from a checkpoint.
+        Called children first. `transformers.initialization` skips what was loaded from a checkpoint. Each
+        module draws from a generator of its own, seeded by its name: of two models built after the same
+        `torch.manual_seed`, all modules that agree in name and shape start equal, whatever else differs.
         """
-        super()._init_weights(module)
-        if isinstance(module, KanLMDecoderLayer):
-            depth = 2 * self.config.num_hidden_layers
-            init.normal_(module.self_attn.o_proj.weight, std=self.config.initializer_range * depth**-0.5)
-        elif isinstance(module, (KANLinear, LearnedFunction, FeedForward, PolyNorm, XIELU)):
-            module.reset_parameters()
+        with draws_of(f"{self._draw_seed} {self._name_of(module)}", module):
+            super()._init_weights(module)
+            if isinstance(module, KanLMDecoderLayer):
+                depth = 2 * self.config.num_hidden_layers
+                init.normal_(module.self_attn.o_proj.weight, std=self.config.initializer_range * depth**-0.5)
+            elif has_own_start(module):
+                module.reset_parameters()
+
+    def _name_of(self, module: nn.Module) -> str:
+        """The module's name in the model, or its class where it is not there (then nothing is shared)."""
+        names = self.__dict__.get("_names")
+        if names is None or id(module) not in names:
+            names = {id(part): name for name, part in self.named_modules()}
+            self.__dict__["_names"] = names
+        return names.get(id(module), type(module).__name__)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
         # transformers skips modules without tensors of their own where the code was loaded with

@@ -3,7 +3,8 @@
 | group      | what                                            | weight decay | learning rate               |
 |------------|-------------------------------------------------|--------------|-----------------------------|
 | matrices   | attention and FFN weights with two or more axes | weight_decay | learning_rate               |
-| kan        | KAN coefficients                                | 0            | x kan_lr_multiplier         |
+| kan        | KAN coefficients                                | 0            | kan_learning_rate, or       |
+|            |                                                 |              | x kan_lr_multiplier         |
 | embeddings | token embedding and untied output head          | 0            | learning_rate               |
 | vectors    | norm scales, biases, learned scalars            | 0            | learning_rate               |
 
@@ -46,6 +47,11 @@ def parameter_groups(model: KanLMForCausalLM) -> dict[str, list[tuple[str, nn.Pa
     return groups
 
 
+def kan_peak(config: TrainConfig) -> float:
+    """Peak learning rate of the KAN coefficients."""
+    return config.kan_learning_rate or config.learning_rate * config.kan_lr_multiplier
+
+
 def optimizers(
     model: KanLMForCausalLM, config: TrainConfig, device: torch.device
 ) -> list[torch.optim.Optimizer]:
@@ -57,8 +63,7 @@ def optimizers(
     groups = parameter_groups(model)
 
     def settings_of(name: str) -> dict:
-        multiplier = config.kan_lr_multiplier if name == "kan" else 1.0
-        peak = config.learning_rate * multiplier
+        peak = kan_peak(config) if name == "kan" else config.learning_rate
         betas = config.kan_betas if name == "kan" and config.kan_betas else config.betas
         return {
             "name": name,

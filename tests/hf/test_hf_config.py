@@ -7,7 +7,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from kanlm.model import KanLMConfig
-from kanlm.model.configuration_kanlm import EDGE_BASES, FFN_TYPES
+from kanlm.model.configuration_kanlm import FFN_TYPES
+from kanlm.model.ffn_kan import EDGE_BASES
 
 
 def test_json_round_trip_keeps_every_field_and_unknown_ones(tmp_path):

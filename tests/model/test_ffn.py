@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from kanlm.model.basis import BASES
-from kanlm.model.ffn import XIELU, FeedForward, PolyNorm, build_ffn
+from kanlm.model.ffn import XIELU, FeedForward, PolyNorm, arm_names, build_ffn
 from kanlm.model.health import kan_health
 from kanlm.model.kan import KANLinear, LearnedFunction
 
-KAN_ARMS = ("kan", "kan_mixed", "kan_grouped", "kan_glu")
-ARMS = ("gelu", "relu2", "swiglu", "geglu", *KAN_ARMS, "polynorm", "xielu")
+KAN_ARMS = arm_names("kan")
+ARMS = arm_names()
 
 
 def config(ffn_type: str, **more) -> SimpleNamespace:
@@ -24,6 +24,7 @@ def config(ffn_type: str, **more) -> SimpleNamespace:
         "intermediate_size": 48,
         "num_hidden_layers": 2,
         "rms_norm_eps": 1e-6,
+        "hidden_norm": False,
         "initializer_range": 0.02,
         "kan_basis": "bspline",
         "kan_grid_size": 8,
@@ -297,7 +298,7 @@ def test_inputs_of_a_model_as_configured_by_default_are_on_the_grid(arm):
     sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2}
     health = kan_health(KanLMForCausalLM(KanLMConfig(**sizes, ffn_type=arm)), torch.arange(64).view(2, 32))
     shares = [layer["outside_grid"] for layer in health.values() if "outside_grid" in layer]
-    assert len(shares) == {"kan": 4, "kan_mixed": 2, "kan_grouped": 4, "kan_glu": 2}[arm]
+    assert len(shares) == 2 * {"kan_mixed": 1, "kan_act": 1, "kan_glu": 1}.get(arm, 2)
     assert max(shares) < 0.01
 
 
