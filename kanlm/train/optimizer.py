@@ -8,8 +8,7 @@
 | embeddings | token embedding and untied output head          | 0            | learning_rate               |
 | vectors    | norm scales, biases, learned scalars            | 0            | learning_rate               |
 
-`muon` gives the matrices to torch.optim.Muon (Jordan et al. 2024,
-https://kellerjordan.github.io/posts/muon/) with updates scaled to AdamW's RMS (Liu et al. 2025,
+`muon` gives the matrices to Muon (muon.py; Jordan et al. 2024) with updates scaled to AdamW's RMS (Liu et al. 2025,
 https://arxiv.org/abs/2502.16982), so that one learning rate serves both, and with `kan_optimizer` "muon" the
 coefficients, a matrix [O, K*I] in a layer of edge functions; everything else stays with AdamW.
 """
@@ -22,6 +21,7 @@ from torch import nn
 from kanlm.config import TrainConfig
 from kanlm.model import KanLMForCausalLM
 from kanlm.model.kan import kan_coefficient_names
+from kanlm.train.muon import BatchedMuon
 
 GROUPS = ("matrices", "kan", "embeddings", "vectors")
 
@@ -93,5 +93,5 @@ def optimizers(
         if group["name"] in muon_names
     ]
     if for_muon:
-        made.insert(0, torch.optim.Muon(for_muon, lr=config.learning_rate, adjust_lr_fn="match_rms_adamw"))
+        made.insert(0, BatchedMuon(for_muon, lr=config.learning_rate, adjust_lr_fn="match_rms_adamw"))
     return made

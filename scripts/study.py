@@ -1,0 +1,333 @@
+"""The study behind the verdict: many short trainings, two at once, judged on text that no choice looks at.
+
+    python scripts/study.py prepare DATA_DIR     writes runs/study/data: train, valid and test of each corpus
+    python scripts/study.py run [PHASE ...]      trains what configs/study.toml plans and is not done yet
+    python scripts/study.py table PHASE          mean losses of a phase, and paired differences
+
+`run` may be started several times at once (one thread each): a trial is taken by one process. Every finished
+trial is a line of docs/results/study/trials.jsonl; one that was interrupted is trained again from its
+checkpoint.
+
+Corpora: `wikitext-2`, and `mixed`, equal parts of Python sources, novels, textbooks and stories. Hyper-
+parameters are chosen by `valid`; `test` is read by the tables of final phases only. Both are cut from
+documents that training never sees.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import lzma
+import math
+import os
+import shutil
+import tomllib
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+
+from kanlm import kernels
+from kanlm.config import RunConfig, parsed
+from kanlm.data import tokenizer_for
+from kanlm.data.cache import TokenCache, cached
+from kanlm.data.corpus import split_sources
+from kanlm.evaluation.perplexity import _blocks, _token_nll
+from kanlm.model import KanLMConfig, KanLMForCausalLM
+from kanlm.model.learned_function import LearnedFunction
+from kanlm.runs import RunDir
+from kanlm.sizing import matched_width, parameter_counts
+from kanlm.train.checkpoint import load_model
+from kanlm.train.loop import train
+
+ROOT = Path("runs/study")
+PLAN = Path("configs/study.toml")
+RESULTS = Path("docs/results/study/trials.jsonl")
+SEPARATOR = "<|endoftext|>"
+SEGMENTS = 64
+"""The test text is scored in so many equal parts, whose spread is its sampling error."""
+
+MIXED = {"pystdlib-3.11.7": 5_800_000, "eltec-eng": 5_800_000, "openstax-ccby": 5_800_000, "tinystories-mini": 5_800_000}
+HELD_OUT = 300_000
+"""Bytes of each part of `mixed` in valid and in test."""
+
+SIZES = {
+    "0.1m": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256},
+    "0.3m": {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 360},
+    "0.6m": {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 512},
+    "1.2m": {"hidden_size": 160, "num_hidden_layers": 4, "num_attention_heads": 5, "intermediate_size": 640},
+}
+"""GELU models; every other arm gets the width with as many parameters."""
+
+
+@click.group()
+def study() -> None:
+    """Train and judge the arms of the study."""
+
+
+@study.command()
+@click.argument("data_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def prepare(data_dir: Path) -> None:
+    """Write the corpora from the folder with wikitext-2 and the parts of `mixed`."""
+    out = ROOT / "data"
+    out.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "valid", "test"):
+        text = lzma.open(data_dir / "wikitext-2" / f"{split}.txt.xz", "rt", encoding="utf-8").read()
+        # One document an article; a line " = Title = " begins it.
+        articles = [[]]
+        for line in text.splitlines(keepends=True):
+            if line.startswith(" = ") and not line.startswith(" = ="):
+                articles.append([])
+            articles[-1].append(line)
+        write_documents(out / f"wikitext-2.{split}.txt", ["".join(a) for a in articles if "".join(a).strip()])
+    parts: dict[str, list[str]] = defaultdict(list)
+    for name, size in MIXED.items():
+        documents = read_documents(data_dir / name / "train.txt.xz", size)
+        held_out = [
+            document
+            for split in ("valid", "test")
+            if (path := data_dir / name / f"{split}.txt.xz").is_file()
+            for document in read_documents(path)
+        ]
+        # Long documents are cut in pieces, so that valid and test get some of each.
+        pieces = [d[i : i + 20_000] for d in held_out for i in range(0, len(d), 20_000)]
+        parts["train"] += documents
+        for split, own in (("valid", pieces[0::2]), ("test", pieces[1::2])):
+            parts[split] += up_to(own, HELD_OUT)
+    shuffle = np.random.default_rng(0)
+    for split, documents in parts.items():
+        write_documents(out / f"mixed.{split}.txt", [documents[i] for i in shuffle.permutation(len(documents))])
+
+
+def read_documents(path: Path, size: int | None = None) -> list[str]:
+    with lzma.open(path, "rt", encoding="utf-8") as file:
+        documents = [d.strip("\n") for d in file.read().split(f"\n{SEPARATOR}\n")]
+    documents = [d for d in documents if d.strip()]
+    return documents if size is None else up_to(spread(documents), size)
+
+
+def spread(documents: list[str]) -> list[str]:
+    """In a seeded order, long ones cut in pieces, so that a prefix is a fair sample."""
+    pieces = [d[i : i + 50_000] for d in documents for i in range(0, len(d), 50_000)]
+    return [pieces[i] for i in np.random.default_rng(1).permutation(len(pieces))]
+
+
+def up_to(documents: list[str], size: int) -> list[str]:
+    sizes = np.cumsum([len(document.encode()) for document in documents])
+    return documents[: int(np.searchsorted(sizes, size)) + 1]
+
+
+def write_documents(path: Path, documents: list[str]) -> None:
+    path.write_text(f"\n{SEPARATOR}\n".join(documents) + "\n", encoding="utf-8")
+    print(f"{path}: {len(documents)} documents, {path.stat().st_size:,} bytes")
+
+
+def trials_of(names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The planned trials in their order; lists in the plan are tried in every combination."""
+    found = []
+    plan = tomllib.loads(PLAN.read_text(encoding="utf-8"))
+    for phase in plan["phase"]:
+        if names and phase["name"] not in names:
+            continue
+        common = {key: value for key, value in phase.items() if key not in ("name", "arms", "seeds", "role")}
+        rows = []
+        for arm in phase["arms"]:
+            table = {**common, **arm}
+            keys = [key for key, value in table.items() if isinstance(value, list)]
+            for values in itertools.product(*(table[key] for key in keys)):
+                rows.append({**table, **dict(zip(keys, values, strict=True))})
+        # Seed after seed, so that a phase that is cut short still has paired seeds.
+        for seed in phase["seeds"]:
+            found += [{**row, "seed": seed} for row in rows]
+    return found
+
+
+def key_of(trial: dict[str, Any]) -> str:
+    """A name from everything that decides the trial's result."""
+    fields = [f"{key}={trial[key]}" for key in sorted(trial)]
+    return ",".join(fields)
+
+
+def run_config(trial: dict[str, Any]) -> RunConfig:
+    """The run of a trial, its width solved to the parameters of the GELU model of its size."""
+    corpus = ROOT / "data" / trial["corpus"]
+    sizes = SIZES[trial["size"]]
+    base = KanLMConfig(vocab_size=trial["vocab_size"], max_position_embeddings=128, ffn_type="gelu", **sizes)
+    own = {key: value for key, value in trial.items() if key.startswith("kan_") and key != "kan_learning_rate"}
+    own["hidden_norm"] = trial.get("hidden_norm", False)
+    fields = {**sizes, "vocab_size": trial["vocab_size"], "max_position_embeddings": 128, **own}
+    own_base = KanLMConfig(**{**fields, "ffn_type": "gelu"})
+    sized, _ = matched_width(own_base, trial["arm"], parameter_counts(base).non_embedding)
+    train_table = {
+        "max_tokens": trial["tokens"],
+        "batch_size": 8,
+        "optimizer": trial.get("optimizer", "muon"),
+        "learning_rate": trial["learning_rate"],
+        "eval_every": 0,
+        "save_minutes": 60.0,
+        "keep_checkpoints": 1,
+        "min_lr_ratio": trial.get("min_lr_ratio", 0.1),
+    }
+    for name in ("kan_learning_rate", "kan_betas", "weight_decay", "schedule", "max_grad_norm"):
+        if name in trial:
+            train_table[name] = trial[name]
+    table = {
+        "name": RunDirName(trial),
+        "output_dir": str(ROOT / "runs"),
+        "seed": trial["seed"],
+        "model": {**sizes, **own, "ffn_type": trial["arm"], "intermediate_size": sized.intermediate_size},
+        "tokenizer": {"vocab_size": trial["vocab_size"]},
+        "data": {
+            "source": f"{corpus}.train.txt",
+            "validation_source": f"{corpus}.valid.txt",
+            "document_separator": SEPARATOR,
+            "block_size": 128,
+            "cache_dir": str(ROOT / "cache"),
+        },
+        "train": train_table,
+    }
+    return parsed(RunConfig, table, "study")
+
+
+def RunDirName(trial: dict[str, Any]) -> str:
+    import hashlib
+
+    return f"{trial['arm']}-{hashlib.sha256(key_of(trial).encode()).hexdigest()[:12]}"
+
+
+@study.command()
+@click.argument("phases", nargs=-1)
+def run(phases: tuple[str, ...]) -> None:
+    """Train the planned trials that are not done yet, the plan's first ones first."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    (ROOT / "locks").mkdir(parents=True, exist_ok=True)
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        done = {row["key"] for row in results()}
+        for trial in trials_of(phases):  # read anew each time: the plan may have grown
+            if key_of(trial) in done:
+                continue
+            lock = FileLock(ROOT / "locks" / RunDirName(trial))
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                continue
+            try:
+                if key_of(trial) in {row["key"] for row in results()}:
+                    continue
+                result = train_and_judge(trial)
+                with FileLock(f"{ROOT}/results.lock"), RESULTS.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(result) + "\n")
+            finally:
+                lock.release()
+            break
+        else:
+            return
+
+
+def results() -> list[dict[str, Any]]:
+    if not RESULTS.is_file():
+        return []
+    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+
+
+def train_and_judge(trial: dict[str, Any]) -> dict[str, Any]:
+    config = run_config(trial)
+    result: dict[str, Any] = {"key": key_of(trial), **trial}
+    print(key_of(trial), flush=True)
+    try:
+        record = train(config)
+    except Exception as error:
+        if type(error).__name__ != "Diverged":
+            raise
+        shutil.rmtree(config.run_dir, ignore_errors=True)
+        return {**result, "state": "diverged", "reason": str(error)}
+    assert record.state == "finished", record.state
+    tokenizer = tokenizer_for(config)
+    architecture, weights = load_model(config.run_dir)
+    model = KanLMForCausalLM(architecture)
+    model.load_state_dict(weights, strict=False)
+    model.tie_weights()
+    model.eval()
+    kernels.select(model)
+    counts = parameter_counts(architecture)
+    result |= {
+        "state": "finished",
+        "intermediate_size": architecture.intermediate_size,
+        "non_embedding_parameters": counts.non_embedding,
+        "train_loss": last_train_loss(config),
+        "seconds": round(record.seconds, 2),
+    }
+    for split in ("valid", "test"):
+        cache = text_cache(config, tokenizer, split)
+        sums = segment_nll(model, cache)
+        result[split] = sums.sum() / (len(cache) - 1)
+        result[f"{split}_bits_per_byte"] = sums.sum() / cache.manifest["bytes"] / math.log(2)
+        if split == "test":
+            result["test_segments"] = [round(float(s), 3) for s in sums]
+    if any(isinstance(module, LearnedFunction) for module in model.modules()):
+        for module in model.modules():
+            if isinstance(module, LearnedFunction):
+                module.reset_parameters()
+        kernels.select(model)
+        cache = text_cache(config, tokenizer, "test")
+        result["test_with_initial_functions"] = segment_nll(model, cache).sum() / (len(cache) - 1)
+    if not trial.get("keep"):
+        shutil.rmtree(config.run_dir, ignore_errors=True)
+    print(f"  valid {result['valid']:.4f}  test {result['test']:.4f}  {result['seconds']:.0f} s", flush=True)
+    return result
+
+
+def last_train_loss(config: RunConfig) -> float:
+    """Mean of the last tenth of the logged training losses, nats/token."""
+    rows = [json.loads(line) for line in RunDir(config.run_dir).metrics.read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    return float(np.mean(losses[-max(1, len(losses) // 10) :]))
+
+
+def text_cache(config: RunConfig, tokenizer: Any, split: str) -> TokenCache:
+    source = config.data.validation_source.replace(".valid.", f".{split}.")
+    other = config.model_copy(update={"data": config.data.model_copy(update={"validation_source": source})})
+    return cached(split_sources(other, "validation"), other, tokenizer, "validation")
+
+
+@torch.no_grad()
+def segment_nll(model: torch.nn.Module, cache: TokenCache, block_size: int = 128) -> np.ndarray:
+    """Summed nats of SEGMENTS equal parts of the text, each block scored by itself, [SEGMENTS]."""
+    targets = len(cache) - 1
+    starts = range(0, targets, block_size)
+    sums = np.zeros(SEGMENTS)
+    for i in range(0, len(starts), 32):
+        batch = starts[i : i + 32]
+        inputs, labels, _ = _blocks(cache, batch, block_size, targets, True)
+        nll = _token_nll(model(input_ids=inputs, use_cache=False).logits, labels)
+        for start, row in zip(batch, nll, strict=True):
+            sums[start * SEGMENTS // targets] += float(row.double().sum())
+    return sums
+
+
+@study.command()
+@click.argument("phase")
+@click.option("--by", default="valid", type=click.Choice(["valid", "test"]))
+def table(phase: str, by: str) -> None:
+    """Losses (nats/token) of the phase's trials by arm and rates, means over seeds."""
+    wanted = {key_of(trial) for trial in trials_of((phase,))}
+    rows = defaultdict(dict)
+    for row in results():
+        if row["key"] in wanted:
+            seed = row["seed"]
+            label = {k: row[k] for k in ("arm", "hidden_norm", "learning_rate", "kan_learning_rate") if k in row}
+            label |= {k: v for k, v in row.items() if k in ("min_lr_ratio", "kan_num_groups", "weight_decay", "size", "corpus", "tokens")}
+            rows[json.dumps(label)][seed] = row.get(by, math.nan)
+    for label, losses in sorted(rows.items(), key=lambda item: np.mean(list(item[1].values()))):
+        values = list(losses.values())
+        print(f"{np.mean(values):.4f} ({len(values)}: {' '.join(f'{v:.4f}' for _, v in sorted(losses.items()))})  {label}")
+
+
+if __name__ == "__main__":
+    study()
