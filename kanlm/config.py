@@ -117,7 +117,7 @@ class TrainConfig(Section):
     kan_lr_multiplier: float = Field(1.0, gt=0)
     """Learning rate of KAN coefficients over that of the matrices."""
     kan_learning_rate: float | None = Field(None, gt=0)
-    """Peak learning rate of KAN coefficients by itself, whatever the matrices' is; then without multiplier."""
+    """Peak learning rate of KAN coefficients, whatever the matrices' is; replaces the multiplier."""
     kan_betas: tuple[float, float] | None = Field(None, strict=False)
     """Adam betas of the KAN coefficients; default: `betas`."""
     kan_optimizer: Literal["adamw", "muon"] = "adamw"

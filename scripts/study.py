@@ -15,6 +15,7 @@ documents that training never sees.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import lzma
@@ -51,7 +52,12 @@ SEPARATOR = "<|endoftext|>"
 SEGMENTS = 64
 """The test text is scored in so many equal parts, whose spread is its sampling error."""
 
-MIXED = {"pystdlib-3.11.7": 5_800_000, "eltec-eng": 5_800_000, "openstax-ccby": 5_800_000, "tinystories-mini": 5_800_000}
+MIXED = {
+    "pystdlib-3.11.7": 5_800_000,
+    "eltec-eng": 5_800_000,
+    "openstax-ccby": 5_800_000,
+    "tinystories-mini": 5_800_000,
+}
 HELD_OUT = 300_000
 """Bytes of each part of `mixed` in valid and in test."""
 
@@ -100,7 +106,9 @@ def prepare(data_dir: Path) -> None:
             parts[split] += up_to(own, HELD_OUT)
     shuffle = np.random.default_rng(0)
     for split, documents in parts.items():
-        write_documents(out / f"mixed.{split}.txt", [documents[i] for i in shuffle.permutation(len(documents))])
+        write_documents(
+            out / f"mixed.{split}.txt", [documents[i] for i in shuffle.permutation(len(documents))]
+        )
 
 
 def read_documents(path: Path, size: int | None = None) -> list[str]:
@@ -157,7 +165,9 @@ def run_config(trial: dict[str, Any]) -> RunConfig:
     corpus = ROOT / "data" / trial["corpus"]
     sizes = SIZES[trial["size"]]
     base = KanLMConfig(vocab_size=trial["vocab_size"], max_position_embeddings=128, ffn_type="gelu", **sizes)
-    own = {key: value for key, value in trial.items() if key.startswith("kan_") and key != "kan_learning_rate"}
+    own = {
+        key: value for key, value in trial.items() if key.startswith("kan_") and key != "kan_learning_rate"
+    }
     own["hidden_norm"] = trial.get("hidden_norm", False)
     fields = {**sizes, "vocab_size": trial["vocab_size"], "max_position_embeddings": 128, **own}
     own_base = KanLMConfig(**{**fields, "ffn_type": "gelu"})
@@ -169,14 +179,14 @@ def run_config(trial: dict[str, Any]) -> RunConfig:
         "learning_rate": trial["learning_rate"],
         "eval_every": 0,
         "save_minutes": 60.0,
-        "keep_checkpoints": 1,
+        "save_every": 0,
         "min_lr_ratio": trial.get("min_lr_ratio", 0.1),
     }
     for name in ("kan_learning_rate", "kan_betas", "weight_decay", "schedule", "max_grad_norm"):
         if name in trial:
             train_table[name] = trial[name]
     table = {
-        "name": RunDirName(trial),
+        "name": name_of(trial),
         "output_dir": str(ROOT / "runs"),
         "seed": trial["seed"],
         "model": {**sizes, **own, "ffn_type": trial["arm"], "intermediate_size": sized.intermediate_size},
@@ -193,9 +203,7 @@ def run_config(trial: dict[str, Any]) -> RunConfig:
     return parsed(RunConfig, table, "study")
 
 
-def RunDirName(trial: dict[str, Any]) -> str:
-    import hashlib
-
+def name_of(trial: dict[str, Any]) -> str:
     return f"{trial['arm']}-{hashlib.sha256(key_of(trial).encode()).hexdigest()[:12]}"
 
 
@@ -212,7 +220,7 @@ def run(phases: tuple[str, ...]) -> None:
         for trial in trials_of(phases):  # read anew each time: the plan may have grown
             if key_of(trial) in done:
                 continue
-            lock = FileLock(ROOT / "locks" / RunDirName(trial))
+            lock = FileLock(ROOT / "locks" / name_of(trial))
             try:
                 lock.acquire(timeout=0)
             except Timeout:
@@ -321,12 +329,18 @@ def table(phase: str, by: str) -> None:
     for row in results():
         if row["key"] in wanted:
             seed = row["seed"]
-            label = {k: row[k] for k in ("arm", "hidden_norm", "learning_rate", "kan_learning_rate") if k in row}
-            label |= {k: v for k, v in row.items() if k in ("min_lr_ratio", "kan_num_groups", "weight_decay", "size", "corpus", "tokens")}
+            label = {
+                k: row[k] for k in ("arm", "hidden_norm", "learning_rate", "kan_learning_rate") if k in row
+            }
+            label |= {
+                k: v
+                for k, v in row.items()
+                if k in ("min_lr_ratio", "kan_num_groups", "weight_decay", "size", "corpus", "tokens")
+            }
             rows[json.dumps(label)][seed] = row.get(by, math.nan)
     for label, losses in sorted(rows.items(), key=lambda item: np.mean(list(item[1].values()))):
-        values = list(losses.values())
-        print(f"{np.mean(values):.4f} ({len(values)}: {' '.join(f'{v:.4f}' for _, v in sorted(losses.items()))})  {label}")
+        by_seed = " ".join(f"{loss:.4f}" for _, loss in sorted(losses.items()))
+        print(f"{np.mean(list(losses.values())):.4f} ({len(losses)}: {by_seed})  {label}")
 
 
 if __name__ == "__main__":

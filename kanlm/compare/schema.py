@@ -45,7 +45,7 @@ class ArmConfig(Section):
     name: str = Field(pattern=NAME)
     ffn_type: str
     model: dict[str, Any] = {}
-    """`hidden_norm` and `kan_*` fields of `KanLMConfig`; the reference arm may also give `intermediate_size`."""
+    """`hidden_norm` and `kan_*` of `KanLMConfig`; the reference arm may also give `intermediate_size`."""
     train: dict[str, Any] = {}
     """Of `TrainConfig`: the keys in ARM_TRAIN_KEYS."""
     learning_rates: tuple[float, ...] = Field((), strict=False)

@@ -29,8 +29,8 @@ class KanLMConfig(PreTrainedConfig):
     `num_attention_heads`, `num_key_value_heads` (fewer = grouped-query attention; default: all heads),
     `head_dim` (default `hidden_size / num_attention_heads`), `max_position_embeddings` (tokens).
 
-    FFN: `ffn_type` is one of `gelu`, `relu2` (plain MLP), `swiglu`, `geglu` (gated MLP), `kan_act` (an MLP
-    whose activation is learned), `kan_grouped` (learned functions before both matrices), `kan_glu` (gated, the
+    FFN: `ffn_type` is one of `gelu`, `relu2` (plain MLP), `swiglu`, `geglu` (gated MLP), `kan_act` (MLP whose
+    activation is learned), `kan_grouped` (learned functions before both matrices), `kan_glu` (gated, the
     gate's activation is learned), `kan_product` (the product of two learned functions), `kan` (two layers of
     edge functions), `kan_mixed` (mix, then edge functions), and the controls `polynorm` and `xielu`.
     `hidden_norm` puts an RMSNorm without parameters before the hidden activations, of both branches in a

@@ -8,9 +8,9 @@
 | embeddings | token embedding and untied output head          | 0            | learning_rate               |
 | vectors    | norm scales, biases, learned scalars            | 0            | learning_rate               |
 
-`muon` gives the matrices to Muon (muon.py; Jordan et al. 2024) with updates scaled to AdamW's RMS (Liu et al. 2025,
-https://arxiv.org/abs/2502.16982), so that one learning rate serves both, and with `kan_optimizer` "muon" the
-coefficients, a matrix [O, K*I] in a layer of edge functions; everything else stays with AdamW.
+`muon` gives the matrices to Muon (muon.py; Jordan et al. 2024) with updates scaled to AdamW's RMS (Liu et
+al. 2025, https://arxiv.org/abs/2502.16982), so that one learning rate serves both, and with `kan_optimizer`
+"muon" the coefficients, a matrix [O, K*I] in a layer of edge functions; everything else stays with AdamW.
 """
 
 from __future__ import annotations

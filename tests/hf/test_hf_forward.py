@@ -6,6 +6,9 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from kanlm.model import KanLMConfig, KanLMForCausalLM
+from kanlm.model.configuration_kanlm import FFN_TYPES
+
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
@@ -289,3 +292,26 @@ def test_scaled_rotary_embeddings(build, ids, rope, tmp_path):
     assert torch.isfinite(expected).all()
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(logits(type(model).from_pretrained(tmp_path), long), expected, **CLOSE)
+
+
+def test_arms_built_after_one_seed_share_what_they_have_in_common():
+    """Draws are by name: the arms' attention, embeddings and equally large projections are equal."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    models = {}
+    for arm in FFN_TYPES:
+        torch.manual_seed(3)
+        models[arm] = KanLMForCausalLM(KanLMConfig(**sizes, num_attention_heads=2, ffn_type=arm)).state_dict()
+    reference = models["gelu"]
+    for arm, weights in models.items():
+        common = [name for name in weights if ".mlp." not in name]
+        common += [n for n in weights if ".mlp." in n and n.endswith("_proj.weight") and n in reference]
+        assert all(torch.equal(weights[name], reference[name]) for name in common), arm
+    assert torch.equal(
+        models["kan_glu"]["model.layers.1.mlp.gate_proj.weight"],
+        models["swiglu"]["model.layers.1.mlp.gate_proj.weight"],
+    )
+    # Names give different draws, and another seed gives others.
+    layers = [reference[f"model.layers.{i}.self_attn.q_proj.weight"] for i in range(2)]
+    assert not torch.equal(*layers)
+    again = KanLMForCausalLM(KanLMConfig(**sizes, num_attention_heads=2, ffn_type="gelu")).state_dict()
+    assert not torch.equal(again["model.embed_tokens.weight"], reference["model.embed_tokens.weight"])

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from kanlm.model.basis import BASES
-from kanlm.model.ffn import XIELU, FeedForward, PolyNorm, arm_names, build_ffn
+from kanlm.model.ffn import XIELU, FeedForward, PolyNorm, arm_names, build_ffn, find_arm
+from kanlm.model.ffn_kan import EdgeKAN, GatedKAN
 from kanlm.model.health import kan_health
 from kanlm.model.kan import KANLinear, LearnedFunction
 
@@ -87,6 +88,12 @@ def test_formulas():
     block = initialised("kan_glu")
     gate, up, down = weights(block, "gate_proj", "up_proj", "down_proj")
     torch.testing.assert_close(block(u), (block.phi(u @ gate) * (u @ up)) @ down)
+    block = initialised("kan_product")
+    gate, up, down = weights(block, "gate_proj", "up_proj", "down_proj")
+    torch.testing.assert_close(block(u), (block.phi(u @ gate) * block.psi(u @ up)) @ down)
+    block = initialised("kan_act")
+    up, down = weights(block, "up_proj", "down_proj")
+    torch.testing.assert_close(block(u), block.phi(u @ up) @ down)
     block = initialised("kan_grouped")
     up, down = weights(block, "up_proj", "down_proj")
     torch.testing.assert_close(block(u), block.phi_hidden(block.phi_in(u) @ up) @ down)
@@ -97,6 +104,26 @@ def test_formulas():
         torch.testing.assert_close(block(u), block.down_proj(hidden))
     assert isinstance(initialised("kan").up_proj, KANLinear)
     assert isinstance(initialised("kan_mixed").up_proj, nn.Linear)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_hidden_norm_is_the_block_on_normed_hidden_values(arm):
+    """A pre-hook that norms what the activation sees gives the block with the option."""
+    plain, normed = initialised(arm), initialised(arm, hidden_norm=True)
+    normed.load_state_dict(plain.state_dict())
+    u = normed_inputs(3, 5, 32)
+    if issubclass(type(plain), EdgeKAN):  # has the norm in either case
+        torch.testing.assert_close(normed(u), plain(u))
+        return
+
+    def norm(module, args, output):
+        return output / (output.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    for name in ("gate_proj", "up_proj"):
+        if hasattr(plain, name):
+            getattr(plain, name).register_forward_hook(norm)
+    torch.testing.assert_close(normed(u), plain(u))
+    assert not torch.allclose(normed(u), initialised(arm)(u))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -134,8 +161,10 @@ def test_parameter_counts(arm):
         "geglu": 3 * d * h,
         "kan": 2 * d * h * (k + 1),
         "kan_mixed": d * h * (k + 2),
+        "kan_act": 2 * d * h + 8 * k,
         "kan_grouped": 2 * d * h + 2 * 8 * k,
         "kan_glu": 3 * d * h + 8 * k,
+        "kan_product": 3 * d * h + 2 * 8 * k,
         "polynorm": 2 * d * h + 4,
         "xielu": 2 * d * h + 2,
     }
@@ -145,12 +174,12 @@ def test_parameter_counts(arm):
 @pytest.mark.parametrize("more", [{}, {"kan_base": "none"}, {"kan_conditioning": "whitened"}], ids=str)
 @pytest.mark.parametrize("arm", [*KAN_ARMS, "gelu"])
 def test_branch_starts_at_the_scale_of_the_mlp(arm, more):
-    """Of the GELU MLP with equally many parameters; kan_glu at that of the SwiGLU with as many."""
+    """Of the GELU MLP with equally many parameters; gated KANs at that of the SwiGLU with as many."""
     sizes = {"hidden_size": 128, "intermediate_size": 64}
     block = initialised(arm, **sizes, **more)
     u = normed_inputs(2000, 128)
     parameters = sum(p.numel() for p in block.parameters())
-    if arm == "kan_glu":
+    if issubclass(type(block), GatedKAN):
         peer = initialised("swiglu", hidden_size=128, intermediate_size=round(parameters / 3 / 128), seed=1)
     else:
         peer = initialised("gelu", hidden_size=128, intermediate_size=round(parameters / 2 / 128), seed=1)
@@ -225,7 +254,7 @@ def test_blocks_keep_variance_through_depth(arm, more, depth):
     assert 0.95 < growth < 1.5
     # What all branches add is neither lost nor far louder than in the MLP of that width. (Fourier functions
     # are periodic, and fit SiLU badly: a third.)
-    peer = "swiglu" if arm in ("kan_glu", "geglu", "swiglu") else "gelu"
+    peer = "swiglu" if find_arm(arm).input_matrices == 2 else "gelu"
     with torch.no_grad():
         ratio = float((y - x).std() / (branches(peer, depth, x) - x).std())
     assert 0.25 < ratio < 10, ratio
