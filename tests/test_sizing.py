@@ -244,7 +244,9 @@ def test_arms_of_a_size_class_are_equally_large_and_trained_alike():
         ]
         assert max(counts) / min(counts) < 1.005
         shared = [
-            config.model_dump(exclude={"name": True, "model": True, "train": {"kan_lr_multiplier"}})
+            config.model_dump(
+                exclude={"name": True, "model": True, "train": {"kan_lr_multiplier", "kan_learning_rate"}}
+            )
             for config in configs
         ]
         assert all(rest == shared[0] for rest in shared)

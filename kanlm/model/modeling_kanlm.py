@@ -241,7 +241,7 @@ class KanLMPreTrainedModel(PreTrainedModel):
                 depth = 2 * self.config.num_hidden_layers
                 init.normal_(module.self_attn.o_proj.weight, std=self.config.initializer_range * depth**-0.5)
             elif has_own_start(module):
-                module.reset_parameters()
+                module.reset_parameters()  # type: ignore[operator]
 
     def _name_of(self, module: nn.Module) -> str:
         """The module's name in the model, or its class where it is not there (then nothing is shared)."""

@@ -8,7 +8,7 @@ model's matrices are a handful of batched products.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,11 +41,11 @@ class BatchedMuon(torch.optim.Muon):
                 self._update(parameters, group)
         return loss
 
-    def _update(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> None:
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """One step of matrices that have one shape up to transposition."""
         momentum, lr = group["momentum"], float(group["lr"])
-        buffers = [self._buffer(parameter) for parameter in parameters]
-        grads = [parameter.grad for parameter in parameters]
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        buffers = [self._buffer(parameter, grad) for parameter, grad in zip(parameters, grads, strict=True)]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         updates = torch._foreach_lerp(grads, buffers, momentum) if group["nesterov"] else buffers
         wide = torch.stack([update.mT if is_tall(update) else update for update in updates])
@@ -55,10 +55,10 @@ class BatchedMuon(torch.optim.Muon):
             scale = lr * update_scale(parameter, group["adjust_lr_fn"])
             parameter.add_(update.mT if is_tall(parameter) else update, alpha=-scale)
 
-    def _buffer(self, parameter: Tensor) -> Tensor:
+    def _buffer(self, parameter: Tensor, grad: Tensor) -> Tensor:
         state = self.state[parameter]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+            state["momentum_buffer"] = torch.zeros_like(grad)
         return state["momentum_buffer"]
 
 

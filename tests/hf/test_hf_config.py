@@ -7,7 +7,6 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from kanlm.model import KanLMConfig
-from kanlm.model.configuration_kanlm import FFN_TYPES
 from kanlm.model.ffn_kan import EDGE_BASES
 
 
@@ -80,7 +79,7 @@ def test_a_wrong_type_is_refused_at_construction_and_on_assignment(field, value)
         ({"attention_dropout": 1.0}, r"attention_dropout: must lie in \[0, 1\), got 1.0"),
         ({"initializer_range": float("nan")}, "initializer_range: .*nan"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps: .*0.0"),
-        ({"ffn_type": "moe"}, "ffn_type: unknown value 'moe'; choose one of " + ", ".join(FFN_TYPES)),
+        ({"ffn_type": "moe"}, "ffn_type: unknown value 'moe'; choose one of gelu, .*kan_glu"),
         (
             {"ffn_type": "kan", "kan_basis": "hermite"},
             "kan_basis: unknown value 'hermite'; .*" + ", ".join(EDGE_BASES),
