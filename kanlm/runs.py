@@ -98,6 +98,8 @@ class EvalReport(BaseModel):
     device: str
     kanlm_version: str
     versions: dict[str, str]
+    parts: list[tuple[int, float]] = []
+    """(tokens, nll_nats) of up to 100 consecutive parts of the text, for its sampling error."""
 
 
 FailureKind = Literal["diverged", "user_error", "crashed"]

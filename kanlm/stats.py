@@ -6,8 +6,8 @@ Diverged runs (NaN, inf) are not averaged away: they are an error here and a row
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import optimize, stats
@@ -164,7 +164,7 @@ def _differences(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ScalingFit:
-    """loss(N) = irreducible + (scale / N)^exponent for one arm; `rms` is the fit's residual in nats."""
+    """loss(N) = irreducible + (scale / N)^exponent of one arm; `rms` is the fit's residual in nats."""
 
     irreducible: float
     scale: float
@@ -181,61 +181,161 @@ class ScalingFit:
         return self.scale / excess ** (1 / self.exponent) if excess > 0 else math.inf
 
 
-def scaling_fits(points: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> dict[str, ScalingFit]:
-    """Power laws of several arms, `{arm: (sizes, losses)}`, that share irreducible loss and exponent.
-
-    Only the scale differs between arms, so `fit[a].scale / fit[b].scale` is the ratio of sizes that a and b
-    need for equal loss, at every loss. Form: Hoffmann et al. 2022, eq. 2, in one variable. Least squares in
-    nats; the exponent is searched on [0.01, 3], offset and factors solve a non-negative linear problem at
-    each (variable projection). One arm needs three sizes, each further arm one point.
-    """
-    if not points:
-        raise ValueError("points: expected at least one arm")
-    arms = list(points)
-    sizes = [np.asarray(points[arm][0], dtype=float) for arm in arms]
-    losses = [np.asarray(points[arm][1], dtype=float) for arm in arms]
-    for arm, size, loss in zip(arms, sizes, losses, strict=True):
-        if size.ndim != 1 or size.shape != loss.shape or not len(size):
-            raise ValueError(
-                f"points.{arm}: expected as many sizes as losses, got {size.shape} and {loss.shape}"
-            )
-        if not (np.isfinite(size).all() and np.isfinite(loss).all() and (size > 0).all()):
-            raise ValueError(
-                f"points.{arm}: sizes must be positive and losses finite; leave diverged runs out"
-            )
-    if max(len(np.unique(size)) for size in sizes) < 3:
-        raise ValueError("points: no arm has three different sizes; offset, scale and exponent need three")
-    x, y = np.concatenate(sizes), np.concatenate(losses)
-    arm_index = np.repeat(np.arange(len(arms)), [len(size) for size in sizes])
-    middle = np.exp(np.log(x).mean())
-
-    def solved(exponent: float) -> tuple[np.ndarray, float]:
-        columns = np.zeros((len(x), 1 + len(arms)))
-        columns[:, 0] = 1.0
-        columns[np.arange(len(x)), 1 + arm_index] = (x / middle) ** -exponent
-        return optimize.nnls(columns, y)
-
-    grid = np.geomspace(0.01, 3.0, 200)
-    best = int(np.argmin([solved(exponent)[1] for exponent in grid]))
-    exponent = float(
-        optimize.minimize_scalar(
-            lambda log_exponent: solved(math.exp(log_exponent))[1],
-            bounds=(math.log(grid[max(best - 1, 0)]), math.log(grid[min(best + 1, len(grid) - 1)])),
-            method="bounded",
-            options={"xatol": 1e-10},
-        ).x
-    )
-    exponent = math.exp(exponent)
-    (irreducible, *factors), residual = solved(exponent)
-    rms = float(residual) / math.sqrt(len(x))
-    return {
-        arm: ScalingFit(
-            float(irreducible), float(middle * factor ** (1 / exponent)), exponent, rms, len(points[arm][0])
-        )
-        for arm, factor in zip(arms, factors, strict=True)
-    }
+EXPONENTS = np.geomspace(0.01, 3.0, 400)
+"""Those that a scaling fit tries; neighbours are 1.4% apart."""
 
 
 def scaling_fit(sizes: Sequence[float], losses: Sequence[float]) -> ScalingFit:
-    """`scaling_fits` of one arm."""
-    return scaling_fits({"arm": (sizes, losses)})["arm"]
+    """The power law of one arm by least squares in nats; form: Hoffmann et al. 2022, eq. 2, in one variable.
+
+    Needs three different sizes. The exponent is searched between the ends of EXPONENTS; offset and factor,
+    neither negative, are solved in closed form at each (variable projection).
+    """
+    x, y = np.asarray(sizes, dtype=float), np.asarray(losses, dtype=float)
+    if x.ndim != 1 or x.shape != y.shape or not len(x):
+        raise ValueError(f"points: expected as many sizes as losses, got {x.shape} and {y.shape}")
+    if not (np.isfinite(x).all() and np.isfinite(y).all() and (x > 0).all()):
+        raise ValueError("points: sizes must be positive and losses finite; leave diverged runs out")
+    if len(np.unique(x)) < 3:
+        raise ValueError("points: fewer than three different sizes; offset, scale and exponent need three")
+    grid = EXPONENTS
+    for _ in range(4):  # each time between the neighbours of the best
+        offset, factor, exponent, rms = (values[0] for values in _power_laws(x, y[None], grid))
+        best = int(np.searchsorted(grid, exponent))
+        grid = np.geomspace(grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)], len(EXPONENTS))
+    return ScalingFit(
+        float(offset), float(factor ** (1 / exponent) * _middle(x)), float(exponent), float(rms), len(x)
+    )
+
+
+def _middle(sizes: np.ndarray) -> float:
+    return float(np.exp(np.log(sizes).mean()))
+
+
+def _power_laws(x: np.ndarray, y: np.ndarray, exponents: np.ndarray) -> tuple[np.ndarray, ...]:
+    """(offset, factor, exponent, rms), each [R], of loss = offset + factor (x / middle)^-exponent.
+
+    x [P] sizes; y [R, P] losses of R ladders over the same sizes; exponents [E] that are tried.
+    """
+    powers = (x / _middle(x)) ** -exponents[:, None]  # [E, P]
+    centred = powers - powers.mean(axis=1, keepdims=True)
+    factor = y @ centred.T / (centred**2).sum(axis=1)  # [R, E]
+    offset = y.mean(axis=1, keepdims=True) - factor * powers.mean(axis=1)
+    through_zero = y @ powers.T / (powers**2).sum(axis=1)
+    factor = np.where(offset < 0, through_zero, factor)  # losses are positive, so this factor is too
+    offset = np.where(offset < 0, 0.0, offset)
+    offset = np.where(factor < 0, y.mean(axis=1, keepdims=True), offset)  # losses that do not fall
+    factor = np.maximum(factor, 0.0)
+    residual = y[:, None] - offset[..., None] - factor[..., None] * powers  # [R, E, P]
+    rms = np.sqrt((residual**2).mean(axis=-1))
+    best = rms.argmin(axis=1)
+    rows = np.arange(len(y))
+    return offset[rows, best], factor[rows, best], exponents[best], rms[rows, best]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """Two arms at one step of a ladder of sizes; the losses are paired by seed, nats/token."""
+
+    size: float
+    """Parameters of the arm."""
+    other_size: float
+    losses: Sequence[float]
+    other_losses: Sequence[float]
+
+
+@dataclass(frozen=True)
+class SizeRatio:
+    """How many times the other arm's parameters an arm needs for equal loss."""
+
+    ratio: float | None
+    """Geometric mean over the rungs; None where no ratio exists."""
+    low: float | None
+    high: float | None
+    """95%, by bootstrap over seeds and sizes."""
+    by_size: dict[str, float | None]
+    """By the arm's parameters; None where the other arm's power law never reaches that loss."""
+    fit: ScalingFit
+    other_fit: ScalingFit
+    too_short: str
+    """Why nothing can be said; empty where the interval holds."""
+
+
+def size_ratio(ladder: Sequence[Rung], resamples: int = 1000) -> SizeRatio:
+    """The ratio of sizes at equal loss from a ladder of three rungs or more.
+
+    At each rung the arm's mean loss is looked up in the power law that is fitted to the other arm, so each
+    arm has its own exponent and the ratio may change with size. The interval: seeds are drawn anew at each
+    rung, in pairs, the law is fitted again, and the rungs that are averaged are drawn anew.
+
+    `too_short` where there is one seed, where the other arm's losses fall over the ladder by less than four
+    standard errors of a rung's mean, or where its law does not reach the arm's losses in 2.5% of the draws.
+    """
+    sizes = np.array([rung.size for rung in ladder], dtype=float)
+    other_sizes = np.array([rung.other_size for rung in ladder], dtype=float)
+    means = np.array([np.mean(rung.losses) for rung in ladder])
+    others = np.array([np.mean(rung.other_losses) for rung in ladder])
+    fit = scaling_fit(sizes.tolist(), means.tolist())
+    other_fit = scaling_fit(other_sizes.tolist(), others.tolist())
+    needed = [other_fit.size(float(loss)) for loss in means]
+    by_size = {
+        f"{size:.0f}": size / other if 0 < other < math.inf else None
+        for size, other in zip(sizes, needed, strict=True)
+    }
+    known = [value for value in by_size.values() if value is not None]
+    ratio = math.exp(np.log(known).mean()) if len(known) == len(ladder) else None
+    found = SizeRatio(ratio, None, None, by_size, fit, other_fit, "")
+    if min(len(rung.losses) for rung in ladder) < 2:
+        return replace(found, too_short="a size has fewer than 2 seeds")
+    error = math.sqrt(np.mean([np.var(rung.other_losses, ddof=1) / len(rung.losses) for rung in ladder]))
+    fall = float(others[other_sizes.argmin()] - others[other_sizes.argmax()])
+    if fall <= 4 * error:
+        return replace(found, too_short=f"losses fall by {fall:.3f} nats, seeds make {error:.3f} of noise")
+    drawn = _drawn_log_ratios(ladder, sizes, other_sizes, resamples)
+    reached = np.isfinite(drawn)
+    if ratio is None or reached.mean() < 0.975:
+        return replace(found, too_short="the loss lies beyond what the other arm's power law reaches")
+    low, high = np.exp(np.quantile(drawn[reached], [0.025, 0.975]))
+    return replace(found, low=float(low), high=float(high))
+
+
+def _drawn_log_ratios(
+    ladder: Sequence[Rung], sizes: np.ndarray, other_sizes: np.ndarray, resamples: int
+) -> np.ndarray:
+    """[resamples] mean logarithms of the ratio; not finite where a law does not reach a loss."""
+    rng = np.random.default_rng(0)
+    own, other = np.empty((2, resamples, len(ladder)))
+    for place, rung in enumerate(ladder):
+        seeds = rng.integers(len(rung.losses), size=(resamples, len(rung.losses)))
+        own[:, place] = np.asarray(rung.losses)[seeds].mean(axis=1)
+        other[:, place] = np.asarray(rung.other_losses)[seeds].mean(axis=1)
+    offset, factor, exponent, _ = (values[:, None] for values in _power_laws(other_sizes, other, EXPONENTS))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        needed = np.log(_middle(other_sizes)) + (np.log(factor) - np.log(own - offset)) / exponent
+    rungs = rng.integers(len(ladder), size=own.shape)
+    return np.take_along_axis(np.log(sizes) - needed, rungs, axis=1).mean(axis=1)
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Of the median, from order statistics (David & Nagaraja 2003, sec. 7.1); at least `confidence` for six
+    values or more, fewer give their whole range.
+    """
+    ordered = sorted(values)
+    n = len(ordered)
+    skipped = max(0, int(stats.binom.ppf((1 - confidence) / 2, n, 0.5)) - 1)
+    return ordered[skipped], ordered[n - 1 - skipped]
+
+
+def standard_error(nll_nats: Sequence[float], tokens: Sequence[float]) -> float:
+    """Sampling error of sum(nll) / sum(tokens), nats/token, from parts of a text taken as independent.
+
+    Linearised ratio estimator (Cochran 1977, eq. 2.46): what another text of the same kind and length would
+    change.
+    """
+    nll, counts = np.asarray(nll_nats, dtype=float), np.asarray(tokens, dtype=float)
+    if nll.ndim != 1 or nll.shape != counts.shape or len(nll) < 2:
+        raise ValueError(
+            f"parts: expected as many sums as counts, 2 or more, got {nll.shape}, {counts.shape}"
+        )
+    residual = nll - nll.sum() / counts.sum() * counts
+    return float(math.sqrt(len(nll) / (len(nll) - 1) * (residual**2).sum()) / counts.sum())

@@ -106,18 +106,78 @@ def test_scaling_fit_recovers_a_known_law():
     assert fit.size(1.6) == math.inf
 
 
-def test_arms_share_the_law_and_differ_by_a_ratio_of_sizes():
-    sizes = np.geomspace(1e5, 1e8, 5)
-    rng = np.random.default_rng(3)
-    fits = stats.scaling_fits(
-        {
-            "mlp": (sizes, 2.0 + (4e5 / sizes) ** 0.3 + rng.normal(0, 1e-4, 5)),
-            "kan": (sizes[:2], 2.0 + (2e5 / sizes[:2]) ** 0.3),  # half the parameters for the same loss
-        }
-    )
-    assert fits["mlp"].irreducible == fits["kan"].irreducible
-    assert fits["mlp"].exponent == fits["kan"].exponent
-    assert fits["kan"].scale / fits["mlp"].scale == pytest.approx(0.5, rel=0.01)
+def ladder(offset=0.0, falls=True, noise=1e-3, seeds=3, factor=1.0, rng_seed=0):
+    """Rungs of an arm that needs `factor` times the other's parameters, with noise over seeds."""
+    rng = np.random.default_rng(rng_seed)
+    rungs = []
+    for size in (1e5, 2e5, 4e5, 8e5, 1.6e6):
+        shared = rng.normal(0, 3 * noise, seeds)
+        own = 2.0 + (3e5 * factor / size) ** 0.4 if falls else 3.0
+        other = 2.0 + (3e5 / size) ** 0.4 if falls else 3.0
+        rungs.append(
+            stats.Rung(
+                size,
+                size,
+                own + offset + shared + rng.normal(0, noise, seeds),
+                other + shared + rng.normal(0, noise, seeds),
+            )
+        )
+    return rungs
+
+
+def test_the_ratio_of_sizes_at_equal_loss_is_recovered_with_its_interval():
+    for factor in (0.5, 1.0, 3.0):
+        found = stats.size_ratio(ladder(factor=factor))
+        assert found.ratio == pytest.approx(factor, rel=0.05) and not found.too_short
+        assert found.low < factor < found.high and found.high / found.low < 1.5
+        assert len(found.by_size) == 5 and found.fit.exponent == pytest.approx(0.4, rel=0.3)
+
+
+def test_a_crossover_is_seen_by_size():
+    rungs = [
+        stats.Rung(r.size, r.other_size, r.losses + 0.03 * math.log2(r.size / 4e5), r.other_losses)
+        for r in ladder(noise=1e-4)
+    ]
+    ratios = list(stats.size_ratio(rungs).by_size.values())
+    assert ratios == sorted(ratios) and ratios[0] < 0.95 and ratios[-1] > 1.05
+
+
+@pytest.mark.parametrize(
+    ("rungs", "words"),
+    [
+        (ladder(seeds=1), "fewer than 2 seeds"),
+        (ladder(falls=False), "seeds make"),
+        (ladder(offset=-0.8), "beyond what the other arm"),
+    ],
+)
+def test_a_ladder_that_is_too_short_to_say_says_so(rungs, words):
+    found = stats.size_ratio(rungs)
+    assert words in found.too_short and found.low is None
+
+
+def test_pure_noise_never_finds_a_ratio_of_a_hundred():
+    for rng_seed in range(40):
+        found = stats.size_ratio(ladder(falls=False, noise=0.02, rng_seed=rng_seed), resamples=200)
+        assert found.too_short or not (found.high < 1 / 10 or found.low > 10)
+
+
+def test_the_interval_of_a_median_covers_it_as_often_as_it_says():
+    # With 9 values the second and the eighth: 1 - 2 (1 + 9) / 2^9 = 96.1%; the third would give 82%.
+    assert stats.median_interval(list(range(9))) == (1, 7)
+    assert stats.median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+    rng = np.random.default_rng(2)
+    intervals = [stats.median_interval(values.tolist()) for values in rng.exponential(size=(2000, 15))]
+    assert 0.95 < np.mean([low < math.log(2) < high for low, high in intervals]) < 0.98
+
+
+def test_sampling_error_is_the_spread_over_texts():
+    rng = np.random.default_rng(8)
+    tokens = rng.integers(50, 150, (400, 60))
+    nll = 3.0 * tokens + rng.normal(0, 1, tokens.shape) * tokens**0.5
+    errors = [stats.standard_error(a, b) for a, b in zip(nll, tokens, strict=True)]
+    assert np.mean(errors) == pytest.approx((nll.sum(1) / tokens.sum(1)).std(), rel=0.1)
+    with pytest.raises(ValueError, match="2 or more"):
+        stats.standard_error([1.0], [1])
 
 
 def test_a_law_without_offset_keeps_the_offset_at_zero():
@@ -130,16 +190,16 @@ def test_a_law_without_offset_keeps_the_offset_at_zero():
 @pytest.mark.parametrize(
     ("points", "message"),
     [
-        ({}, "at least one arm"),
-        ({"kan": ([1e5, 1e6], [3.0, 2.0])}, "three different sizes"),
-        ({"kan": ([1e5, 1e6, 1e7], [3.0, 2.0])}, "as many sizes as losses"),
-        ({"kan": ([1e5, 1e6, 1e7], [3.0, 2.0, math.nan])}, "diverged"),
-        ({"kan": ([0.0, 1e6, 1e7], [3.0, 2.0, 1.5])}, "positive"),
+        (([], []), "as many sizes as losses"),
+        (([1e5, 1e6], [3.0, 2.0]), "three different sizes"),
+        (([1e5, 1e6, 1e7], [3.0, 2.0]), "as many sizes as losses"),
+        (([1e5, 1e6, 1e7], [3.0, 2.0, math.nan]), "diverged"),
+        (([0.0, 1e6, 1e7], [3.0, 2.0, 1.5]), "positive"),
     ],
 )
 def test_points_without_a_law_are_errors(points, message):
     with pytest.raises(ValueError, match=message):
-        stats.scaling_fits(points)
+        stats.scaling_fit(*points)
 
 
 def test_holm_is_that_of_a_worked_example():

@@ -8,12 +8,15 @@
 from __future__ import annotations
 
 import math
+import statistics
+from dataclasses import asdict
 from typing import Any
 
 from kanlm.compare.artifacts import Artifacts
 from kanlm.compare.judgement import Judgement, mean
-from kanlm.compare.verdict import best_mlp, finished, tokens_to_loss
-from kanlm.stats import scaling_fits
+from kanlm.compare.verdict import best_mlp, finished, learned_nothing, tokens_to_loss
+from kanlm.runs import EvalReport
+from kanlm.stats import Rung, median_interval, paired_difference, size_ratio
 
 CLAIMS = {
     "parameters": "A KAN needs 1/100 of an MLP's parameters for equal loss",
@@ -25,19 +28,36 @@ SWEEP_COMMAND = "kanlm compare configs/compare-sizes.toml"
 SPEED_COMMAND = "kanlm compare COMPARE.toml speed.rounds=9"
 
 
-def row(claim: str, arm: str, baseline: str | None, ratio: float | None, measured: str) -> dict[str, Any]:
+def row(
+    claim: str,
+    arm: str,
+    baseline: str | None,
+    ratio: float | None,
+    measured: str,
+    interval: tuple[float, float] | None = None,
+    too_short: bool = False,
+    **more: Any,
+) -> dict[str, Any]:
     """One claim for one arm. `ratio` is KAN over MLP of what the claim is about; None = not measured.
 
-    verdict: "holds" where the measured ratio is at least as extreme as the claim, "partly" where it only has
-    the claim's direction (by over 5%), else "does not hold".
+    verdict, by the interval where there is one, else by the ratio alone: "holds" where all of it is at least
+    as extreme as the claim, "does not hold" where none of it is ("partly: only in direction" where it still
+    lies beyond 1 by over 5% on the claim's side), "too short to say" where only a part is.
     """
     if ratio is None:
-        verdict = "not measured"
+        verdict = "too short to say" if too_short else "not measured"
+    elif too_short:
+        verdict = "too short to say"
     else:
-        claimed = CLAIMED_RATIO[claim]
-        extreme = math.log(ratio) / math.log(claimed)
-        toward = abs(math.log(ratio)) > math.log(1.05) and extreme > 0
-        verdict = "holds" if extreme >= 1 else "partly: only in direction" if toward else "does not hold"
+        ends = interval or (ratio, ratio)
+        extreme = sorted(math.log(end) / math.log(CLAIMED_RATIO[claim]) for end in ends)
+        beyond_one = extreme[0] * abs(math.log(CLAIMED_RATIO[claim])) > math.log(1.05)
+        if extreme[0] >= 1:
+            verdict = "holds"
+        elif extreme[1] >= 1:
+            verdict = "too short to say"
+        else:
+            verdict = "partly: only in direction" if beyond_one else "does not hold"
     return {
         "claim": claim,
         "statement": CLAIMS[claim],
@@ -45,8 +65,10 @@ def row(claim: str, arm: str, baseline: str | None, ratio: float | None, measure
         "arm": arm,
         "baseline": baseline,
         "ratio": ratio,
+        "interval": interval,
         "measured": measured,
         "verdict": verdict,
+        **more,
     }
 
 
@@ -66,40 +88,80 @@ def claims(artifacts: Artifacts, judged: list[Judgement]) -> list[dict[str, Any]
     return sorted(rows, key=lambda row: order.index(row["claim"]))
 
 
+def taught(artifacts: Artifacts, size: str, arm: str) -> dict[int, EvalReport]:
+    """The arm's evaluations at equal parameters by seed, without those that learned nothing."""
+    found = finished(artifacts.at("parameters", size, arm))
+    return {
+        seed: report
+        for seed, report in found.items()
+        if not learned_nothing(report.bits_per_byte, artifacts.baselines)
+    }
+
+
 def size_points(artifacts: Artifacts, arm: str) -> tuple[list[float], list[float]]:
     """(non-embedding parameters, mean held-out loss) of the parameter-matched sizes that finished."""
     sizes, losses = [], []
     for size in artifacts.config.sizes:
-        done = finished(artifacts.at("parameters", size.name, arm))
+        done = taught(artifacts, size.name, arm)
         if done:
             sizes.append(float(artifacts.planned("parameters", size.name, arm).non_embedding_parameters))
             losses.append(mean([report.loss for report in done.values()]))
     return sizes, losses
 
 
+def ladder(artifacts: Artifacts, arm: str, baseline: str) -> list[Rung]:
+    """The sizes at which both finished a seed, losses paired by seed."""
+    rungs = []
+    for size in artifacts.config.sizes:
+        own, other = (taught(artifacts, size.name, name) for name in (arm, baseline))
+        seeds = sorted(set(own) & set(other))
+        if seeds:
+            sizes = [
+                artifacts.planned("parameters", size.name, name).non_embedding_parameters
+                for name in (arm, baseline)
+            ]
+            losses = [[reports[seed].loss for seed in seeds] for reports in (own, other)]
+            rungs.append(Rung(float(sizes[0]), float(sizes[1]), *losses))
+    return rungs
+
+
 def parameters_claim(
     artifacts: Artifacts, arm: str, baseline: str | None, judged: list[Judgement]
 ) -> dict[str, Any]:
-    """Ratio of the scales of two power laws that share exponent and floor, where three sizes were run."""
+    """Parameters for equal loss, by the power law that is fitted to the baseline's sizes."""
     how = f"not measured by this comparison; `{SWEEP_COMMAND}` runs several sizes"
     if baseline is None or "parameters" not in artifacts.config.matching:
         return row("parameters", arm, baseline, None, how)
-    points = {name: size_points(artifacts, name) for name in (arm, baseline)}
-    if min(len(set(sizes)) for sizes, _ in points.values()) < 3:
+    rungs = ladder(artifacts, arm, baseline)
+    if min(len({rung.size for rung in rungs}), len({rung.other_size for rung in rungs})) < 3:
         here = next((j for j in judged if j.arm == arm and j.matching == "parameters"), None)
         if here is not None and here.outcome in ("worse", "tie"):
             how += f"; at equal parameters {arm} is no better than {baseline} here, which speaks against it"
         return row("parameters", arm, baseline, None, how)
-    fits = scaling_fits(points)
-    if not (fits[arm].scale > 0 and fits[baseline].scale > 0):
-        return row("parameters", arm, baseline, None, "loss does not fall with size here; no ratio exists")
-    ratio = fits[arm].scale / fits[baseline].scale
-    low, high = min(points[arm][0]), max(points[arm][0])
-    text = (
-        f"{ratio:.2f} times the parameters of {baseline}, power laws fitted to {len(points[arm][0])} sizes "
-        f"of {low:,.0f} to {high:,.0f} (residual {fits[arm].rms:.3f} nats)"
+    found = size_ratio(rungs)
+    interval = (found.low, found.high) if found.low is not None and found.high is not None else None
+    by_size = ", ".join(
+        f"{float(size):,.0f}: {'beyond' if value is None else f'{value:.2f}'}"
+        for size, value in found.by_size.items()
     )
-    return row("parameters", arm, baseline, ratio, text)
+    between = f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else ""
+    head = f"{found.ratio:.2f}{between} times the parameters of {baseline}" if found.ratio else "no ratio"
+    text = (
+        f"{head}, claimed 1/100; by size {by_size}; exponents {found.fit.exponent:.2f} against "
+        f"{found.other_fit.exponent:.2f}"
+        + (f"; too short to say: {found.too_short}" if found.too_short else "")
+    )
+    return row(
+        "parameters",
+        arm,
+        baseline,
+        found.ratio,
+        text,
+        interval,
+        bool(found.too_short),
+        by_size=found.by_size,
+        fits={arm: asdict(found.fit), baseline: asdict(found.other_fit)},
+    )
 
 
 def step_rows(artifacts: Artifacts, size: str) -> dict[str, dict[str, Any]]:
@@ -115,19 +177,15 @@ def step_time_claim(artifacts: Artifacts, size: str, arm: str, baseline: str | N
         return row("step_time", arm, baseline, None, f"not measured by this comparison; `{SPEED_COMMAND}`")
     own, other = steps[arm], steps[baseline]
     pairs = sorted(a / b for a, b in zip(own["step_seconds"], other["step_seconds"], strict=True))
-    ratio = median(pairs)
+    ratio = statistics.median(pairs)
+    interval = median_interval(pairs) if len(pairs) > 5 else None
+    between = f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else ""
     text = (
-        f"{ratio:.2f} times the step time of {baseline}: {1000 * own['median_seconds']:.0f} ms against "
-        f"{1000 * other['median_seconds']:.0f} ms, medians of {len(pairs)} rounds in turns (ratios "
-        f"{pairs[0]:.2f} to {pairs[-1]:.2f})"
+        f"{ratio:.2f}{between} times the step time of {baseline}, claimed 10: "
+        f"{1000 * own['median_seconds']:.0f} ms against {1000 * other['median_seconds']:.0f} ms, medians of "
+        f"{len(pairs)} rounds in turns (ratios {pairs[0]:.2f} to {pairs[-1]:.2f})"
     )
-    return row("step_time", arm, baseline, ratio, text)
-
-
-def median(values: list[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+    return row("step_time", arm, baseline, ratio, text, interval)
 
 
 def time_to_loss_claim(artifacts: Artifacts, size: str, arm: str, baseline: str | None) -> dict[str, Any]:
@@ -159,11 +217,15 @@ def time_to_loss_claim(artifacts: Artifacts, size: str, arm: str, baseline: str 
         how = f"not measured: the runs' clocks also count what else the machine did; `{SPEED_COMMAND}`"
         return row("time_to_loss", arm, baseline, None, how)
     speed = steps[baseline]["tokens_per_second"] / steps[arm]["tokens_per_second"]
-    ratios = [value * speed for value in ratios]
-    ratio = math.exp(mean([math.log(value) for value in ratios]))
-    spread = f" (seeds {min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else " (one seed)"
+    logs = [math.log(value * speed) for value in ratios]
+    ratio, interval = math.exp(mean(logs)), None
+    spread = " (one seed)"
+    if len(logs) > 1:
+        paired = paired_difference(logs, [0.0] * len(logs))
+        interval = (math.exp(paired.low), math.exp(paired.high))
+        spread = f" ({interval[0]:.2f} to {interval[1]:.2f} over {len(logs)} seeds)"
     text = (
-        f"{ratio:.2f} times the time of {baseline} to the loss that both reached{spread}, by step times "
-        "measured in turns"
+        f"{ratio:.2f}{spread} times the time of {baseline} to the loss that both reached, claimed 1/10; by "
+        "step times measured in turns"
     )
-    return row("time_to_loss", arm, baseline, ratio, text)
+    return row("time_to_loss", arm, baseline, ratio, text, interval)

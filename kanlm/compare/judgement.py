@@ -130,6 +130,8 @@ class Judgement:
     """Of the paired differences over seeds."""
     detectable_nats: float | None = None
     """The smallest true difference that these seeds find in 80% of comparisons."""
+    text_error_nats: float | None = None
+    """Sampling error of the difference: what another test text of this kind and length would change."""
     diverged: tuple[int, ...] = ()
     """Seeds in which the arm diverged."""
     baseline_diverged: tuple[int, ...] = ()

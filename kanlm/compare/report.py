@@ -20,7 +20,8 @@ from kanlm.compare.judgement import MATCHED, Judgement, mean, sentence
 from kanlm.compare.schema import TOLERANCE, PlannedArm
 from kanlm.compare.verdict import judgements, learned_nothing, mean_bits
 from kanlm.interpret.pictures import learned_functions_svg, spread, standalone_svg
-from kanlm.runs import write_json, write_text
+from kanlm.runs import EvalReport, write_json, write_text
+from kanlm.stats import standard_error
 
 SCHEMA = 1
 DRAWN_FUNCTIONS = 12
@@ -66,7 +67,10 @@ def report_content(artifacts: Artifacts) -> dict[str, Any]:
                         arm_row(artifacts, artifacts.planned(matching, size.name, arm.name))
                         for arm in config.arms
                     ],
-                    "sentences": [sentence(judgement, margin) for judgement in here],
+                    "sentences": [
+                        sentence(judgement, margin) + counting_beats_both(artifacts, judgement)
+                        for judgement in here
+                    ],
                 }
             )
     headline = next(
@@ -88,11 +92,23 @@ def report_content(artifacts: Artifacts) -> dict[str, Any]:
         "claims": claims(artifacts, judged),
         "sweep": artifacts.sweep,
         "speed": artifacts.speed,
-        "notes": notes(artifacts),
+        "notes": notes(artifacts) + text_notes(judged),
         "data": artifacts.data,
         "provenance": artifacts.provenance,
         "config": config.model_dump(mode="json"),
     }
+
+
+def counting_beats_both(artifacts: Artifacts, judgement: Judgement) -> str:
+    """What the verdict has to add where a model that only counts or compresses predicts better than both."""
+    bits = [judgement.arm_bits_per_byte, judgement.baseline_bits_per_byte]
+    known = [value for value in bits if value is not None]
+    rows = [row for row in artifacts.baselines if known and row["bits_per_byte"] <= min(known)]
+    if not rows or judgement.outcome in ("no result", "learned nothing"):
+        return ""
+    listed = " and ".join(f"{row['name']} ({row['bits_per_byte']:.4f})" for row in rows)
+    verb = "predict" if len(rows) > 1 else "predicts"
+    return f" Without any neural network {listed} {verb} this text better than both."
 
 
 def run_entry(result: Result) -> dict[str, Any]:
@@ -131,6 +147,7 @@ def arm_row(artifacts: Artifacts, planned: PlannedArm) -> dict[str, Any]:
         "loss": loss,
         "perplexity": math.exp(loss) if loss is not None else None,
         "word_perplexity": geometric_mean([report.word_perplexity for report in evaluated]),
+        "text_error_nats": text_error_of(evaluated),
         "learned_nothing": bits is not None and learned_nothing(bits, artifacts.baselines),
         "seeds": [seed_entry(result) for result in results],
         "tokens_per_second": speeds["tokens_per_second"]
@@ -153,6 +170,16 @@ def seed_entry(result: Result) -> dict[str, Any]:
         "perplexity": report.perplexity if report else None,
         "tokens_per_second": result.record.tokens_per_second if result.record else None,
     }
+
+
+def text_error_of(reports: Sequence[EvalReport]) -> float | None:
+    """Sampling error of one arm's loss that is due to the held-out text, mean over seeds."""
+    errors = [
+        standard_error([nll for _, nll in report.parts], [tokens for tokens, _ in report.parts])
+        for report in reports
+        if len(report.parts) > 1
+    ]
+    return mean(errors) if errors else None
 
 
 def geometric_mean(values: Sequence[float]) -> float | None:
@@ -180,7 +207,8 @@ def notes(artifacts: Artifacts) -> list[str]:
     if config.evaluation.source is None:
         tuned = " on which learning rates were chosen" if artifacts.sweep_ran else ""
         found.append(
-            f"Reported on the held-out part of the training source{tuned}, not on a separate test text."
+            f"Reported on the held-out part of the training source{tuned} and by which the best MLP was "
+            "chosen, not on a separate test text."
         )
     if not artifacts.sweep_ran:
         found.append("Learning rates are as configured; none was tuned in this comparison.")
@@ -214,6 +242,16 @@ def notes(artifacts: Artifacts) -> list[str]:
         )
         found.append(f"Not better than {name} on this text: {', '.join(beaten)}.")
     return found
+
+
+def text_notes(judged: Sequence[Judgement]) -> list[str]:
+    """Where the text is too short: its sampling error is to stay below a third of the seeds' spread."""
+    return [
+        f"{one.arm}: another test text of this length would move the difference by {one.text_error_nats:.4f} "
+        f"nats, more than a third of what seeds do ({one.std_nats:.4f}); a longer text would say more."
+        for one in judged
+        if one.text_error_nats is not None and one.std_nats and one.text_error_nats > one.std_nats / 3
+    ]
 
 
 def report_pictures(artifacts: Artifacts) -> dict[str, dict[str, str]]:
@@ -367,6 +405,8 @@ def fence(text: str) -> str:
 
 FILTERS: dict[str, Callable[..., Any]] = {
     "short": plots.short,
+    "nats": lambda value: "–" if value is None else f"{value:+.4f}",
+    "interval": lambda pair: "–" if pair is None else f"{pair[0]:+.4f} to {pair[1]:+.4f}",
     "number": lambda value: "–" if value is None else f"{value:,.0f}",
     "fixed": lambda value, digits=3: "–" if value is None else f"{value:.{digits}f}",
     "percent": lambda value, digits=2: f"{100 * value:+.{digits}f}%",

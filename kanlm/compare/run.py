@@ -31,7 +31,7 @@ from kanlm.compare.speed import measured_speed
 from kanlm.compare.tracking import track_table
 from kanlm.config import RunConfig, UserError
 from kanlm.data import TokenLoader, documents, text_documents, token_cache, tokenizer_for
-from kanlm.evaluation.baselines import kneser_ney_bits_per_byte, xz_bits_per_byte
+from kanlm.evaluation.baselines import kneser_ney_by_order, xz_bits_per_byte
 from kanlm.evaluation.loading import load_causal_lm
 from kanlm.evaluation.perplexity import evaluate_model
 from kanlm.export import export, update_card
@@ -406,14 +406,18 @@ def ensure_baselines(config: CompareConfig, directory: CompareDir, base: RunConf
     if config.evaluation.baselines and base.data.streaming and base.data.max_documents is None:
         say("baselines: none; they would read the whole of a streamed text (data.max_documents bounds it)")
     elif config.evaluation.baselines:
-        say("baselines: 5-gram Kneser-Ney and xz -9 on the same text")
+        say("baselines: Kneser-Ney n-grams and xz -9 on the same text")
         training = list(documents(base, "train"))
         held_out = list(held_out_documents(config, base))
+        by_order = kneser_ney_by_order(training, held_out)
+        best = min(by_order, key=by_order.__getitem__)
         rows = [
             {
-                "name": "5-gram",
-                "what": "Kneser-Ney over bytes, counts of the training text",
-                "bits_per_byte": kneser_ney_bits_per_byte(training, held_out),
+                "name": f"{best}-gram",
+                "what": f"Kneser-Ney over bytes, the best of orders {min(by_order)} to {max(by_order)}, "
+                "counts of the training text",
+                "bits_per_byte": by_order[best],
+                "orders": by_order,
             },
             {
                 "name": "xz -9",

@@ -102,7 +102,7 @@ class EvaluationConfig(Section):
     batch_size: int = Field(16, ge=1)
     max_documents: int | None = Field(None, ge=1)
     baselines: bool = True
-    """Also judge a 5-gram Kneser-Ney model and xz -9 on the same text."""
+    """Also judge the best Kneser-Ney n-gram model and xz -9 on the same text."""
     equivalence_margin_nats: float = Field(0.01, gt=0)
     """Differences smaller than this count as a tie, nats/token."""
     prompts: tuple[str, ...] = Field((), strict=False)

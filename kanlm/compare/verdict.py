@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from kanlm.compare.artifacts import Artifacts, Result
 from kanlm.compare.judgement import ArmLosses, Judgement, best_baseline, judge, mean
 from kanlm.runs import EvalReport
+from kanlm.stats import standard_error
 
 
 def finished(results: Sequence[Result]) -> dict[int, EvalReport]:
@@ -68,7 +70,27 @@ def judgements(artifacts: Artifacts, matching: str, size: str) -> list[Judgement
         if arm.bits_per_byte and learned_nothing(mean([*arm.bits_per_byte.values()]), artifacts.baselines)
     }
     margin = artifacts.config.evaluation.equivalence_margin_nats
-    return judge(losses, margin, matching=matching, size=size, learned_nothing=idle)
+    judged = judge(losses, margin, matching=matching, size=size, learned_nothing=idle)
+    return [replace(one, text_error_nats=text_error(results, one)) for one in judged]
+
+
+def text_error(results: Sequence[Result], judgement: Judgement) -> float | None:
+    """Sampling error of the difference that another test text of this kind and length would show.
+
+    From the difference of the two arms in up to 100 consecutive parts of the text, averaged over the seeds
+    that both finished; None where evaluations keep no parts.
+    """
+    own, other = (
+        finished([result for result in results if result.trial.arm == name])
+        for name in (judgement.arm, judgement.baseline)
+    )
+    seeds = sorted(set(own) & set(other))
+    kept = [report.parts for seed in seeds for report in (own[seed], other[seed])]
+    if not kept or len({len(parts) for parts in kept}) > 1 or len(kept[0]) < 2:
+        return None
+    tokens = [tokens for tokens, _ in kept[0]]
+    nll = np.array([[nll for _, nll in parts] for parts in kept])  # [2 seeds, parts]
+    return standard_error((nll[::2] - nll[1::2]).mean(axis=0).tolist(), tokens)
 
 
 def tokens_to_loss(result: Result, target: float) -> float | None:

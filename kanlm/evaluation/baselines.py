@@ -24,10 +24,18 @@ class KneserNey:
     Without its last digit it is the gram one shorter, without its first digit the context of x_i.
     """
 
-    def __init__(self, documents: Iterable[Sequence[int] | NDArray], vocab_size: int, order: int = 5):
+    def __init__(
+        self,
+        documents: Iterable[Sequence[int] | NDArray],
+        vocab_size: int,
+        order: int = 5,
+        outcomes: int | None = None,
+    ):
+        """outcomes: what the uniform distribution is over, where symbols that never occur share an id."""
         if order < 1:
             raise UserError(f"order: expected at least 1, got {order}")
         self.vocab_size = vocab_size
+        self.outcomes = outcomes or vocab_size
         self.order = order
         self._base = vocab_size + 1  # A: the symbols and the boundary between documents
         if self._base**order >= 2**63:
@@ -79,7 +87,7 @@ class KneserNey:
     def log_probabilities(self, documents: Iterable[Sequence[int] | NDArray]) -> NDArray:
         """ln p of every symbol of the documents, in order."""
         longest, where = np.unique(self._longest_grams(documents), return_inverse=True)
-        probability = np.full(len(longest), 1.0 / self.vocab_size)
+        probability = np.full(len(longest), 1.0 / self.outcomes)
         for k, tables in enumerate(self._orders, 1):
             grams = longest // self._base ** (self.order - k)
             context, known = _places(grams % self._base ** (k - 1), tables["contexts"])
@@ -107,6 +115,31 @@ def _discount(counts: NDArray) -> float:
     if once == 0 or twice == 0:  # the estimate is 0 or 1 there; 0.75 is the customary value
         return min(0.75, float(counts.min()))
     return once / (once + 2 * twice)
+
+
+ORDERS = range(3, 9)
+
+
+def kneser_ney_by_order(
+    training: Sequence[str], held_out: Sequence[str], orders: Iterable[int] = ORDERS
+) -> dict[int, float]:
+    """`kneser_ney_bits_per_byte` of several orders; those whose grams do not fit 63 bits are left out.
+
+    Bytes that the training text has not are one symbol to the counts, so that 8 of them fit.
+    """
+    seen = np.unique(np.concatenate([_byte_ids(text) for text in training] or [_byte_ids("")]))
+    ids = np.full(256, len(seen))
+    ids[seen] = np.arange(len(seen))
+    found = {}
+    for order in orders:
+        if (len(seen) + 2) ** order >= 2**63:
+            continue
+        model = KneserNey((ids[_byte_ids(text)] for text in training), len(seen) + 1, order, outcomes=256)
+        nll = -model.log_probabilities(ids[_byte_ids(text)] for text in held_out)
+        if not len(nll):
+            raise UserError("data: the held-out text is empty")
+        found[order] = float(nll.mean()) / math.log(2)
+    return found
 
 
 def kneser_ney_bits_per_byte(training: Iterable[str], held_out: Iterable[str], order: int = 5) -> float:

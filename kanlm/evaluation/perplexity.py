@@ -23,7 +23,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +52,8 @@ class Window:
     document: int
     inputs: list[int]
     targets: list[int]
+    number: int = 0
+    """Of the window in the whole text."""
 
 
 def windows(
@@ -76,6 +78,14 @@ class Score:
     sha256: str = ""
     seconds: float = 0.0
     document_nll: list[float] = field(default_factory=list)
+    window_nll: list[float] = field(default_factory=list)
+    window_tokens: list[int] = field(default_factory=list)
+
+    def parts(self, most: int = 100) -> list[tuple[int, float]]:
+        """(tokens, nll_nats) of consecutive parts of the text, whole windows each; for its sampling error."""
+        cuts = [len(self.window_nll) * part // most for part in range(most + 1)]
+        spans = [slice(*span) for span in itertools.pairwise(dict.fromkeys(cuts))]
+        return [(sum(self.window_tokens[span]), math.fsum(self.window_nll[span])) for span in spans]
 
 
 @torch.inference_mode()
@@ -148,6 +158,7 @@ def score(
         for batch in _batches(buffer, token_budget):
             for window, nll in zip(batch, window_nll(model, batch).tolist(), strict=True):
                 result.document_nll[window.document] += nll
+                result.window_nll[window.number] = nll
                 result.tokens += len(window.targets)
                 bar.update(len(window.targets))
 
@@ -160,7 +171,9 @@ def score(
         result.counts += metrics.text_counts(document)
         result.document_nll.append(0.0)
         for window in windows(token_ids(tokenizer, document), prefix_token_id, context_length, stride, index):
-            buffer.append(window)
+            buffer.append(replace(window, number=len(result.window_nll)))
+            result.window_nll.append(0.0)
+            result.window_tokens.append(len(window.targets))
             buffered_tokens += len(window.inputs)
         if buffered_tokens >= _BUFFERED_BATCHES * token_budget:
             flush(buffer)
@@ -321,6 +334,7 @@ def evaluate_model(
         documents=result.counts.documents,
         nll_nats=result.nll_nats,
         **metrics.ratios(result.nll_nats, result.tokens, result.counts.bytes, words),
+        parts=result.parts(),
         context_length=context_length,
         stride=context_length if stride is None else stride,
         parameters=total,

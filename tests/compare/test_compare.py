@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -163,7 +164,9 @@ def test_the_sweep_decides_the_learning_rate_of_every_seed(studied):
 
 def test_the_report_shows_functions_samples_and_baselines(studied):
     folder, content, _ = studied
-    assert [row["name"] for row in content["baselines"]] == ["5-gram", "xz -9"]
+    grams, xz = content["baselines"]
+    assert re.fullmatch(r"[3-8]-gram", grams["name"]) and xz["name"] == "xz -9"
+    assert grams["bits_per_byte"] == min(grams["orders"].values()) and len(grams["orders"]) == 6
     assert all(len(run["samples"]) == 2 and run["samples"][0]["prompt"] for run in content["runs"])
     page = (folder / "runs/study/report.html").read_text()
     assert "What the KANs learned" in page and "layer 0 up_proj" in page

@@ -18,6 +18,7 @@ from kanlm.compare.report import report, report_content, report_pictures, summar
 from kanlm.config import UserError
 
 SEEDS = (0, 1, 2, 3, 4)
+ARMS = [{"name": arm, "ffn_type": arm} for arm in ("kan", "swiglu")]
 
 
 def losses(rng_seed: int = 3, spread: float = 0.003, seeds=SEEDS, **means: float) -> dict:
@@ -91,6 +92,9 @@ def test_a_model_that_every_baseline_beats_has_learned_nothing(tmp_path):
 def test_beating_one_baseline_is_said_to_be_beating_one(tmp_path):
     found = content(tmp_path, losses(kan=4.1, kan_glu=3.8, swiglu=3.9), baselines=(2.31, 1.2))
     assert "Not better than xz -9 on this text: kan, kan_glu, swiglu." in found["notes"]
+    assert found["verdict"]["sentence"].endswith(
+        "Without any neural network xz -9 (1.2000) predicts this text better than both."
+    )
     assert outcomes(found)["kan_glu"] == "better"
 
 
@@ -181,7 +185,39 @@ def test_parameters_for_equal_loss_needs_several_sizes(tmp_path):
     ratio = {row["arm"]: row["ratio"] for row in found["claims"] if row["claim"] == "parameters"}
     # Losses fall as 0.8, 0.4, 0.2 over factors of 4: an exponent of 1/2. The KAN's lie 0.1 nats above.
     assert ratio["kan_glu"] == pytest.approx(1, abs=0.02) and ratio["kan"] > 1.2
+    for row in (row for row in found["claims"] if row["claim"] == "parameters"):
+        low, high = row["interval"]
+        assert low <= row["ratio"] <= high and row["verdict"] == "does not hold"
+        assert len(row["by_size"]) == 3 and "claimed 1/100" in row["measured"]
     assert "scaling" in report_pictures(load(tmp_path / "sizes"))
+
+
+def test_a_flat_ladder_is_too_short_to_say(tmp_path):
+    sizes = {"small": 0.0, "middle": 0.0, "large": 0.0}
+    found = content(tmp_path, losses(spread=0.02, kan=3.9, kan_glu=3.9, swiglu=3.9), sizes=sizes)
+    rows = [row for row in found["claims"] if row["claim"] == "parameters"]
+    assert {row["verdict"] for row in rows} == {"too short to say"}
+
+
+def test_a_size_that_learned_nothing_is_left_out_of_the_ladder(tmp_path):
+    sizes = {"nothing": 4.0, "small": 0.8, "middle": 0.4, "large": 0.2}
+    found = content(tmp_path, losses(spread=1e-4, kan=4.0, kan_glu=3.9, swiglu=3.9), sizes=sizes)
+    assert all(len(row["by_size"]) == 3 for row in found["claims"] if row["claim"] == "parameters")
+
+
+def test_the_text_of_a_difference_has_its_own_sampling_error(tmp_path):
+    """Parts of the text in which one arm gains and another loses; seeds agree."""
+    synthetic.write(tmp_path, losses(kan=3.9, swiglu=3.9), seeds=list(SEEDS), arms=ARMS)
+    gains = np.random.default_rng(1).normal(0, 5, 50)
+    for path in tmp_path.glob("arms/*/eval/heldout.json"):
+        report_json = json.loads(path.read_text())
+        gain = gains if "-kan-" in str(path) else 0 * gains
+        report_json["parts"] = [[1000, 3900 + more] for more in gain]
+        path.write_text(json.dumps(report_json))
+    found = report_content(load(tmp_path))
+    (judged,) = found["verdict"]["judgements"]
+    assert judged["text_error_nats"] == pytest.approx(gains.std(ddof=1) / 1000 / 50**0.5)
+    assert found["tables"][0]["rows"][1]["text_error_nats"] == pytest.approx(0)
 
 
 def test_matchings_are_separate_tables(tmp_path):

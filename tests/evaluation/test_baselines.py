@@ -5,7 +5,12 @@ import numpy as np
 import pytest
 
 from kanlm.config import UserError
-from kanlm.evaluation.baselines import KneserNey, kneser_ney_bits_per_byte, xz_bits_per_byte
+from kanlm.evaluation.baselines import (
+    KneserNey,
+    kneser_ney_bits_per_byte,
+    kneser_ney_by_order,
+    xz_bits_per_byte,
+)
 
 
 def test_bigram_model_of_a_hand_worked_text():
@@ -95,3 +100,15 @@ def test_empty_texts_are_errors():
         KneserNey([[0, 3]], vocab_size=50_000, order=5)
     with pytest.raises(UserError, match="outside"):
         KneserNey([[0, 3]], vocab_size=3)
+
+
+def test_orders_up_to_8_are_those_of_the_plain_model():
+    """Bytes that the training text has not share a symbol; the numbers are the same."""
+    rng = np.random.default_rng(3)
+    letters = np.array(list("abcdé \n"))
+    training = ["".join(rng.choice(letters, 400)) for _ in range(4)]
+    held_out = ["".join(rng.choice(letters, 100)) + "zß€"]
+    found = kneser_ney_by_order(training, held_out)
+    assert list(found) == [3, 4, 5, 6, 7, 8]
+    for order in (3, 5, 7):
+        assert found[order] == pytest.approx(kneser_ney_bits_per_byte(training, held_out, order), rel=1e-12)

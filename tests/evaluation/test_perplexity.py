@@ -56,6 +56,17 @@ class Bigram(nn.Module):
 TABLE = [[1 / 2, 1 / 4, 1 / 4], [1 / 8, 1 / 2, 3 / 8], [1 / 4, 1 / 2, 1 / 4]]
 
 
+def test_parts_of_a_text_add_up_to_it():
+    model, tokenizer = Bigram(TABLE), Letters(3, eos_token_id=2)
+    score = perplexity.score(model, tokenizer, ["aab", "b", "bbba"] * 9, context_length=2)
+    for most in (1, 4, 100):
+        parts = score.parts(most)
+        assert len(parts) == min(most, len(score.window_nll))
+        assert sum(tokens for tokens, _ in parts) == score.tokens
+        assert math.fsum(nll for _, nll in parts) == pytest.approx(score.nll_nats, rel=1e-12)
+    assert [round(nll / math.log(2)) for nll in score.window_nll[:5]] == [3, 2, 1, 2, 4]
+
+
 def test_hand_worked_corpus():
     # "aab": </s>a 2 bits, aa 1, ab 2. "b": </s>b 1. "bbba": </s>b 1, bb 1, bb 1, ba 3. Together 12 bits.
     documents = ["aab", "b", "bbba"]
