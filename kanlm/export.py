@@ -10,6 +10,7 @@ SHA256SUMS                                                  of all files but the
 from __future__ import annotations
 
 import html
+import inspect
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from kanlm import __version__, checksums
 from kanlm.config import UserError
 from kanlm.model import KanLMConfig, KanLMForCausalLM
-from kanlm.model.ffn import find_arm
+from kanlm.model.ffn import FeedForward, find_arm
 from kanlm.runs import EvalReport, RunDir, new_folder, read_json, write_text
 from kanlm.train.checkpoint import load_model, load_tokenizer
 
@@ -81,12 +82,35 @@ def export_model(
     reports = list(card.get("eval_reports", ()))
     with new_folder(out) as folder:
         model.save_pretrained(folder)
+        add_arm_of_other_package(folder, find_arm(model.config.ffn_type))
         tokenizer.save_pretrained(folder)
         for weights in folder.glob("*.safetensors"):  # safetensors writes for the owner alone
             weights.chmod((folder / "config.json").stat().st_mode)
         write_text(folder / "README.md", str(model_card(model, {**card, "eval_reports": reports})))
         write_text(folder / checksums.NAME, checksums.checksums(folder))
     return out
+
+
+def add_arm_of_other_package(folder: Path, block: type[FeedForward]) -> None:
+    """Put the file of an arm that is not kanlm's own beside the exported code, which then knows the arm.
+
+    UserError where the file cannot stand alone: it may import kanlm.model's files, torch and transformers.
+    """
+    if block.__module__.startswith("kanlm.model."):
+        return
+    source = Path(inspect.getfile(block))
+    text = source.read_text(encoding="utf-8")
+    text = re.sub(r"^from kanlm\.model\.(\w+) import", r"from .\1 import", text, flags=re.MULTILINE)
+    text = re.sub(r"^from kanlm\.model import", "from . import", text, flags=re.MULTILINE)
+    if foreign := re.search(r"^\s*(?:from|import) (kanlm\S*|\.\.\S*)", text, flags=re.MULTILINE):
+        raise UserError(
+            f"{source}: an exported arm cannot import {foreign[1]}; import from kanlm.model's files, torch "
+            "and transformers only"
+        )
+    (folder / source.name).write_text(text, encoding="utf-8")
+    with (folder / "configuration_kanlm.py").open("a", encoding="utf-8") as file:
+        # transformers follows this import when it fetches the model's code.
+        file.write(f"\nfrom .{source.stem} import {block.__name__}  # noqa: E402, F401\n")
 
 
 def model_of(config: KanLMConfig, weights: dict[str, Any]) -> KanLMForCausalLM:

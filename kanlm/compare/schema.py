@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from kanlm.compare.judgement import Family
 from kanlm.config import RunConfig, Section, SourceConfig, parsed, toml_table, with_overrides
-from kanlm.model.ffn import Family, find_arm
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 ARM_TRAIN_KEYS = (
@@ -53,6 +53,8 @@ class ArmConfig(Section):
 
     @property
     def family(self) -> Family:
+        from kanlm.model.ffn import find_arm  # here, so that a report needs no torch
+
         return find_arm(self.ffn_type).family
 
     @model_validator(mode="after")
