@@ -69,11 +69,16 @@ def plan_verb(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @verb("export", "kanlm export runs/tiny-kan_glu")
 @click.argument("run", type=click.Path())
 @click.option("--out", type=click.Path(), help="Folder to write; default RUN/hf.")
-def export_verb(run: str, out: str | None) -> None:
+@click.option(
+    "--onnx", is_flag=True, help="Also write OUT/onnx for ONNX Runtime; RUN may be a model's folder."
+)
+@click.option("--int8", is_flag=True, help="With --onnx: also a graph with int8 weights.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with a model RUN.")
+def export_verb(run: str, out: str | None, onnx: bool, int8: bool, trust_remote_code: bool) -> None:
     """Write the trained RUN as a self-contained transformers folder."""
-    from kanlm.export import export
+    from kanlm.export import export, export_onnx
 
-    click.echo(export(run, out))
+    click.echo(export_onnx(run, out, int8, trust_remote_code) if onnx or int8 else export(run, out))
 
 
 @verb("eval", "kanlm eval runs/tiny-kan_glu/hf --data stdlib --out eval.json")

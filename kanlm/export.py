@@ -10,7 +10,11 @@ SHA256SUMS                                                  of all files but the
 from __future__ import annotations
 
 import html
+<<<<<<< HEAD
 import inspect
+=======
+import logging
+>>>>>>> ca50845 (kanlm export --onnx: a graph with a KV cache, int8 weights, files for ONNX Runtime GenAI and transformers.js; generate streams from it)
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,11 +25,14 @@ from transformers import PreTrainedTokenizerBase
 
 from kanlm import __version__, checksums
 from kanlm.config import UserError
+from kanlm.edge.onnx_export import needs, write_onnx
+from kanlm.evaluation.loading import load_causal_lm
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.model.ffn import FeedForward, find_arm
 from kanlm.runs import EvalReport, RunDir, new_folder, read_json, write_text
 from kanlm.train.checkpoint import load_model, load_tokenizer
 
+LOG = logging.getLogger(__name__)
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 METRICS = {
     "bits_per_byte": "Bits per byte",
@@ -53,6 +60,34 @@ def export(run_dir: str | Path, out: str | Path | None = None) -> Path:
     _must_be_new(out)
     config, weights = load_model(run.root)
     return export_model(model_of(config, weights), load_tokenizer(run.root), out, card_facts(run))
+
+
+def export_onnx(
+    source: str | Path,
+    out: str | Path | None = None,
+    int8: bool = False,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write the folder `onnx` into the exported model of the run `source`, exporting it first where needed.
+
+    `source` may also be the folder of a model, of kanlm or not.
+
+    Raises:
+        UserError: onnx missing, what `export` and `load_causal_lm` refuse, or the folder `onnx` exists.
+    """
+    needs("onnx", "onnxscript")
+    folder = Path(source)
+    is_model = (folder / "config.json").is_file() and "model_type" in read_json(folder / "config.json")
+    if is_model and out is not None:
+        raise UserError(f"--out: {source} is exported already and gets the folder onnx; leave --out away")
+    if not is_model:
+        folder = Path(out) if out is not None else RunDir(source).hf
+        if not folder.exists():
+            export(source, folder)
+    _must_be_new(folder / "onnx")
+    model, tokenizer = load_causal_lm(folder, device="cpu", trust_remote_code=trust_remote_code)
+    LOG.info("%s: tracing the graph; a model of ten layers takes some minutes", folder)
+    return write_onnx(model, tokenizer, folder / "onnx", int8)
 
 
 def export_model(

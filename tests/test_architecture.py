@@ -18,6 +18,7 @@ FLOORS = {
     "checksums": 1,
     "data": 2,
     "kernels": 2,
+    "edge": 2,
     "sizing": 3,
     "evaluation": 3,
     "train": 4,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from transformers import TextStreamer, set_seed
 
 from kanlm.config import UserError
+from kanlm.edge.runtime import generate as generate_onnx
+from kanlm.edge.runtime import onnx_file
 from kanlm.evaluation.loading import load_causal_lm
 
 
@@ -26,6 +29,10 @@ def generate(
         raise UserError(
             "--prompt: expected at least one character, got an empty string; give the text to continue"
         )
+    if (file := onnx_file(model)) is not None:
+        text, speed = generate_onnx(file, prompt, max_new_tokens, temperature, top_k, seed)
+        print(speed or "no new token", file=sys.stderr)
+        return text
     network: Any
     network, tokenizer = load_causal_lm(model, device="cpu", trust_remote_code=trust_remote_code)
     set_seed(seed)

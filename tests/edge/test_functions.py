@@ -1,0 +1,41 @@
+"""Tables in the place of learned functions and edge functions: the same outputs."""
+
+import pytest
+import torch
+
+from kanlm.edge.functions import GraphEdges, GraphFunction, graph_module, with_graph_functions
+from kanlm.model.kan import KANLinear
+from kanlm.model.learned_function import LearnedFunction
+
+POINTS = torch.cat((torch.linspace(-9, 9, 200), torch.tensor([-4.0, 4.0, -1.0, 0.0]))).view(17, 12)
+
+
+@pytest.mark.parametrize("order", range(6))
+@pytest.mark.parametrize("groups, base", [(1, None), (3, "silu"), (12, None)])
+def test_function_is_that_of_its_table(order, groups, base):
+    function = LearnedFunction(12, groups, order=order, grid_size=8, base=base)
+    torch.nn.init.normal_(function.coefficients)
+    other = torch.randn_like(POINTS)
+    with torch.no_grad():
+        expected, gated = function(POINTS), function.gated(POINTS, other)
+        graph = GraphFunction(function)
+        torch.testing.assert_close(graph(POINTS), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(graph.gated(POINTS, other), gated, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("order", [0, 1, 3])
+@pytest.mark.parametrize("conditioning", ["none", "whitened"])
+@pytest.mark.parametrize("base", [None, "silu"])
+def test_edges_are_those_of_their_table(order, conditioning, base):
+    layer = KANLinear(12, 7, order=order, grid_size=6, conditioning=conditioning, base=base)
+    torch.nn.init.normal_(layer.spline.weight, std=0.3)
+    with torch.no_grad():
+        torch.testing.assert_close(GraphEdges(layer)(POINTS), layer(POINTS), atol=2e-5, rtol=1e-4)
+
+
+def test_only_splines_are_replaced_and_the_model_is_left_alone():
+    model = torch.nn.Sequential(KANLinear(4, 4), KANLinear(4, 4, "rbf"), LearnedFunction(4, basis="rational"))
+    kinds = [type(module).__name__ for module in with_graph_functions(model)]
+    assert kinds == ["GraphEdges", "KANLinear", "LearnedFunction"]
+    assert type(model[0]) is KANLinear
+    assert graph_module(KANLinear(4, 4, grid="adaptive")) is None
