@@ -54,7 +54,7 @@ class CachedDecoder(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
         for layer in range(len(past) // 2):
             cache.update(past[2 * layer], past[2 * layer + 1], layer)
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
@@ -188,7 +188,7 @@ def genai_config(sizes: dict[str, Any]) -> dict[str, Any]:
 
 def cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
     """(C, E) of each layer of `model`, read off the cache of two tokens."""
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     device = next(model.parameters()).device
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), past_key_values=cache)
