@@ -10,11 +10,8 @@ SHA256SUMS                                                  of all files but the
 from __future__ import annotations
 
 import html
-<<<<<<< HEAD
 import inspect
-=======
 import logging
->>>>>>> ca50845 (kanlm export --onnx: a graph with a KV cache, int8 weights, files for ONNX Runtime GenAI and transformers.js; generate streams from it)
 import re
 from collections.abc import Iterable
 from pathlib import Path
