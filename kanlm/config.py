@@ -220,12 +220,25 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0)
     """Initialisation; the data order has `data_seed`."""
     data_seed: int = Field(0, ge=0)
+    init_from: str | None = None
+    """Exported or converted folder that training begins with: its weights, architecture and tokenizer."""
     model: dict[str, Any]
-    """Fields of `KanLMConfig`; `vocab_size` defaults to the tokenizer's size."""
+    """Fields of `KanLMConfig`; `vocab_size` defaults to the tokenizer's size. Not needed with `init_from`."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def model_of_init_from(cls, table: Any) -> Any:
+        return {"model": {}, **table} if isinstance(table, dict) and table.get("init_from") else table
+
+    @model_validator(mode="after")
+    def one_tokenizer(self) -> RunConfig:
+        if self.init_from and self.tokenizer.path:
+            raise ValueError("init_from brings its own tokenizer; leave tokenizer.path out")
+        return self
 
     @field_validator("model")
     @classmethod

@@ -9,6 +9,7 @@ SHA256SUMS                                                  of all files but the
 
 from __future__ import annotations
 
+import copy
 import html
 import inspect
 import logging
@@ -111,6 +112,7 @@ def export_model(
         for name in TOKEN_IDS:
             if getattr(holder, name, None) is None:
                 setattr(holder, name, getattr(tokenizer, name))
+    tokenizer = shipped_tokenizer(tokenizer, model.config.max_position_embeddings)
     reports = list(card.get("eval_reports", ()))
     with new_folder(out) as folder:
         model.save_pretrained(folder)
@@ -143,6 +145,19 @@ def add_arm_of_other_package(folder: Path, block: type[FeedForward]) -> None:
     with (folder / "configuration_kanlm.py").open("a", encoding="utf-8") as file:
         # transformers follows this import when it fetches the model's code.
         file.write(f"\nfrom .{source.stem} import {block.__name__}  # noqa: E402, F401\n")
+
+
+def shipped_tokenizer(tokenizer: PreTrainedTokenizerBase, positions: int) -> PreTrainedTokenizerBase:
+    """A copy of `tokenizer` as its users expect it: special tokens in a text are read as such, so that chat
+    templates and fine-tuning have a stop token, and truncation cuts at the model's positions.
+
+    Text to train on or to score is kept apart from special tokens by an argument of the call.
+    """
+    shipped = copy.deepcopy(tokenizer)
+    shipped.split_special_tokens = False
+    shipped.model_max_length = positions
+    shipped.init_kwargs |= {"split_special_tokens": False, "model_max_length": positions}
+    return shipped
 
 
 def model_of(config: KanLMConfig, weights: dict[str, Any]) -> KanLMForCausalLM:

@@ -25,6 +25,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from kanlm.config import RunConfig, UserError, did_you_mean, one_line
+from kanlm.initial import initial_config
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.model.ffn import arm_names, find_arm
 
@@ -51,7 +52,9 @@ def architecture(config: RunConfig, vocab_size: int, **token_ids: int | None) ->
         **config.model,
     }
     try:
-        architecture = KanLMConfig(**values)
+        architecture = started_from(config) if config.init_from else KanLMConfig(**values)
+    except UserError:
+        raise
     except (StrictDataclassError, ValueError, TypeError) as error:
         where = "model." if isinstance(error, ValueError) else "model: "
         raise UserError(where + one_line(error)) from None
@@ -66,6 +69,19 @@ def architecture(config: RunConfig, vocab_size: int, **token_ids: int | None) ->
             f"{architecture.max_position_embeddings}; lower the one or raise the other"
         )
     return architecture
+
+
+def started_from(config: RunConfig) -> KanLMConfig:
+    """The architecture of `init_from`; UserError where `[model]` asks for another."""
+    assert config.init_from is not None
+    found = initial_config(config.init_from)
+    for key, value in config.model.items():
+        if getattr(found, key) != value:
+            raise UserError(
+                f"model.{key}: got {value!r}, but the model of init_from has {getattr(found, key)!r}; "
+                "leave the key out"
+            )
+    return found
 
 
 def architecture_fields() -> list[str]:
@@ -305,10 +321,12 @@ DEVICES = (1, 8, 64)
 
 
 def planned_vocab_size(config: RunConfig) -> int:
-    """`model.vocab_size`, else that of the tokenizer at `tokenizer.path`, else `tokenizer.vocab_size`."""
+    """`model.vocab_size`, else that of `init_from`, of the tokenizer at `tokenizer.path`, or asked for."""
     vocab_size = config.model.get("vocab_size")
     if isinstance(vocab_size, int):
         return vocab_size
+    if config.init_from:
+        return initial_config(config.init_from).vocab_size
     if config.tokenizer.path:
         from kanlm.data.tokenizer import loaded_tokenizer
 

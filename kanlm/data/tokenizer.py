@@ -26,13 +26,14 @@ _RECIPE = 1  # part of the cache key: raise it when the training below changes
 
 
 def tokenizer_for(config: RunConfig) -> PreTrainedTokenizerFast:
-    """The tokenizer of `config`: the one at `tokenizer.path`, else one trained once on the training text.
+    """The tokenizer of `config`: that of `init_from` or at `tokenizer.path`, else one trained once on the
+    training text.
 
     A trained tokenizer is kept in `data.cache_dir` under a key of the training text and the vocabulary size.
     Its vocabulary can come out smaller than asked for on a small text.
     """
-    if config.tokenizer.path is not None:
-        return loaded_tokenizer(config.tokenizer.path)
+    if existing := config.init_from or config.tokenizer.path:
+        return loaded_tokenizer(existing)
     key = _key(config)
     folder = Path(config.data.cache_dir) / "tokenizers" / f"bpe-{config.tokenizer.vocab_size}-{key[:16]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +68,6 @@ def trained_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokeni
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
-        split_special_tokens=True,
         model_input_names=["input_ids", "attention_mask"],
     )
 

@@ -62,7 +62,9 @@ def token_ids(tokenizer: Any, texts: Iterable[str], count: int) -> list[int]:
     """
     ids: list[int] = []
     for text in texts:
-        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids += tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+            "input_ids"
+        ]
         if len(ids) >= count:
             break
     if len(ids) < 2:

@@ -110,6 +110,7 @@ class KanLMConfig(PreTrainedConfig):
                 "AutoConfig": "configuration_kanlm.KanLMConfig",
                 "AutoModel": "modeling_kanlm.KanLMModel",
                 "AutoModelForCausalLM": "modeling_kanlm.KanLMForCausalLM",
+                "AutoModelForSequenceClassification": "modeling_kanlm.KanLMForSequenceClassification",
             },
         )
         # Before the base class, so that a mistake is a plain one-line ValueError.

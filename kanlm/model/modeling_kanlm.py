@@ -9,9 +9,13 @@ References: Vaswani et al. 2017 (attention), Su et al. 2021 (rotary embeddings),
 depth).
 """
 
+<<<<<<< HEAD
 import contextlib
 import hashlib
 from collections.abc import Iterator
+=======
+import sys
+>>>>>>> 1383e49 (Chat and fine-tuning work on an export: special tokens, length, LoRA targets, label head; init_from)
 
 import torch
 from torch import nn
@@ -19,7 +23,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -186,6 +190,7 @@ class KanLMDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
+<<<<<<< HEAD
 @contextlib.contextmanager
 def draws_of(name: str, module: nn.Module) -> Iterator[None]:
     """Within, torch draws from generators seeded by `name`; afterwards they go on as if nothing was drawn."""
@@ -203,6 +208,17 @@ def draws_of(name: str, module: nn.Module) -> Iterator[None]:
 def has_own_start(module: nn.Module) -> bool:
     """Whether the module, none of torch's own, says by `reset_parameters` how it starts."""
     return hasattr(module, "reset_parameters") and not type(module).__module__.startswith("torch.")
+=======
+def declare_lora_targets():
+    """Tell PEFT, where it has been imported, which layers its adapters of the LoRA kind take by default.
+
+    They are those of the attention, which every architecture has.
+    """
+    constants = sys.modules.get("peft.utils.constants")
+    for name, targets in vars(constants).items() if constants else ():
+        if name.endswith("_TARGET_MODULES_MAPPING") and targets.get("llama") == ["q_proj", "v_proj"]:
+            targets["kanlm"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+>>>>>>> 1383e49 (Chat and fine-tuning work on an export: special tokens, length, LoRA targets, label head; init_from)
 
 
 class KanLMPreTrainedModel(PreTrainedModel):
@@ -222,10 +238,16 @@ class KanLMPreTrainedModel(PreTrainedModel):
     _required_prefixes: tuple[str, ...] = ("model.", "lm_head.")
     _optional_prefixes: tuple[str, ...] = ("lm_head.",)
 
+<<<<<<< HEAD
     def __init__(self, config: KanLMConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         # One number from torch's generator, before any layer draws from it: the seed of all named draws.
         self._draw_seed = int(torch.randint(2**62, (), device="cpu"))
+=======
+    def __init__(self, config: KanLMConfig, *inputs, **kwargs):
+        super().__init__(config, *inputs, **kwargs)
+        declare_lora_targets()
+>>>>>>> 1383e49 (Chat and fine-tuning work on an export: special tokens, length, LoRA targets, label head; init_from)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -445,4 +467,15 @@ class KanLMForCausalLM(KanLMPreTrainedModel, GenerationMixin):
         )
 
 
-__all__ = ["KanLMForCausalLM", "KanLMModel", "KanLMPreTrainedModel"]
+class KanLMForSequenceClassification(GenericForSequenceClassification, KanLMPreTrainedModel):
+    """The decoder with a label for a text: input_ids [B, T] to logits [B, num_labels] of its last token."""
+
+    def __init__(self, config: KanLMConfig):
+        super(GenericForSequenceClassification, self).__init__(config)  # whose own would ask for trust again
+        self.num_labels: int = config.num_labels  # type: ignore[assignment]
+        self.model = KanLMModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
+__all__ = ["KanLMForCausalLM", "KanLMForSequenceClassification", "KanLMModel", "KanLMPreTrainedModel"]

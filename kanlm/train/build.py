@@ -13,6 +13,7 @@ from torch import nn
 
 from kanlm import kernels
 from kanlm.config import TrainConfig
+from kanlm.initial import initial_model
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.train.optimizer import optimizers
 
@@ -37,14 +38,16 @@ def build(
     device: torch.device,
     *,
     seed: int = 0,
+    init_from: str | None = None,
     placement: Placement | None = None,
 ) -> Trainable:
     """The model of `architecture` in training mode, with checkpointing, compilation, kernels and optimisers.
 
-    Without a `placement` (accelerate's DDP or FSDP2) the model simply goes to `device`.
+    `init_from`: a folder whose weights it begins with. Without a `placement` (accelerate's DDP or FSDP2) the
+    model simply goes to `device`.
     """
     torch.manual_seed(seed)
-    model = KanLMForCausalLM(architecture)
+    model = initial_model(init_from, architecture) if init_from else KanLMForCausalLM(architecture)
     if settings.gradient_checkpointing:
         with warnings.catch_warnings():  # the new name came after the oldest transformers that is supported
             warnings.simplefilter("ignore", FutureWarning)

@@ -128,6 +128,7 @@ def build_for(config: RunConfig, tokenizer: PreTrainedTokenizerFast, accelerator
         config.train,
         accelerator.device,
         seed=config.seed,
+        init_from=config.init_from,
         placement=partial(parallel.place, accelerator),
     )
 
