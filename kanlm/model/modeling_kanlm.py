@@ -9,13 +9,10 @@ References: Vaswani et al. 2017 (attention), Su et al. 2021 (rotary embeddings),
 depth).
 """
 
-<<<<<<< HEAD
 import contextlib
 import hashlib
-from collections.abc import Iterator
-=======
 import sys
->>>>>>> 1383e49 (Chat and fine-tuning work on an export: special tokens, length, LoRA targets, label head; init_from)
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -190,7 +187,6 @@ class KanLMDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-<<<<<<< HEAD
 @contextlib.contextmanager
 def draws_of(name: str, module: nn.Module) -> Iterator[None]:
     """Within, torch draws from generators seeded by `name`; afterwards they go on as if nothing was drawn."""
@@ -208,7 +204,8 @@ def draws_of(name: str, module: nn.Module) -> Iterator[None]:
 def has_own_start(module: nn.Module) -> bool:
     """Whether the module, none of torch's own, says by `reset_parameters` how it starts."""
     return hasattr(module, "reset_parameters") and not type(module).__module__.startswith("torch.")
-=======
+
+
 def declare_lora_targets():
     """Tell PEFT, where it has been imported, which layers its adapters of the LoRA kind take by default.
 
@@ -218,7 +215,6 @@ def declare_lora_targets():
     for name, targets in vars(constants).items() if constants else ():
         if name.endswith("_TARGET_MODULES_MAPPING") and targets.get("llama") == ["q_proj", "v_proj"]:
             targets["kanlm"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
->>>>>>> 1383e49 (Chat and fine-tuning work on an export: special tokens, length, LoRA targets, label head; init_from)
 
 
 class KanLMPreTrainedModel(PreTrainedModel):
@@ -238,16 +234,11 @@ class KanLMPreTrainedModel(PreTrainedModel):
     _required_prefixes: tuple[str, ...] = ("model.", "lm_head.")
     _optional_prefixes: tuple[str, ...] = ("lm_head.",)
 
-<<<<<<< HEAD
     def __init__(self, config: KanLMConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         # One number from torch's generator, before any layer draws from it: the seed of all named draws.
         self._draw_seed = int(torch.randint(2**62, (), device="cpu"))
-=======
-    def __init__(self, config: KanLMConfig, *inputs, **kwargs):
-        super().__init__(config, *inputs, **kwargs)
         declare_lora_targets()
->>>>>>> 1383e49 (Chat and fine-tuning work on an export: special tokens, length, LoRA targets, label head; init_from)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
