@@ -200,6 +200,7 @@ def test_auto_map_of_the_folder(exported, arm):
         "AutoConfig": "configuration_kanlm.KanLMConfig",
         "AutoModel": "modeling_kanlm.KanLMModel",
         "AutoModelForCausalLM": "modeling_kanlm.KanLMForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_kanlm.KanLMForSequenceClassification",
     }
     assert config["architectures"] == ["KanLMForCausalLM"] and config["model_type"] == "kanlm"
     assert not {"kernel", "kernels", "device", "compile"} & set(config)
