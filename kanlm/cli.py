@@ -162,18 +162,34 @@ def status_verb(run: str) -> None:
 
 @verb("generate", 'kanlm generate runs/tiny-kan_glu/hf --prompt "def main("')
 @model_argument
-@click.option("--prompt", required=True)
+@click.option(
+    "--prompt", "prompts", multiple=True, help="May be repeated (one batch); default: standard input."
+)
+@click.option(
+    "--interactive", "-i", is_flag=True, help="Continue line after line; the default at a terminal."
+)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=100, show_default=True)
 @click.option(
     "--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0 = greedy."
 )
-@click.option("--top-k", type=click.IntRange(min=0), default=50, show_default=True)
+@click.option("--top-k", type=click.IntRange(min=0), default=50, show_default=True, help="0 = all.")
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Draw from the likeliest tokens that have this share together.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
-def generate_verb(model: str, prompt: str, **settings) -> None:
-    """Continue a text with MODEL, streamed to standard output."""
-    from kanlm.evaluation.generation import generate
+@click.option("--device", default=None, help="Default: cuda if there is one, else cpu.")
+def generate_verb(model: str, prompts: tuple[str, ...], interactive: bool, **settings) -> None:
+    """Continue texts with MODEL, streamed to standard output."""
+    from kanlm.evaluation.generation import converse, generate, typed_lines
 
-    generate(model, prompt, **settings)
+    if interactive or not prompts and sys.stdin.isatty():
+        converse(model, typed_lines(), **settings)
+    else:
+        generate(model, prompts or sys.stdin.read(), **settings)
 
 
 @verb("inspect", "kanlm inspect runs/tiny-kan_glu/hf --data stdlib --out inspect/")

@@ -57,7 +57,7 @@ def test_a_flipped_bit_is_named(folder, name):
     for use in (
         load_causal_lm,
         lambda model: evaluate(model, ["the cat"], "text", "test"),
-        lambda model: generate(model, "the cat", 2, 0.0, 0, 0),
+        lambda model: generate(model, "the cat", max_new_tokens=2),
         lambda model: inspect(model, folder / "out"),
     ):
         with pytest.raises(UserError, match=f"^{folder / name}: (damaged or changed|not )"):

@@ -87,7 +87,7 @@ def run(verb: str, model: Path, tmp_path: Path, *more: str) -> None:
     text, pairs = tmp_path / "text.txt", tmp_path / "pairs.jsonl"
     text.write_text(TEXT)
     pairs.write_text('{"good": "the cat sat", "bad": "cat the sat"}\n')
-    values = {"model": model, "file": pairs, "data": text, "prompt": "the cat", "out": tmp_path / "out"}
+    values = {"model": model, "file": pairs, "data": text, "out": tmp_path / "out"}
     words = [verb]
     for parameter in cli.commands[verb].params:
         value = str(values[parameter.name]) if parameter.required or parameter.name == "data" else None
@@ -95,6 +95,8 @@ def run(verb: str, model: Path, tmp_path: Path, *more: str) -> None:
             words += [parameter.opts[0], value]
         elif value:
             words.append(value)
+    if verb == "generate":
+        words += ["--prompt", "the cat"]
     if verb == "inspect":
         words += ["--tokens", "128", "--functions", "1", "--out", str(tmp_path / "out")]
     cli.main([*words, *more], standalone_mode=False)

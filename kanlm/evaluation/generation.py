@@ -1,62 +1,184 @@
-"""Continue a text with any causal language model, streamed."""
+"""Continue texts with any causal language model: streamed, several at once, or one after another by hand.
+
+Legend: B prompts, T tokens.
+"""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TextIO
 
 import torch
 from transformers import TextStreamer, set_seed
 
+from kanlm import kernels
 from kanlm.config import UserError
-from kanlm.edge.runtime import generate as generate_onnx
-from kanlm.edge.runtime import onnx_file
 from kanlm.evaluation.loading import load_causal_lm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn; temperature 0 takes the likeliest, top_k 0 and top_p 1 leave all in."""
+
+    max_new_tokens: int = 100
+    temperature: float = 0.8
+    top_k: int = 50
+    top_p: float = 1.0
+
+    def arguments(self) -> dict[str, Any]:
+        """Of `model.generate`."""
+        if not self.temperature:
+            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+        }
 
 
 def generate(
     model: str,
-    prompt: str,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    seed: int,
+    prompts: str | Sequence[str],
     *,
+    seed: int = 0,
+    device: str | None = None,
     trust_remote_code: bool = False,
-) -> str:
-    """The continuation of `prompt`, also streamed to standard output; temperature 0 is greedy."""
-    if not prompt:
+    out: TextIO | None = None,
+    **sampling: Any,
+) -> list[str]:
+    """`prompts` with their continuations, also written to `out` (standard output).
+
+    A single prompt is streamed; several run as one batch. Ends with a line of tokens/s on standard error.
+    Models of kanlm use the fused kernels of the machine.
+
+    Raises:
+        UserError: no model, an empty prompt, or prompts that leave no room for the new tokens.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    settings = Sampling(**sampling)
+    must_have_text(prompts)
+    network, tokenizer = ready(model, device, trust_remote_code)
+    set_seed(seed)
+    texts, tokens, seconds = continued(network, tokenizer, prompts, settings, out=out)
+    if len(prompts) > 1:
+        print("\n\n".join(texts), file=out)
+    print(speed(tokens, seconds, network), file=sys.stderr)
+    return texts
+
+
+def converse(
+    model: str,
+    lines: Iterator[str],
+    *,
+    seed: int = 0,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    out: TextIO | None = None,
+    **sampling: Any,
+) -> None:
+    """Continue each of `lines` when it comes; the model is loaded once. A mistake ends no session."""
+    settings = Sampling(**sampling)
+    network, tokenizer = ready(model, device, trust_remote_code)
+    set_seed(seed)
+    for line in lines:
+        if line.strip():
+            try:
+                _, tokens, seconds = continued(network, tokenizer, [line], settings, out=out)
+                print(speed(tokens, seconds, network), file=sys.stderr)
+            except UserError as error:
+                print(error, file=sys.stderr)
+
+
+def typed_lines() -> Iterator[str]:
+    """Lines from the keyboard until its end (Ctrl-D)."""
+    print("a text to continue, then Enter; Ctrl-D ends", file=sys.stderr)
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            return
+
+
+def must_have_text(prompts: Sequence[str]) -> None:
+    if not prompts or not all(prompts):
         raise UserError(
             "--prompt: expected at least one character, got an empty string; give the text to continue"
         )
-    if (file := onnx_file(model)) is not None:
-        text, speed = generate_onnx(file, prompt, max_new_tokens, temperature, top_k, seed)
-        print(speed or "no new token", file=sys.stderr)
-        return text
-    network: Any
-    network, tokenizer = load_causal_lm(model, device="cpu", trust_remote_code=trust_remote_code)
-    set_seed(seed)
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
-    length = inputs["input_ids"].shape[1] + max_new_tokens
-    limit = getattr(network.config, "max_position_embeddings", length)
-    if length > limit:
+
+
+def ready(model: str, device: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
+    """(network, tokenizer), with kernels chosen and a padding on the left."""
+    network, tokenizer = load_causal_lm(model, device=device, trust_remote_code=trust_remote_code)
+    kernels.select(network)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return network, tokenizer
+
+
+@torch.inference_mode()
+def continued(
+    network: Any, tokenizer: Any, prompts: list[str], settings: Sampling, out: TextIO | None = None
+) -> tuple[list[str], int, float]:
+    """(texts, number of new tokens, seconds); one prompt is streamed to `out`.
+
+    Raises:
+        UserError: the model has too few positions.
+    """
+    inputs = tokenizer(
+        prompts,
+        return_tensors="pt",
+        padding=len(prompts) > 1,
+        add_special_tokens=False,
+        return_token_type_ids=False,
+        verbose=False,
+    ).to(network.device)
+    longest = inputs["input_ids"].shape[1]  # [B, T]
+    new = settings.max_new_tokens
+    limit = getattr(network.config, "max_position_embeddings", None) or longest + new
+    if longest + new > limit:
+        room = limit - longest
+        remedy = f"ask for at most {room}" if room > 0 else "give a shorter prompt"
         raise UserError(
-            f"--max-new-tokens: the prompt's {length - max_new_tokens} tokens and {max_new_tokens} new ones "
-            f"exceed the model's {limit} positions; ask for at most {limit - length + max_new_tokens}"
+            f"--max-new-tokens: the prompt's {longest} tokens and {new} new ones exceed the model's {limit} "
+            f"positions; {remedy}"
         )
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": top_k}
-        if temperature
-        else {"do_sample": False}
+    start = time.perf_counter()
+    output = network.generate(
+        **inputs,
+        **settings.arguments(),
+        pad_token_id=tokenizer.pad_token_id,
+        streamer=Streamer(tokenizer, out) if len(prompts) == 1 else None,
     )
-    with torch.inference_mode():
-        output = network.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id
-            if tokenizer.pad_token_id is not None
-            else tokenizer.eos_token_id,
-            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-            **sampling,
-        )
-    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+    seconds = time.perf_counter() - start
+    tokens = sum(new_tokens(row, network) for row in output[:, longest:].tolist())
+    return tokenizer.batch_decode(output, skip_special_tokens=True), tokens, seconds
+
+
+class Streamer(TextStreamer):
+    """Writes finished text to `out`, standard output where it is None."""
+
+    def __init__(self, tokenizer: Any, out: TextIO | None):
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self.out = out
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        print(text, flush=True, end="\n" if stream_end else "", file=self.out)
+
+
+def new_tokens(row: list[int], network: Any) -> int:
+    """Tokens of `row` up to its stop token; what follows is padding."""
+    stop = network.generation_config.eos_token_id
+    stops = stop if isinstance(stop, list) else [stop]
+    return next((place + 1 for place, token in enumerate(row) if token in stops), len(row))
+
+
+def speed(tokens: int, seconds: float, network: Any) -> str:
+    used = {getattr(m, "kernel", None) is not None for m in network.modules() if hasattr(m, "kernel")}
+    how = ", fused kernels" if True in used else ", reference kernels" if used else ""
+    return f"{tokens} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s ({network.device}{how})"

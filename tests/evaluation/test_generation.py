@@ -1,6 +1,10 @@
+import re
+
 import pytest
 import torch
+from click.testing import CliRunner
 
+from kanlm.cli import cli
 from kanlm.config import UserError
 from kanlm.data.tokenizer import trained_tokenizer
 from kanlm.evaluation.generation import generate
@@ -24,7 +28,7 @@ def folder(tmp_path_factory):
 
 
 def test_a_seed_repeats_the_text_and_another_does_not(folder, capsys):
-    texts = [generate(folder, "the cat", **SETTINGS | {"seed": seed}) for seed in (1, 1, 2)]
+    texts = [generate(folder, "the cat", **SETTINGS | {"seed": seed})[0] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     assert texts[0].startswith("the cat") and texts[0] in capsys.readouterr().out
 
@@ -50,3 +54,39 @@ def test_impossible_requests_are_one_line(folder, prompt, changes, message):
 def test_a_missing_model_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         generate(str(tmp_path / "absent"), "the cat", **SETTINGS)
+
+
+def test_several_prompts_are_one_batch_that_changes_none(folder, capsys):
+    prompts = ["the cat", "a much longer prompt, the dog"]
+    greedy = SETTINGS | {"temperature": 0.0}
+    together = generate(folder, prompts, **greedy)
+    assert together == [generate(folder, prompt, **greedy)[0] for prompt in prompts]
+    printed = capsys.readouterr()
+    assert "\n\n".join(together) in printed.out
+    assert re.search(r"^\d+ tokens in [\d.]+ s: [\d,]+ tokens/s \(cpu, \w+ kernels\)$", printed.err, re.M)
+
+
+def test_a_small_top_p_is_greedy(folder):
+    assert generate(folder, "the cat", **SETTINGS | {"top_p": 1e-9}) == generate(
+        folder, "the cat", **SETTINGS | {"temperature": 0.0}
+    )
+
+
+def test_the_verb_reads_standard_input_and_goes_line_by_line(folder):
+    asked = ["generate", folder, "--max-new-tokens", "4", "--temperature", "0"]
+    greedy = SETTINGS | {"temperature": 0.0, "max_new_tokens": 4}
+    expected = generate(folder, "the cat", **greedy)[0]
+    piped = CliRunner().invoke(cli, asked, input="the cat")
+    assert piped.exit_code == 0 and piped.stdout == expected + "\n"
+    lines = CliRunner().invoke(cli, [*asked, "--interactive"], input=f"the cat\n\n{'x' * 99}\nthe cat\n")
+    assert lines.exit_code == 0 and lines.stdout.count(expected) == 2
+    assert "give a shorter prompt" in lines.stderr
+    empty = CliRunner().invoke(cli, asked, input="")
+    assert isinstance(empty.exception, UserError) and "--prompt" in str(empty.exception)
+
+
+def test_a_run_instead_of_a_model_says_so(tmp_path):
+    for name in ("config.json", "run.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match="a run, not a model; run `kanlm export`"):
+        generate(str(tmp_path), "the cat", **SETTINGS)
