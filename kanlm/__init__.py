@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from kanlm.kernels import select as select_kernels
     from kanlm.model.configuration_kanlm import KanLMConfig
     from kanlm.model.ffn import build_ffn
-    from kanlm.model.health import kan_health
     from kanlm.model.kan import KANLinear, kan_coefficient_names
     from kanlm.model.learned_function import LearnedFunction
     from kanlm.model.modeling_kanlm import KanLMForCausalLM, KanLMModel
+    from kanlm.train.health import kan_health
 
 __version__ = "0.1.0"
 
@@ -46,7 +46,7 @@ _HOMES = {
     "UserError": "kanlm.config",
     "build_ffn": "kanlm.model.ffn",
     "kan_coefficient_names": "kanlm.model.kan",
-    "kan_health": "kanlm.model.health",
+    "kan_health": "kanlm.train.health",
     "load_run_config": "kanlm.config",
     "select_kernels": "kanlm.kernels",
 }

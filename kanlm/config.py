@@ -140,7 +140,7 @@ class TrainConfig(Section):
     """auto = bf16 on a GPU that has it, else fp32."""
     compile: bool = False
     """`torch.compile` of each decoder layer."""
-    kernels: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    kernels: Literal["auto", "reference", "recompute", "cpu", "triton"] = "auto"
     """Implementation of the KAN operations; never saved in the model."""
     gradient_checkpointing: bool = False
     num_threads: int | None = Field(None, ge=1)

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from kanlm.fitting import AdaptiveKAN, refine, whiten
 from kanlm.model.kan import KANLinear
 
 TEST_SAMPLES = 1000
@@ -189,13 +190,9 @@ def new_kan(shape: tuple[int, ...], grid_size: int, seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
     layers = []
     for index, (inputs, outputs) in enumerate(zip(shape, shape[1:], strict=False)):
-        grid = "adaptive" if index else "uniform"
-        settings = {"grid_size": grid_size, "grid_min": -1.0, "grid_max": 1.0, "grid": grid, "base": None}
-        layers.append(
-            KANLinear(
-                inputs, outputs, **settings, conditioning="whitened", recompute=False, dtype=torch.float64
-            )
-        )
+        kind = AdaptiveKAN if index else KANLinear
+        settings = {"grid_size": grid_size, "grid_min": -1.0, "grid_max": 1.0, "base": None}
+        layers.append(kind(inputs, outputs, **settings, conditioning="whitened", dtype=torch.float64))
     return nn.Sequential(*layers)
 
 
@@ -212,9 +209,7 @@ def new_mlp(widths: tuple[int, ...], seed: int, activation: type[nn.Module] = nn
 
 def parameter_count(model: nn.Module) -> int:
     """Weights and knots; whitening is a choice of coordinates that folds away."""
-    knots = sum(
-        layer.knots.numel() for layer in model if isinstance(layer, KANLinear) and layer.knots is not None
-    )
+    knots = sum(layer.knots.numel() for layer in model if isinstance(layer, AdaptiveKAN))
     return sum(parameter.numel() for parameter in model.parameters()) + knots
 
 
@@ -227,10 +222,10 @@ def centre_on(model: nn.Sequential, x: Tensor):
     """Uniform grids and white features for the values that each layer of the KAN now sees."""
     with torch.no_grad():
         for layer in model:
-            if layer.knots is None:
-                layer.whiten(x)
-            else:
+            if isinstance(layer, AdaptiveKAN):
                 layer.update_grid(x, grid_eps=1.0)
+            else:
+                whiten(layer, x)
             x = layer(x)
 
 
@@ -360,7 +355,7 @@ def kan_fits(
     for grid_size in target.grid_sizes:
         if grid_size != model[0].basis.grid_size:
             for layer in model:
-                layer.refine(grid_size)
+                refine(layer, grid_size)
         trained_kan(model, x, y, iterations, minimise)
         fits.append(Fit(widths, parameter_count(model), rmse(model, x, y), rmse(model, *test)))
     return fits

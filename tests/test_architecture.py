@@ -20,6 +20,7 @@ FLOORS = {
     "kernels": 2,
     "edge": 2,
     "initial": 2,
+    "fitting": 2,
     "sizing": 3,
     "evaluation": 3,
     "train": 4,
@@ -36,7 +37,7 @@ FLOORS = {
 CAPSULE = {
     "configuration_kanlm",
     "basis",
-    "refit",
+    "whitening",
     "learned_function",
     "kan",
     "ffn",
@@ -103,7 +104,7 @@ def test_packages_import_only_from_lower_floors():
 def test_capsule_is_flat_and_imports_only_its_siblings_torch_and_transformers():
     folder = ROOT / "model"
     assert not [path for path in folder.iterdir() if path.is_dir() and path.name != "__pycache__"]
-    assert {path.stem for path in folder.glob("*.py")} == CAPSULE | {"__init__", "health"}
+    assert {path.stem for path in folder.glob("*.py")} == CAPSULE | {"__init__"}
     allowed = {
         "torch",
         "transformers",

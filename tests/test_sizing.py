@@ -86,9 +86,6 @@ def test_matrix_and_attention_flops_are_what_torch_counts(ffn_type):
     config = KanLMConfig(**SMALL, ffn_type=ffn_type, attn_implementation="eager")
     model = KanLMForCausalLM(config)
     model.set_attn_implementation("eager")
-    for module in model.modules():  # recomputation is no part of the convention
-        if hasattr(module, "recompute"):
-            module.recompute = False
     batch, time = 3, 64
     ids = torch.randint(300, (batch, time), generator=torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter:

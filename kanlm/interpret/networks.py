@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kanlm import fitting
+from kanlm.fitting.knots import KnotSpline
 from kanlm.interpret.functions import curves
 from kanlm.interpret.layers import KIND, FunctionLayer
 from kanlm.interpret.page import curve_svg, rendered
@@ -118,8 +120,8 @@ def prune(
         small.spline = _linear((coefficients * keep.unsqueeze(1)).flatten(1))
         if layer.base is not None:
             small.base = _linear(layer.base.weight[out][:, into] * keep)
-        if getattr(layer, "knots", None) is not None:
-            small.knots = layer.knots[:, into].clone()
+        if isinstance(layer.basis, KnotSpline):
+            small.basis = layer.basis.with_knots(layer.basis.knots[:, into].clone())
         layers.append(small)
     return nn.Sequential(*layers)
 
@@ -134,7 +136,7 @@ def refine(network: nn.Sequential, grid: int) -> nn.Sequential:
     """The same functions on grids of `grid` intervals: a new network, whose optimiser must be built anew."""
     finer = copy.deepcopy(network)
     for layer in finer:
-        layer.refine(grid)
+        fitting.refine(layer, grid)
     return finer
 
 

@@ -154,8 +154,6 @@ def cut(key: str, tensor: Tensor, kept: Tensor, hidden: int) -> Tensor:
         return tensor.unflatten(-1, (-1, hidden))[:, :, kept].flatten(1)
     if key in ("down_proj.weight", "down_proj.base.weight"):
         return tensor[:, kept]
-    if key == "down_proj.knots":
-        return tensor[:, kept]
     return tensor
 
 

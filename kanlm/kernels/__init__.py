@@ -1,12 +1,13 @@
-"""Fused implementations of what kanlm.model defines; `select` chooses, and the reference stays the
-definition.
+"""Implementations of what kanlm.model defines; `select` chooses, and the reference stays the definition.
 
     native.cpp, native.py   C++ with OpenMP, compiled once for this machine
     cpu.py                  autograd functions over it
     triton_ops.py           the same for GPUs
+    recompute.py            the reference in chunks, computed again in backward, where no fused kernel is
+    support.py              which layers have one
 
 The choice is an attribute `kernel` of a module, never part of a config or checkpoint. Select after the
-model is on its device: a kernel refuses tensors of another one.
+model is on its device and has its dtype and its adapters: a kernel refuses what it was not chosen for.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ import importlib
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from kanlm.kernels import cpu
+from kanlm.kernels import cpu, recompute
 from kanlm.kernels.native import NativeUnavailable, library
+from kanlm.kernels.support import supports_edge, supports_learned
 from kanlm.model.ffn import MLP, GatedMLP
 from kanlm.model.kan import KANLinear, LearnedFunction
 
-BACKENDS = ("auto", "reference", "cpu", "triton")
+BACKENDS = ("auto", "reference", "recompute", "cpu", "triton")
 log = logging.getLogger(__name__)
 _logged: set[str] = set()
 
@@ -35,15 +38,19 @@ def _log_once(message: str) -> None:
         log.info(message)
 
 
-def select(model: nn.Module, backend: str = "auto") -> dict[str, str]:
+def select(model: nn.Module, backend: str = "auto", *, compiled: bool = False) -> dict[str, str]:
     """Set the implementation of every KAN layer, learned function and MLP activation of `model`.
 
-    `reference` is plain PyTorch; `cpu` and `triton` are fused kernels; `auto` is `triton` on a CUDA device,
-    `cpu` where a C++ compiler is at hand, else the reference, and says once what it chose. Where a backend
-    has no kernel for a module (e.g. a Chebyshev basis), that module keeps the reference.
+    `reference` is plain PyTorch; `recompute` the same with little memory; `cpu` and `triton` are fused
+    kernels; `auto` is `triton` on a CUDA device, `cpu` where a C++ compiler is at hand, else `recompute`, and
+    says once what it chose. KAN layers without a kernel of the backend (e.g. of a Chebyshev basis) recompute,
+    activations keep the reference.
+
+    compiled: the model's layers are compiled by torch, which decides by itself what to compute again: the
+        reference then stands where recomputation would.
 
     Returns:
-        What each module that has a choice now uses, by its name: "reference", "cpu" or "triton".
+        What each module that has a choice now uses, by its name: "reference", "recompute", "cpu" or "triton".
 
     Raises:
         ValueError: an unknown backend, or one that cannot run here.
@@ -63,26 +70,25 @@ def select(model: nn.Module, backend: str = "auto") -> dict[str, str]:
         if not hasattr(module, "kernel"):
             continue
         module.__dict__.pop("_packed", None)
-        module.kernel = None if backend == "reference" else _kernel(module, backend)
-        chosen[name] = "reference" if module.kernel is None else backend
+        chosen[name], module.kernel = _implementation(module, backend, compiled)
     return chosen
 
 
 def _automatic(device: str) -> str:
     if device == "cuda":
         if reason := _triton_lacks(device):
-            _log_once(f"kernels: reference implementation on {device} ({reason})")
-            return "reference"
+            _log_once(f"kernels: recompute on {device} ({reason})")
+            return "recompute"
         _log_once(f"kernels: triton on {device}")
         return "triton"
     if device != "cpu":
-        _log_once(f"kernels: reference implementation on {device}")
-        return "reference"
+        _log_once(f"kernels: recompute on {device}")
+        return "recompute"
     try:
         library()
     except NativeUnavailable as reason:
-        _log_once(f"kernels: reference implementation on cpu ({reason})")
-        return "reference"
+        _log_once(f"kernels: recompute on cpu ({reason})")
+        return "recompute"
     _log_once("kernels: native library on cpu")
     return "cpu"
 
@@ -105,13 +111,26 @@ def _require_cpu(device: str) -> None:
         raise ValueError(f"kernels: 'cpu' cannot run here: {reason}; or choose 'auto'") from reason
 
 
-def _kernel(module: nn.Module, backend: str):
-    """The function that stands in for the module's reference, or None where there is none."""
-    ops: Any = cpu if backend == "cpu" else importlib.import_module("kanlm.kernels.triton_ops")
+def _implementation(module: nn.Module, backend: str, compiled: bool) -> tuple[str, Callable | None]:
+    """What the module uses under `backend`, and the function that then stands in for its reference."""
+    if backend in ("cpu", "triton"):
+        ops: Any = cpu if backend == "cpu" else importlib.import_module("kanlm.kernels.triton_ops")
+        if (fused := _fused(module, ops)) is not None:
+            return backend, fused
+    if backend != "reference" and not compiled:
+        if isinstance(module, KANLinear):
+            return "recompute", recompute.edge
+        if isinstance(module, LearnedFunction):
+            return "recompute", recompute.learned
+    return "reference", None
+
+
+def _fused(module: nn.Module, ops: Any) -> Callable | None:
+    """The kernel of a backend for the module, or None where it has none."""
     if isinstance(module, KANLinear):
-        return ops.edge if ops.supports_edge(module) else None
+        return ops.edge if supports_edge(module) else None
     if isinstance(module, LearnedFunction):
-        return ops.learned if ops.supports_learned(module) else None
+        return ops.learned if supports_learned(module, ops.FUNCTION_ORDER) else None
     if isinstance(module, GatedMLP | MLP):
         return ops.activation(module.activation)
     return None

@@ -21,17 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kanlm.kernels.native import MAX_ORDER, Few, Function, library, pointer
-from kanlm.model.basis import Basis, BSpline
+from kanlm.kernels.native import Few, Function, library, pointer
+from kanlm.kernels.support import GELU, RATIONAL, RELU2, SILU, SPLINE, product_dtype, require_unchanged
+from kanlm.model.basis import Basis
 from kanlm.model.ffn import relu2
-from kanlm.model.kan import KANLinear, LearnedFunction, is_plain_linear, product_dtype
+from kanlm.model.kan import KANLinear, LearnedFunction
 
 VECTOR = 16
 FEW = 16
 """Up to so many rows (decoding) a full-edge layer without gradients is one call, its base branch included."""
-SPLINE, RATIONAL = 0, 1
-ACTIVATIONS = {"silu": 2, "gelu": 3, "relu2": 4}
-"""Kinds of kanlm_elementwise."""
+FUNCTION_ORDER = 3
+"""Highest order of the splines of a learned function."""
 
 
 def opaque(function: Callable) -> Callable:
@@ -45,21 +45,12 @@ def opaque(function: Callable) -> Callable:
     return called
 
 
-def supports_edge(layer: KANLinear) -> bool:
-    """Whether `edge` implements this layer."""
-    return layer.knots is None and type(layer.basis) is BSpline and 1 <= layer.basis.order <= MAX_ORDER
-
-
-def supports_learned(layer: LearnedFunction) -> bool:
-    """Whether `learned` implements this function."""
-    return layer.is_rational or (layer.is_spline and 1 <= layer.basis.order <= MAX_ORDER)
-
-
 def _wide(x: Tensor) -> Tensor:
     """x in fp32, contiguous."""
-    if not x.is_cpu:
+    if not x.is_cpu or x.dtype is torch.float64:
         raise RuntimeError(
-            f"the cpu kernel got a tensor on {x.device}; call kernels.select after moving the model"
+            f"the cpu kernel got a {x.dtype} tensor on {x.device}; call kernels.select again after moving or "
+            "casting the model"
         )
     return (x if x.dtype is torch.float32 else x.float()).contiguous()
 
@@ -157,17 +148,10 @@ class _Edge(torch.autograd.Function):
 
 @opaque
 def edge(layer: KANLinear, x: Tensor) -> Tensor:
-    """KANLinear: x [..., I] to [..., O].
-
-    A layer with an adaptive grid or fp64 tensors, or whose children an adapter has replaced, uses its
-    reference.
-    """
-    # In decoding, every look-up of an attribute by nn.Module counts: these go to its dictionaries.
+    """KANLinear: x [..., I] to [..., O]."""
+    require_unchanged(layer)
     spline: Any = layer._modules["spline"]
     base_layer: Any = layer._modules.get("base")
-    plain_children = is_plain_linear(spline) and (base_layer is None or is_plain_linear(base_layer))
-    if not plain_children or layer._buffers["knots"] is not None:
-        return layer.reference(x)
     weight = spline._parameters["weight"]
     if (
         weight.dtype is x.dtype is torch.float32
@@ -176,8 +160,6 @@ def edge(layer: KANLinear, x: Tensor) -> Tensor:
         and x.numel() <= FEW * layer.in_features
     ):
         return _few_rows(layer, x)
-    if torch.float64 in (weight.dtype, x.dtype):
-        return layer.reference(x)
     dtype = product_dtype(x, weight)
     base = None if base_layer is None else base_layer.weight
     flat = x.reshape(-1, layer.in_features)
@@ -338,8 +320,6 @@ class _Elementwise(torch.autograd.Function):
 def learned(layer: LearnedFunction, a: Tensor, u: Tensor | None) -> Tensor:
     """LearnedFunction: phi(a) * u, or phi(a) where u is None; [..., C]."""
     coefficients: Any = layer._parameters["coefficients"]
-    if torch.float64 in (a.dtype, coefficients.dtype):
-        return layer.reference(a, u)
     if torch.is_grad_enabled():
         layer.__dict__.pop("_packed", None)
         return _Elementwise.apply(a, u, coefficients, _function_of(layer))
@@ -359,16 +339,14 @@ def _prepared(layer: LearnedFunction) -> Prepared:
 def activation(function: Callable) -> Callable | None:
     """The kernel (module, a, u or None) -> function(a) * u of an MLP's activation, or None."""
     if isinstance(function, nn.GELU):
-        name = "gelu" if function.approximate == "none" else None
+        kind = GELU if function.approximate == "none" else None
     else:
-        name = {F.silu: "silu", F.gelu: "gelu", relu2: "relu2"}.get(function)
-    return partial(_activated, ACTIVATIONS[name]) if name else None
+        kind = {F.silu: SILU, F.gelu: GELU, relu2: RELU2}.get(function)
+    return None if kind is None else partial(_activated, kind)
 
 
 @opaque
 def _activated(kind: int, module: Any, a: Tensor, u: Tensor | None) -> Tensor:
-    if a.dtype == torch.float64:
-        return module.activation(a) if u is None else module.activation(a) * u
     if torch.is_grad_enabled():
         return _Elementwise.apply(a, u, None, _function(kind, a.shape[-1]))
     return value(_without_table(kind, a.shape[-1]), a, u).to(a.dtype)

@@ -21,8 +21,6 @@ import torch
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-MAX_ORDER = 3
-"""Highest order of B-splines that the library has."""
 
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {

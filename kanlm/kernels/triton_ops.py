@@ -19,27 +19,15 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 
-from kanlm.model.basis import MAX_ORDER as MAX_LEARNED_ORDER
-from kanlm.model.basis import Basis, BSpline, uniform_pieces
-from kanlm.model.kan import KANLinear, LearnedFunction, product_dtype
+from kanlm.kernels.support import RATIONAL, SILU, SPLINE, product_dtype, require_unchanged
+from kanlm.model.basis import MAX_ORDER, Basis, uniform_pieces
+from kanlm.model.kan import KANLinear, LearnedFunction
 
 INTERPRETED = triton.knobs.runtime.interpret
-MAX_ORDER = 3
-"""Highest order of a full-edge layer's B-splines; learned functions take every order from 1."""
-FIXED, SPLINE, RATIONAL = 0, 1, 2
-"""KIND: what is beside SiLU; nothing, a spline with a table of powers, a quotient of polynomials."""
-
-
-def supports_edge(layer: KANLinear) -> bool:
-    """Whether `edge` implements this layer."""
-    return layer.knots is None and type(layer.basis) is BSpline and 1 <= layer.basis.order <= MAX_ORDER
-
-
-def supports_learned(layer: LearnedFunction) -> bool:
-    """Whether `learned` implements this function."""
-    return layer.is_rational or (layer.is_spline and 1 <= layer.basis.order <= MAX_LEARNED_ORDER)
+FUNCTION_ORDER = MAX_ORDER
+"""Highest order of the splines of a learned function."""
 
 
 @triton.jit
@@ -243,10 +231,10 @@ def learned_forward_kernel(
     mask = at < total
     a = tl.load(a_ptr + at, mask=mask, other=0.0).to(tl.float32)
     value = a * 0.0
-    if KIND == 1:
+    if KIND == 0:
         cell, r, e = place(a, lo, inv_h, G)
         value, _ = phi_at(table_ptr, (at % C) // width, cell, r, e, G, ORDER)
-    if KIND == 2:
+    if KIND == 1:
         value, _, _, _, _ = rational_at(table_ptr, (at % C) // width, a)
     if SILU:
         value += a * tl.sigmoid(a)
@@ -292,7 +280,7 @@ def learned_backward_kernel(
             weight = g
             if GATED:
                 weight = g * tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            if KIND == 1:
+            if KIND == 0:
                 cell, r, e = place(a, lo, inv_h, G)
                 value, slope = phi_at(table_ptr, group, cell, r, e, G, ORDER)
                 slope *= inv_h
@@ -312,7 +300,7 @@ def learned_backward_kernel(
                     power *= r
                 if ORDER > 4:
                     sum5 += sum_by_cell(here, power * (r + 5.0 * e))
-            if KIND == 2:
+            if KIND == 1:
                 value, slope, first, second, inverse = rational_at(table_ptr, group, a)
                 power = weight * inverse
                 shared = -2.0 * power * value * a
@@ -338,7 +326,7 @@ def learned_backward_kernel(
             if GATED:
                 tl.store(du_ptr + at, g * value, mask=mask)
     number = block * tl.num_programs(1) + group
-    if KIND == 1:
+    if KIND == 0:
         out = partial_ptr + number * ((ORDER + 1) * G) + one_hot
         used = one_hot < G
         tl.store(out, sum0, mask=used)
@@ -351,7 +339,7 @@ def learned_backward_kernel(
             tl.store(out + 4 * G, sum4, mask=used)
         if ORDER > 4:
             tl.store(out + 5 * G, sum5, mask=used)
-    if KIND == 2:
+    if KIND == 1:
         out = partial_ptr + number * 10
         tl.store(out, tl.sum(p0, 0))
         tl.store(out + 1, tl.sum(p1, 0))
@@ -436,11 +424,9 @@ class _Edge(torch.autograd.Function):
 
 @torch.compiler.disable
 def edge(layer: KANLinear, x: Tensor) -> Tensor:
-    """KANLinear: x [..., I] to [..., O]; leaves to the reference what `cpu.edge` leaves to it."""
+    """KANLinear: x [..., I] to [..., O]."""
+    require_unchanged(layer)
     weight = layer.spline.weight
-    children = {type(child) for child in (layer.spline, layer.base) if child is not None}
-    if layer.knots is not None or children != {nn.Linear} or torch.float64 in (weight.dtype, x.dtype):
-        return layer.reference(x)
     base = None if layer.base is None else layer.base.weight
     flat = x.reshape(-1, layer.in_features)
     y = _Edge.apply(flat, layer.plain_weight(), base, layer.basis, product_dtype(x, weight))
@@ -516,7 +502,7 @@ class _Function:
             "G": 1 if basis is None else basis.grid_size,
             "ORDER": 1 if basis is None else basis.order,
             "SILU": silu,
-            "KIND": SPLINE if basis is not None else RATIONAL if rational else FIXED,
+            "KIND": SPLINE if basis is not None else RATIONAL if rational else SILU,
         }
 
     def tables(self, coefficients: Tensor | None) -> Tensor | None:
@@ -546,8 +532,6 @@ class _Function:
 @torch.compiler.disable
 def learned(layer: LearnedFunction, a: Tensor, u: Tensor | None) -> Tensor:
     """LearnedFunction: phi(a) * u, or phi(a) where u is None; [..., C]."""
-    if torch.float64 in (a.dtype, layer.coefficients.dtype):
-        return layer.reference(a, u)
     basis = None if layer.is_rational else layer.basis
     function = _Function(
         layer.channels, layer.groups, basis, rational=layer.is_rational, silu=layer.base is not None
@@ -562,6 +546,4 @@ def activation(function: Callable) -> Callable | None:
 
 @torch.compiler.disable
 def _silu(module: Any, a: Tensor, u: Tensor | None) -> Tensor:
-    if a.dtype == torch.float64:
-        return module.activation(a) * u
     return _Elementwise.apply(a, u, None, _Function(a.shape[-1], silu=True))

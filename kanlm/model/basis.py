@@ -22,20 +22,11 @@ import torch
 from torch import Tensor
 
 MAX_ORDER = 5
-
-CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
-"""Size of the basis values alive at once where they are recomputed, by kind of device."""
+"""Highest order of B-splines, here and in a model's configuration."""
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def row_chunks(x: Tensor, num_functions: int) -> list[slice]:
-    """Slices of the rows of x [N, I] whose basis values [n, K, I] fill CHUNK_BYTES."""
-    budget = CHUNK_BYTES.get(x.device.type, CHUNK_BYTES["cuda"])
-    size = max(128, budget // (4 * num_functions * x.shape[-1]))
-    return [slice(start, start + size) for start in range(0, len(x), size)]
 
 
 def _raised(pieces: list[list[float]]) -> list[list[float]]:
@@ -75,12 +66,12 @@ def slope_of(piece: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def horner(coefficients: tuple[float, ...], u: Tensor) -> Tensor:
-    """sum_p coefficients[p] u^p, without gradient."""
+    """sum_p coefficients[p] u^p."""
     if len(coefficients) == 1:
-        return (u * 0).add_(coefficients[0])  # NaN where u is
-    total = (u * coefficients[-1]).add_(coefficients[-2])
+        return u * 0 + coefficients[0]  # NaN where u is
+    total = u * coefficients[-1] + coefficients[-2]
     for coefficient in coefficients[-3::-1]:
-        total.mul_(u).add_(coefficient)
+        total = total * u + coefficient
     return total
 
 
@@ -92,54 +83,6 @@ def spread(index: Tensor, pieces: list[Tensor], count: int) -> Tensor:
     return dense.scatter(-2, rows, stacked)  # [..., count, I]
 
 
-def local_splines(x: Tensor, index: Tensor, knots: Tensor, order: int) -> list[Tensor]:
-    """The k + 1 B-splines that are not zero on knot interval `index` [..., I], as polynomials at x [..., I].
-
-    knots [n, I]. The triangular scheme of Cox and de Boor (de Boor 1978, chapter X, eq. 6) from order 0 up.
-    """
-
-    def knot(offset: int) -> Tensor:
-        return knots.gather(0, (index + offset).reshape(-1, index.shape[-1])).view_as(index)
-
-    left = {j: x - knot(1 - j) for j in range(1, order + 1)}
-    right = {j: knot(j) - x for j in range(1, order + 1)}
-    splines = [x * 0 + 1]  # NaN where x is
-    for j in range(1, order + 1):
-        carried, raised = torch.zeros_like(x), []
-        for r in range(j):
-            share = splines[r] / (right[r + 1] + left[j - r])
-            raised.append(carried + right[r + 1] * share)
-            carried = left[j - r] * share
-        splines = [*raised, carried]
-    return splines
-
-
-def spline_values(x: Tensor, knots: Tensor, order: int) -> tuple[Tensor, Tensor]:
-    """Values and derivatives [..., K, I] of B-splines of order k on any ascending knots [K + k + 1, I].
-
-    x [..., I]. The grid is knots[order] .. knots[K], both ends included; beyond it values go on linearly.
-    """
-    last = len(knots) - order - 1
-    inside = torch.minimum(torch.maximum(x, knots[order]), knots[last])
-    # The interval is the number of inner knots at or below x: the right edge is in the last one.
-    inner = knots[order + 1 : last]
-    index = (inside.detach().unsqueeze(-2) >= inner).sum(-2) + order  # [..., I]
-    pieces = local_splines(inside, index, knots, order)
-    if order == 0:
-        slopes = [inside * 0]
-    else:
-        # dB_{m,k}/dx = k (B_{m,k-1} / (t_{m+k} - t_m) - B_{m+1,k-1} / (t_{m+k+1} - t_{m+1}))
-        widths = (knots[order:] - knots[:-order]) / order  # [n - k, I]
-        first = index - order + 1
-        scaled = [
-            piece / widths.gather(0, (first + r).reshape(-1, index.shape[-1])).view_as(index)
-            for r, piece in enumerate(local_splines(inside, index, knots, order - 1))
-        ]
-        slopes = [-scaled[0], *(a - b for a, b in zip(scaled, scaled[1:], strict=False)), scaled[-1]]
-    pieces = [piece + (x - inside) * slope for piece, slope in zip(pieces, slopes, strict=True)]
-    return spread(index - order, pieces, last), spread(index - order, slopes, last)
-
-
 @dataclass(frozen=True)
 class Basis:
     """K functions on the grid [grid_min, grid_max] of `grid_size` intervals; see `make_basis`."""
@@ -149,6 +92,26 @@ class Basis:
     grid_max: float
     order: int = 3
 
+    def __post_init__(self):
+        grid_size, order, grid_min, grid_max = self.grid_size, self.order, self.grid_min, self.grid_max
+        if not isinstance(grid_size, int) or grid_size < 1:
+            raise ValueError(
+                f"grid_size: a grid has at least 1 interval, got {grid_size!r}; write an int >= 1"
+            )
+        if not isinstance(order, int) or not 0 <= order <= MAX_ORDER:
+            raise ValueError(f"order: must be an int in 0..{MAX_ORDER}, got {order!r}; 3 is cubic")
+        if not (math.isfinite(grid_min) and math.isfinite(grid_max) and grid_min < grid_max):
+            raise ValueError(
+                f"grid_min, grid_max: must be finite and ascending, got {grid_min!r} and {grid_max!r}; "
+                "-3.0 and 3.0 are the defaults"
+            )
+        step, magnitude = (grid_max - grid_min) / grid_size, max(abs(grid_min), abs(grid_max))
+        if not (step > magnitude * 2**-22 and 1 / step < 1e30):  # a few of fp32's own steps; no overflow
+            raise ValueError(
+                f"grid_min, grid_max: intervals of {step:.3g} from {grid_min!r} to {grid_max!r} are too "
+                "narrow for fp32; scale the input, widen the grid or take fewer intervals"
+            )
+
     @property
     def num_functions(self) -> int:
         return self.grid_size + 1
@@ -157,10 +120,6 @@ class Basis:
     def step(self) -> float:
         """Length of a grid interval."""
         return (self.grid_max - self.grid_min) / self.grid_size
-
-    def contains(self, coarser: "Basis") -> bool:
-        """Whether every function of `coarser`, one of this kind on the same range, is one of this basis."""
-        return self.grid_size == coarser.grid_size
 
     def grid_points(self) -> Tensor:
         """The G + 1 ends of the intervals, fp64 [G + 1, 1] on the CPU."""
@@ -199,22 +158,6 @@ class Basis:
         raise NotImplementedError
 
 
-class _SplineValues(torch.autograd.Function):
-    """The n-th derivative of a uniform B-spline basis; saves x alone, and can be differentiated again."""
-
-    @staticmethod
-    def forward(ctx, x, basis, n):
-        ctx.save_for_backward(x)
-        ctx.basis, ctx.n = basis, n
-        return basis._evaluated(x, n)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        slopes = _SplineValues.apply(x, ctx.basis, ctx.n + 1)
-        return (grad * slopes).sum(-2).to(x.dtype), None, None
-
-
 @dataclass(frozen=True)
 class BSpline(Basis):
     """Uniform B-splines of order k: K = G + k, at most k + 1 of them not zero, summing to one.
@@ -227,59 +170,27 @@ class BSpline(Basis):
     def num_functions(self) -> int:
         return self.grid_size + self.order
 
-    def contains(self, coarser: Basis) -> bool:
-        return self.grid_size % coarser.grid_size == 0
-
     def values(self, x: Tensor) -> Tensor:
-        return _SplineValues.apply(x, self, 0)
+        interval, inside, beyond = self.place(x)
+        pieces = [
+            horner(piece, inside) + beyond * horner(slope_of(piece), inside)
+            for piece in uniform_pieces(self.order)
+        ]
+        return spread(interval, pieces, self.num_functions)
 
     def derivatives(self, x: Tensor) -> Tensor:
-        return _SplineValues.apply(x, self, 1)
+        interval, inside, _ = self.place(x)
+        slopes = [horner(slope_of(piece), inside) / self.step for piece in uniform_pieces(self.order)]
+        return spread(interval, slopes, self.num_functions)
 
-    def _evaluated(self, x: Tensor, n: int) -> Tensor:
-        """The n-th derivatives [..., K, I] at x [..., I]; few passes over memory, and in place."""
-        u = (at_least_fp32(x) - self.grid_min).mul_(1 / self.step)
-        interval = u.floor().clamp_(0, self.grid_size - 1)
-        u -= interval
-        # A NaN has no interval; it must come out as NaN, not as an index outside the memory.
-        row = interval.long().clamp_(0, self.grid_size - 1).unsqueeze(-2)  # [..., 1, I]
+    def place(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Interval int64, position in it 0..1, and how far x is outside the grid, in intervals; [..., I]."""
+        u = (at_least_fp32(x) - self.grid_min) * (1 / self.step)
+        interval = u.detach().floor().clamp(0, self.grid_size - 1)
+        u = u - interval
         inside = u.clamp(0, 1)
-        before, after = u.clamp(max=0), (u - 1).clamp_(min=0)
-
-        dense = u.new_zeros(*u.shape[:-1], self.num_functions, u.shape[-1])
-        for piece in uniform_pieces(self.order):
-            for _ in range(n):
-                piece = slope_of(piece)
-            value = horner(piece, inside)
-            if n == 0:
-                slope = slope_of(piece)
-                for beyond, edge_slope in ((before, slope[0]), (after, sum(slope))):
-                    if edge_slope:
-                        value.add_(beyond, alpha=edge_slope)
-            elif n > 1:
-                value.masked_fill_(inside != u, 0)
-            dense.scatter_(-2, row, value.unsqueeze(-2))
-            row += 1
-        return dense if n == 0 else dense.mul_(self.step**-n)
-
-
-class KnotSpline:
-    """B-splines of order k on knots [G + 1, I] of each input; k more knots lie on either side, evenly."""
-
-    def __init__(self, knots: Tensor, order: int):
-        self.order, self.num_functions = order, len(knots) - 1 + order
-        step = (knots[-1] - knots[0]) / (len(knots) - 1)
-        count = torch.arange(1, order + 1, device=knots.device, dtype=knots.dtype)
-        steps = count.unsqueeze(-1) * step
-        self.knots = torch.cat((knots[0] - steps.flip(0), knots, knots[-1] + steps))  # [G + 1 + 2 k, I]
-
-    def values(self, x: Tensor) -> Tensor:
-        """B_m(x): x [..., I] to [..., K, I], fp32 or fp64."""
-        return spline_values(at_least_fp32(x), self.knots, self.order)[0]
-
-    def derivatives(self, x: Tensor) -> Tensor:
-        """dB_m/dx: x [..., I] to [..., K, I], fp32 or fp64."""
-        return spline_values(at_least_fp32(x), self.knots, self.order)[1]
+        # A NaN has no interval; it must come out as NaN, not as an index outside the memory.
+        return interval.long().clamp(0, self.grid_size - 1), inside, u - inside
 
 
 def exact_product(matrix: Tensor, values: Tensor) -> Tensor:
@@ -288,23 +199,6 @@ def exact_product(matrix: Tensor, values: Tensor) -> Tensor:
         return matrix @ values
     with torch.autocast(values.device.type, enabled=False):
         return matrix @ values
-
-
-class WhiteBasis:
-    """W B(x): another basis of the same functions, W [K, K]."""
-
-    def __init__(self, basis, whitening: Tensor):
-        self.basis, self.whitening = basis, whitening
-
-    def values(self, x: Tensor) -> Tensor:
-        """x [..., I] to [..., K, I], fp32 or fp64."""
-        values = self.basis.values(x)
-        return exact_product(self.whitening.to(values.dtype), values)
-
-    def derivatives(self, x: Tensor) -> Tensor:
-        """x [..., I] to [..., K, I], fp32 or fp64."""
-        slopes = self.basis.derivatives(x)
-        return exact_product(self.whitening.to(slopes.dtype), slopes)
 
 
 @dataclass(frozen=True)
@@ -353,9 +247,6 @@ class MexicanHat(Basis):
 class Chebyshev(Basis):
     """Chebyshev polynomials T_0 .. T_G of the grid mapped to [-1, 1]: K = G + 1."""
 
-    def contains(self, coarser: Basis) -> bool:
-        return self.grid_size >= coarser.grid_size
-
     def _mapped(self, x: Tensor) -> Tensor:
         return (x - self.grid_min) * (2 / (self.grid_max - self.grid_min)) - 1
 
@@ -379,9 +270,6 @@ class Chebyshev(Basis):
 @dataclass(frozen=True)
 class Fourier(Basis):
     """1, cos(pi t), sin(pi t), cos(2 pi t), ... of the grid mapped to t in [-1, 1]: K = G + 1, periodic."""
-
-    def contains(self, coarser: Basis) -> bool:
-        return self.grid_size >= coarser.grid_size
 
     def _angles(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Angles of the functions 1..G [..., G, I] and their frequencies [G, 1]; odd ones are cosines."""
@@ -430,19 +318,4 @@ def make_basis(
     """
     if name not in BASES:
         raise ValueError(f"basis: unknown name {name!r}; choose one of {', '.join(BASES)}")
-    if not isinstance(grid_size, int) or grid_size < 1:
-        raise ValueError(f"grid_size: a grid has at least 1 interval, got {grid_size!r}; write an int >= 1")
-    if not isinstance(order, int) or not 0 <= order <= MAX_ORDER:
-        raise ValueError(f"order: must be an int in 0..{MAX_ORDER}, got {order!r}; 3 is cubic")
-    if not (math.isfinite(grid_min) and math.isfinite(grid_max) and grid_min < grid_max):
-        raise ValueError(
-            f"grid_min, grid_max: must be finite and ascending, got {grid_min!r} and {grid_max!r}; "
-            "-3.0 and 3.0 are the defaults"
-        )
-    step, magnitude = (grid_max - grid_min) / grid_size, max(abs(grid_min), abs(grid_max))
-    if not (step > magnitude * 2**-22 and 1 / step < 1e30):  # a few of fp32's own steps; no overflow
-        raise ValueError(
-            f"grid_min, grid_max: intervals of {step:.3g} from {grid_min!r} to {grid_max!r} are too narrow "
-            "for fp32; scale the input, widen the grid or take fewer intervals"
-        )
     return BASES[name](grid_size, float(grid_min), float(grid_max), 1 if name == "linear" else order)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .refit import normal_points
+from .whitening import normal_points
 
 Family = Literal["mlp", "kan", "control"]
 

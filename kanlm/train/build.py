@@ -60,7 +60,7 @@ def build(
     place = placement or partial(plain_placement, device)
     placed, made = place(model, partial(optimizers, config=settings, device=device))
     # Kernels come last: which of them can run depends on the device that the parameters lie on.
-    chosen = kernels.select(model, settings.kernels)
+    chosen = kernels.select(model, settings.kernels, compiled=settings.compile)
     placed.train()
     return Trainable(placed, made, chosen)
 

@@ -21,7 +21,6 @@ import torch
 
 from kanlm.config import RunConfig
 from kanlm.evaluation.perplexity import validation_loss
-from kanlm.model.health import kan_health
 from kanlm.model.kan import kan_coefficient_names
 from kanlm.runs import RunDir, RunRecord
 from kanlm.train import checkpoint
@@ -34,6 +33,7 @@ from kanlm.train.faults import (
     high_loss_error,
     nonfinite_error,
 )
+from kanlm.train.health import kan_health
 from kanlm.train.parallel import clip_gradients, global_sum, gradient_norm, new_accelerator, no_sync
 from kanlm.train.resume import finished_record, held_by_this_process
 from kanlm.train.schedule import learning_rate_factor

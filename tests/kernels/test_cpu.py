@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kanlm import kernels
+from kanlm.fitting import refine, refine_function
 from kanlm.kernels import native
 from kanlm.model.configuration_kanlm import KanLMConfig
 from kanlm.model.ffn import build_ffn
@@ -91,13 +92,8 @@ def test_refined_grid_is_used(kind):
     x = points(40, 6)
     with torch.no_grad():
         before = layer(x)
-        layer.refine(8)
+        refine(layer, 8) if kind == "edge" else refine_function(layer, 8)
         close(layer(x), before, 1e-4, "output")
-
-
-def test_adaptive_grid_keeps_the_reference():
-    layer = KANLinear(6, 5, grid="adaptive")
-    assert kernels.select(layer, "cpu") == {"": "reference"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -293,14 +289,28 @@ def test_autocast_gives_the_dtype_that_the_reference_gives():
     close(got, expected, TOLERANCE[torch.bfloat16], "output")
 
 
-def test_an_adapter_in_place_of_a_child_is_used():
-    layer = KANLinear(6, 5)
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_an_adapter_is_used_or_the_kernel_refuses():
+    layer, x = KANLinear(6, 5), points(9, 6)
     kernels.select(layer, "cpu")
-
-    class Doubled(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    before = layer(points(9, 6))
+    before = layer(x)
     layer.spline.__class__ = layer.base.__class__ = Doubled
-    assert torch.allclose(layer(points(9, 6)), 2 * before, atol=1e-5)
+    with pytest.raises(RuntimeError, match="spline: .* KANLinear got an adapter.*kernels.select again"):
+        layer(x)
+    assert kernels.select(layer, "cpu") == {"": "recompute"}
+    assert torch.allclose(layer(x), 2 * before, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["edge", "learned"])
+def test_a_cast_after_the_choice_is_refused_and_fp64_recomputes(kind):
+    layer = KANLinear(6, 5) if kind == "edge" else LearnedFunction(6, 2)
+    kernels.select(layer, "cpu")
+    layer.double()
+    with pytest.raises(RuntimeError, match="float64.*kernels.select again"):
+        layer(points(9, 6).double())
+    assert kernels.select(layer, "cpu") == {"": "recompute"}
+    assert layer(points(9, 6).double()).dtype == torch.float64

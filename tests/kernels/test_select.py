@@ -34,20 +34,20 @@ def test_reference_removes_kernels():
     assert layers["phi"].kernel is None
 
 
-def test_module_without_a_kernel_keeps_the_reference():
+def test_module_without_a_kernel_recomputes():
     try:
         native.library()
     except native.NativeUnavailable as error:
         pytest.skip(str(error))
-    assert kernels.select(model(), "cpu") == {"edge": "cpu", "other": "reference", "phi": "cpu"}
+    assert kernels.select(model(), "cpu") == {"edge": "cpu", "other": "recompute", "phi": "cpu"}
 
 
-def test_auto_without_a_compiler_says_once_that_it_uses_the_reference(no_compiler, caplog):
+def test_auto_without_a_compiler_says_once_that_it_recomputes(no_compiler, caplog):
     with caplog.at_level(logging.INFO, logger="kanlm.kernels"):
         for _ in range(2):
-            assert set(kernels.select(model(), "auto").values()) == {"reference"}
+            assert set(kernels.select(model(), "auto").values()) == {"recompute"}
     assert [record.message for record in caplog.records] == [
-        "kernels: reference implementation on cpu (no C++ compiler found)"
+        "kernels: recompute on cpu (no C++ compiler found)"
     ]
 
 

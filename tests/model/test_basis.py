@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.interpolate import BSpline as ScipyBSpline
 
-from kanlm.model.basis import BASES, KnotSpline, make_basis, spline_values
+from kanlm.model.basis import BASES, make_basis
 
 ORDERS = range(6)
 
@@ -19,43 +19,9 @@ def scipy_basis(knots: np.ndarray, order: int) -> list[ScipyBSpline]:
     return [ScipyBSpline(knots, row, order, extrapolate=True) for row in np.eye(count)]
 
 
-def random_knots(order: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    gaps = torch.rand(11 + order, 2, generator=generator, dtype=torch.float64) + 0.05
-    return gaps.cumsum(0) - 2
-
-
 def uniform_knots(basis) -> np.ndarray:
     steps = np.arange(-basis.order, basis.grid_size + basis.order + 1)
     return basis.grid_min + steps * basis.step
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("seed", range(3))
-def test_splines_on_random_knots_equal_scipys(order, seed):
-    knots = random_knots(order, seed)
-    low, high = knots[order], knots[len(knots) - order - 1]
-    generator = torch.Generator().manual_seed(seed + 10)
-    x = low + torch.rand(300, 2, generator=generator, dtype=torch.float64) * (high - low)
-    x = torch.cat((x, low.unsqueeze(0), high.unsqueeze(0)))  # and both edges
-    values, slopes = spline_values(x, knots, order)
-    torch.testing.assert_close(values.sum(-2), torch.ones_like(x), atol=1e-12, rtol=0)
-    for i in range(2):
-        for m, spline in enumerate(scipy_basis(knots[:, i].numpy(), order)):
-            np.testing.assert_allclose(values[:, m, i], spline(x[:, i]), atol=1e-12, rtol=0)
-            if order > 0:
-                np.testing.assert_allclose(slopes[:, m, i], spline.derivative()(x[:, i]), atol=1e-12, rtol=0)
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_splines_on_random_knots_go_on_linearly_outside_the_grid(order):
-    knots = random_knots(order, 4)
-    for edge, distance in ((knots[order], -2.5), (knots[len(knots) - order - 1], 4.0)):
-        at_edge, slopes = spline_values(edge.unsqueeze(0), knots, order)
-        values, outside_slopes = spline_values(edge.unsqueeze(0) + distance, knots, order)
-        torch.testing.assert_close(values, at_edge + distance * slopes, atol=1e-12, rtol=1e-12)
-        assert torch.equal(outside_slopes, slopes)
-        assert order == 0 or slopes.abs().max() > 0.1
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -79,13 +45,6 @@ def test_right_edge_belongs_to_the_last_interval(order):
     edge = torch.tensor([[1.0]], dtype=torch.float64)
     mirrored = basis.values(-edge).flip(-2)
     torch.testing.assert_close(basis.values(edge), mirrored, atol=1e-14, rtol=0)
-    knots = random_knots(order, 0)
-    right = knots[len(knots) - order - 1]
-    values, slopes = spline_values(right.unsqueeze(0), knots, order)
-    near, near_slopes = spline_values(right.unsqueeze(0) - 1e-9, knots, order)
-    torch.testing.assert_close(values, near, atol=1e-6, rtol=0)
-    torch.testing.assert_close(slopes, near_slopes, atol=1e-6, rtol=0)
-    assert torch.allclose(values.sum(-2), torch.ones(1, 2, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -163,14 +122,6 @@ def test_splines_have_second_derivatives():
     assert torch.autograd.gradgradcheck(basis.values, (x,))
 
 
-def test_knot_splines_on_even_knots_equal_the_uniform_ones():
-    for order in ORDERS:
-        basis = make_basis("bspline", 8, order, -3.0, 2.0)
-        splines = KnotSpline(basis.grid_points(), order)
-        x = torch.linspace(-5, 5, 333, dtype=torch.float64).unsqueeze(-1)
-        torch.testing.assert_close(splines.values(x), basis.values(x), atol=1e-11, rtol=1e-11)
-
-
 def test_closed_forms_of_the_smooth_bases():
     x = torch.tensor([[0.3]], dtype=torch.float64)
     rbf = make_basis("rbf", 2, grid_min=-1.0, grid_max=1.0).values(x).flatten()
@@ -205,12 +156,10 @@ def test_half_precision_is_evaluated_in_fp32(name, dtype):
 def test_nan_stays_nan_and_empty_stays_empty(name, order):
     """Also where the function is constant on each interval."""
     basis = make_basis(name, 5, order)
-    forms = [basis, KnotSpline(basis.grid_points().float(), order)] if name == "bspline" else [basis]
     x = torch.tensor([[0.5], [float("nan")]])
-    for form in forms:
-        for values in (form.values(x), form.derivatives(x)):
-            assert values[0].isfinite().all() and values[1].isnan().any()
-        assert form.values(torch.empty(0, 1)).shape == (0, basis.num_functions, 1)
+    for values in (basis.values(x), basis.derivatives(x)):
+        assert values[0].isfinite().all() and values[1].isnan().any()
+    assert basis.values(torch.empty(0, 1)).shape == (0, basis.num_functions, 1)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from torch import nn
 from kanlm.model.basis import BASES
 from kanlm.model.ffn import XIELU, FeedForward, PolyNorm, arm_names, build_ffn, find_arm
 from kanlm.model.ffn_kan import EdgeKAN, GatedKAN
-from kanlm.model.health import kan_health
 from kanlm.model.kan import KANLinear, LearnedFunction
+from kanlm.train.health import kan_health
 
 KAN_ARMS = arm_names("kan")
 ARMS = arm_names()

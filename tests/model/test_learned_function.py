@@ -240,63 +240,6 @@ def test_meta_device_state_dict_pickle_and_deepcopy(form):
         assert torch.equal(twin(x), layer(x))
 
 
-SMOOTH = [name for name in BASES if name not in ("bspline", "linear")]
-
-
-@pytest.mark.parametrize("basis", SMOOTH)
-def test_basis_values_are_never_all_alive(basis):
-    """4096 rows in chunks: no tensor of the whole expansion [4096, K, C] is ever made."""
-    layer = LearnedFunction(64, 8, basis, grid_size=20)
-    a, u = (random_inputs(4096, 64, seed=seed).float().requires_grad_() for seed in (0, 1))
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            for tensor in result if isinstance(result, (tuple, list)) else (result,):
-                if isinstance(tensor, torch.Tensor):
-                    largest = max(largest, tensor.numel())
-            return result
-
-    with Watch():
-        layer.gated(a, u).sum().backward()
-    assert 4096 * 64 <= largest < 4096 * layer.num_functions * 64 / 4
-
-
-@pytest.mark.parametrize("basis", SMOOTH)
-def test_chunks_change_nothing(basis, monkeypatch):
-    layer = perturbed(4, 2, basis=basis)
-    results = []
-    for size in (3, 100):
-        monkeypatch.setattr(
-            LearnedFunction,
-            "_chunks",
-            lambda self, x, size=size: [slice(start, start + size) for start in range(0, len(x), size)],
-        )
-        layer.zero_grad()
-        a, u = (random_inputs(2, 5, 4, seed=seed).requires_grad_() for seed in (0, 1))
-        y = layer.gated(a, u)
-        y.square().sum().backward()
-        results.append((y, a.grad, u.grad, layer.coefficients.grad.clone()))
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-11)
-
-
-@pytest.mark.parametrize("form", [form for form in FORMS if form.get("basis") != "rational"], ids=form_name)
-def test_refined_grid_keeps_the_function(form):
-    layer = perturbed(**form)
-    x = torch.linspace(-3.99, 3.99, 300, dtype=torch.float64).unsqueeze(-1).expand(-1, 6)
-    before = layer(x)
-    drift = layer.refine(20)
-    assert layer.coefficients.shape == (3, layer.num_functions) and layer.basis.grid_size == 20
-    change = float(((layer(x) - before).norm() / before.norm()).detach())
-    if form.get("basis") in ("bspline", "linear", "chebyshev", "fourier") or "order" in form:
-        assert change < 1e-9 and drift < 1e-9
-    else:
-        assert drift < 0.1 and change < 0.1
-
-
 def test_coefficients_are_named_for_the_optimiser():
     model = torch.nn.ModuleDict(
         {"edge": KANLinear(3, 2), "function": LearnedFunction(4), "plain": torch.nn.Linear(2, 2)}
@@ -330,8 +273,3 @@ def test_bad_calls_are_named():
         layer(torch.randn(3, 5))
     with pytest.raises(ValueError, match=r"u: .*\(3, 4\).*\(3, 1\)"):
         layer.gated(torch.randn(3, 4), torch.randn(3, 1))
-    with pytest.raises(ValueError, match="allow_coarsen"):
-        layer.refine(8)
-    assert layer.refine(8, allow_coarsen=True) < 0.01
-    with pytest.raises(ValueError, match="rational"):
-        LearnedFunction(4, basis="rational").refine(32)

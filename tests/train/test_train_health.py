@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from kanlm.model.ffn import build_ffn
-from kanlm.model.health import kan_health
 from kanlm.model.kan import KANLinear, LearnedFunction
+from kanlm.train.health import kan_health
 
 
 def inputs(*shape, scale=1.0, seed=0) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What can go wrong in KAN layers, measured on one batch. Not part of an exported model.
+"""What can go wrong in KAN layers, measured on one batch.
 
 Shapes: N rows, I inputs or channels, K basis functions.
 """
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .ffn import FeedForward
-from .kan import KANLinear, LearnedFunction
+from kanlm.model.ffn import FeedForward
+from kanlm.model.kan import KANLinear, LearnedFunction
 
 ACTIVE = 1e-6
 """A basis function is dead on a batch where its absolute value never reaches this."""
@@ -83,10 +83,8 @@ def _layer_health(
     gradients: Sequence[Tensor | None],
 ) -> dict[str, float]:
     """x [N, I]; the gradients of the parameters, None where there is none."""
-    if isinstance(layer, KANLinear) and layer.knots is not None:
-        outside = (x < layer.knots[0]) | (x > layer.knots[-1])
-    else:
-        outside = (x < layer.basis.grid_min) | (x > layer.basis.grid_max)
+    grid = layer.basis.grid_points().to(x.device)
+    outside = (x < grid[0]) | (x > grid[-1])
     elements = sum(parameter.numel() for parameter in parameters)
     zeros = broken = 0
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -105,7 +103,7 @@ def _dead_share(layer: KANLinear | LearnedFunction, x: Tensor) -> float:
     """Share of the functions, of each input or group of channels, that x [N, I] never reaches."""
     if isinstance(layer, LearnedFunction) and layer.is_rational:
         return 0.0
-    basis = layer.present_basis() if isinstance(layer, KANLinear) else layer.basis
+    basis = layer.basis
     reached = torch.zeros(basis.num_functions, x.shape[-1], device=x.device)
     for rows in x.split(1024):
         reached = torch.maximum(reached, basis.values(rows).abs().amax(0).float())  # [K, I]
