@@ -18,7 +18,7 @@ import torch
 from kanlm.fitting import adaptive, refit
 from kanlm.model import KanLMConfig, ffn, learned_function
 from kanlm.model.basis import BSpline
-from kanlm.model.ffn import EdgeKAN
+from kanlm.model.ffn_kan import EdgeKAN
 from kanlm.model.kan import KANLinear, LearnedFunction
 from kanlm.model.modeling_kanlm import KanLMDecoderLayer
 
