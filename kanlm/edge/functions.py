@@ -165,6 +165,6 @@ def graph_module(module: nn.Module) -> nn.Module | None:
     kind = type(module).__name__
     if kind == "LearnedFunction" and module.is_spline:
         return GraphFunction(module)
-    if kind == "KANLinear" and type(module.basis).__name__ == "BSpline" and module.grid == "uniform":
+    if kind == "KANLinear" and type(module.basis).__name__ == "BSpline":
         return GraphEdges(module)
     return None
