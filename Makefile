@@ -39,8 +39,8 @@ test-hf: $(VENV)/installed
 check: lint types test
 
 lint: $(VENV)/installed
-	$(BIN)/ruff format --check kanlm scripts tests
-	$(BIN)/ruff check kanlm scripts tests
+	$(BIN)/ruff format --check kanlm scripts tests examples
+	$(BIN)/ruff check kanlm scripts tests examples
 
 types: $(VENV)/installed
 	$(BIN)/mypy

@@ -41,11 +41,14 @@ def cli() -> None:
     """KAN-based small language models: train, export, evaluate, compare."""
 
 
-@verb("train", "accelerate launch -m kanlm train configs/tiny-kan_glu.toml train.max_tokens=2_000_000")
+@verb("train", "accelerate launch -m kanlm train tiny-kan_glu train.max_tokens=2_000_000")
 @click.argument("config", type=click.Path())
 @click.argument("overrides", nargs=-1)
 def train_verb(config: str, overrides: tuple[str, ...]) -> None:
-    """Train the run of CONFIG (TOML), with section.key=value OVERRIDES; goes on where it stopped."""
+    """Train the run of CONFIG (TOML), with section.key=value OVERRIDES; goes on where it stopped.
+
+    CONFIG is a file or a name from kanlm configs.
+    """
     launcher.end_with_launcher()
     run = load_run_config(config, overrides)  # a mistake in it is told before the seconds that torch takes
     from kanlm.train.loop import train
@@ -53,7 +56,7 @@ def train_verb(config: str, overrides: tuple[str, ...]) -> None:
     train(run)
 
 
-@verb("plan", "kanlm plan configs/tiny-kan.toml")
+@verb("plan", "kanlm plan tiny-kan")
 @click.argument("config", type=click.Path())
 @click.argument("overrides", nargs=-1)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -66,6 +69,26 @@ def plan_verb(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     click.echo(json.dumps(planned, indent=2) if as_json else plan_text(planned))
 
 
+@cli.group("configs", invoke_without_command=True, epilog="\b\nExample:\n  kanlm configs copy tiny-kan_glu")
+@click.pass_context
+def configs_group(context: click.Context) -> None:
+    """The configurations that come with kanlm; train, plan and compare take their names."""
+    if context.invoked_subcommand is None:
+        from kanlm.shipped import listing
+
+        click.echo(listing())
+
+
+@configs_group.command("copy", epilog="\b\nExample:\n  kanlm configs copy tiny-kan_glu my-configs")
+@click.argument("name")
+@click.argument("directory", type=click.Path(file_okay=False), default=".")
+def configs_copy_verb(name: str, directory: str) -> None:
+    """Write the configuration NAME into DIRECTORY, to change it."""
+    from kanlm.shipped import copy
+
+    click.echo(copy(name, directory))
+
+
 @verb("export", "kanlm export runs/tiny-kan_glu")
 @click.argument("run", type=click.Path())
 @click.option("--out", type=click.Path(), help="Folder to write; default RUN/hf.")
@@ -74,11 +97,34 @@ def plan_verb(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
 )
 @click.option("--int8", is_flag=True, help="With --onnx: also a graph with int8 weights.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with a model RUN.")
-def export_verb(run: str, out: str | None, onnx: bool, int8: bool, trust_remote_code: bool) -> None:
-    """Write the trained RUN as a self-contained transformers folder."""
+@click.option("--push-to-hub", "repo", help="Also send it to the Hub as OWNER/NAME, privately.")
+@click.option("--public", is_flag=True, help="For everyone to see.")
+@click.option("--dry-run", is_flag=True, help="Only list what --push-to-hub would send.")
+def export_verb(
+    run: str,
+    out: str | None,
+    onnx: bool,
+    int8: bool,
+    trust_remote_code: bool,
+    repo: str | None,
+    public: bool,
+    dry_run: bool,
+) -> None:
+    """Write the trained RUN as a self-contained transformers folder.
+
+    With --push-to-hub RUN may also be an exported folder, or a comparison: a model for each of its arms, and
+    a collection of them.
+    """
     from kanlm.export import export, export_onnx
 
-    click.echo(export_onnx(run, out, int8, trust_remote_code) if onnx or int8 else export(run, out))
+    if onnx or int8:
+        click.echo(export_onnx(run, out, int8, trust_remote_code))
+    elif repo is None:
+        click.echo(export(run, out))
+    if repo is not None:
+        from kanlm.hub import push
+
+        push(run, repo, out=out, private=not public, dry_run=dry_run, echo=click.echo)
 
 
 @verb("eval", "kanlm eval runs/tiny-kan_glu/hf --data stdlib --out eval.json")
@@ -132,7 +178,7 @@ def pairs_verb(model: str, file: str, **settings) -> None:
     click.echo(json.dumps(dataclasses.asdict(evaluate_minimal_pairs(model, file, **settings)), indent=2))
 
 
-@verb("compare", "kanlm compare configs/demo.toml")
+@verb("compare", "kanlm compare demo")
 @click.argument("config", type=click.Path())
 @click.argument("overrides", nargs=-1)
 def compare_verb(config: str, overrides: tuple[str, ...]) -> None:
@@ -255,7 +301,7 @@ def bench_options(seconds: float):
 
     def decorated(function):
         for option in (
-            click.option("--out", type=click.Path(), help="JSON file; default: docs/benchmarks/, dated."),
+            click.option("--out", type=click.Path(), help="JSON file; default: runs/benchmarks/, dated."),
             click.option(
                 "--memory/--no-memory", default=True, show_default=True, help="Also measure peak memory."
             ),

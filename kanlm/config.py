@@ -268,13 +268,42 @@ class RunConfig(Section):
         return self.train.max_tokens // self.step_tokens
 
 
+def shipped_folder() -> Path:
+    """Where the configurations that come with kanlm lie: in the installed package, else in the checkout."""
+    package = Path(__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The shipped runs and comparisons, by name."""
+    return {path.stem: path for path in sorted(shipped_folder().glob("*.toml"), key=lambda path: path.stem)}
+
+
+def config_file(name: str | Path) -> Path:
+    """The file at the path `name`, else the shipped configuration of that name; `UserError` for neither."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_configs()
+    if str(name) in shipped:
+        return shipped[str(name)]
+    if path.stem in shipped and path.suffix == ".toml":
+        hint = f"{path.stem!r} alone is the one that comes with kanlm"
+    elif close := difflib.get_close_matches(path.stem, shipped, n=3):
+        hint = f"kanlm comes with {', '.join(close)}"
+    else:
+        hint = "`kanlm configs` lists those that come with kanlm"
+    siblings = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+    here = f"; {path.parent}/ has: {', '.join(siblings)}" if siblings else ""
+    raise UserError(f"{path}: no such config file; {hint}{here}")
+
+
 def toml_table(path: str | Path) -> dict[str, Any]:
-    """The parsed TOML file at `path`, or a run's config.json; `UserError` where there is none to read."""
-    path = Path(path)
-    if not path.is_file():
-        siblings = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-        hint = f"; {path.parent}/ has: {', '.join(siblings)}" if siblings else ""
-        raise UserError(f"{path}: no such config file{hint}")
+    """The parsed TOML file at `path`, or a run's config.json, or the shipped configuration of that name;
+    `UserError` where there is none to read.
+    """
+    path = config_file(path)
     kind, load = ("JSON", json.loads) if path.suffix == ".json" else ("TOML", tomllib.loads)
     try:
         table = load(path.read_text(encoding="utf-8"))
@@ -353,5 +382,8 @@ def _fields_at(kind: type[Section], loc: tuple) -> list[str]:
 
 
 def load_run_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> RunConfig:
-    """The run configuration in the TOML file at `path` with `overrides` applied."""
-    return parsed(RunConfig, with_overrides(toml_table(path), overrides), str(path), overrides)
+    """The run configuration in the TOML file `path`, or shipped under that name, with `overrides` applied."""
+    table = toml_table(path)
+    if "arms" in table:
+        raise UserError(f"{path}: a comparison, not one run: it has [[arms]]; see kanlm compare {path}")
+    return parsed(RunConfig, with_overrides(table, overrides), str(path), overrides)

@@ -13,6 +13,7 @@ FLOORS = {
     "runs": 0,
     "metrics": 0,
     "stats": 0,
+    "shipped": 1,
     "model": 1,
     "trust": 1,
     "checksums": 1,
@@ -29,10 +30,11 @@ FLOORS = {
     "bench": 5,
     "compare": 6,
     "prune": 6,
-    "cli": 7,
-    "__main__": 8,
-    "auto_classes": 8,
-    "__init__": 9,
+    "hub": 7,
+    "cli": 8,
+    "__main__": 9,
+    "auto_classes": 9,
+    "__init__": 10,
 }
 CAPSULE = {
     "configuration_kanlm",

@@ -2,7 +2,7 @@
 peers.
 
 All KAN layers have the same inputs, outputs, grid intervals and order; the MLP (up, GELU, down) has as many
-parameters as ours. Peers are optional: `pip install --no-deps -r scripts/peers.txt`.
+parameters as ours. Peers are optional: `pip install 'kanlm[bench]'`, and `pip install --no-deps kan-gpt`.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def _reason_to_skip(
     if name in PEERS:
         package = PEERS[name][0]
         if importlib.util.find_spec(package) is None:
-            return f"package {package} is not installed (pip install --no-deps -r scripts/peers.txt)"
+            return f"package {package} is not installed (pip install 'kanlm[bench]', or --no-deps {name})"
         try:
             layer = built(name, 4, 3, grid, order, backend, device)
             y = layer(torch.randn(5, 4, device=device))

@@ -284,9 +284,9 @@ def table(records: list[dict]) -> str:
 def saved(
     name: str, settings: dict, floor: Floor, records: list[dict], skipped: dict[str, str], out: str | None
 ) -> Path:
-    """Write the result to `out`, or to docs/benchmarks/DATE-NAME.json of the working directory; the path."""
+    """Write the result to `out`, or to runs/benchmarks/DATE-NAME.json; the path."""
     date = datetime.now(UTC).strftime("%Y-%m-%d")
-    path = Path(out) if out else Path("docs/benchmarks") / f"{date}-{name}.json"
+    path = Path(out) if out else Path("runs/benchmarks") / f"{date}-{name}.json"
     result = {
         "benchmark": name,
         "settings": settings,

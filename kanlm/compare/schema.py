@@ -22,7 +22,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from kanlm.compare.judgement import Family
-from kanlm.config import RunConfig, Section, SourceConfig, parsed, toml_table, with_overrides
+from kanlm.config import RunConfig, Section, SourceConfig, config_file, parsed, toml_table, with_overrides
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 ARM_TRAIN_KEYS = (
@@ -221,7 +221,7 @@ def load_compare_config(path: str | Path, overrides: Iterable[str] = ()) -> Comp
     table = toml_table(path)
     overrides = list(overrides)
     if isinstance(table.get("base"), str):
-        table["base"] = toml_table(Path(path).parent / table["base"])
+        table["base"] = toml_table(config_file(path).parent / table["base"])
     config = parsed(CompareConfig, with_overrides(table, overrides), str(path), overrides)
     for size in config.sizes:
         run_config(config, size, {"name": "base"}, where=f"{path}: base")

@@ -1,4 +1,4 @@
-"""Bridge to lm-evaluation-harness (`pip install lm-eval`): perplexity of a local text as one of its tasks.
+"""Bridge to lm-evaluation-harness (`kanlm[eval]`): perplexity of a local text as one of its tasks.
 
 With `stride = context_length` its figures equal `kanlm eval`'s: same windows, same prefix token, same words.
 """
@@ -66,7 +66,9 @@ def harness_perplexity(
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UserError(f"lm-evaluation-harness: not installed ({error}); pip install lm-eval") from None
+        raise UserError(
+            f"lm-evaluation-harness: not installed ({error}); pip install 'kanlm[eval]'"
+        ) from None
     if not trust_remote_code:
         refuse_model_code(model_path)
     verify(model_path)

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from kanlm.config import RunConfig, UserError, one_line
 
 KEPT = "metrics.jsonl has every number"
-PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
+INSTALL = {"wandb": "wandb", "tensorboard": "'kanlm[track]'", "trackio": "'kanlm[track]'"}
 
 
 def log_with(config: RunConfig) -> str | None:
@@ -27,9 +27,9 @@ def log_with(config: RunConfig) -> str | None:
     name = config.tracking.tracker
     if name == "none":
         return None
-    if importlib.util.find_spec(PACKAGES[name]) is None:
+    if importlib.util.find_spec(name) is None:
         raise UserError(
-            f"tracking.tracker: {name!r} is not installed; pip install {PACKAGES[name]}, or set "
+            f"tracking.tracker: {name!r} is not installed; pip install {INSTALL[name]}, or set "
             f"tracking.tracker=none"
         )
     if name == "wandb" and config.tracking.wandb_mode == "online" and not _wandb_key():
