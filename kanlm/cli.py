@@ -291,6 +291,31 @@ def prune_verb(model: str, out: str, data: str, **settings) -> None:
     click.echo(prune(model, out, data, **settings))
 
 
+@verb("convert", "kanlm convert HuggingFaceTB/SmolLM2-135M --arm kan_glu --out smollm2-kan --data stdlib")
+@model_argument
+@click.option(
+    "--arm",
+    required=True,
+    help="kan_glu (Llama-like models), kan_act or kan_grouped (GPT-2-like), kan (both, distilled).",
+)
+@click.option("--out", required=True, type=click.Path(), help="New folder for the converted model.")
+@click.option(
+    "--data", help="Text as in `kanlm eval`, for the perplexity and, with --arm kan, to learn from."
+)
+@click.option("--split", help="Split of the data; default: the held-out one.")
+@click.option("--tokens", type=click.IntRange(min=256), default=65_536, show_default=True)
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=300, show_default=True, help="--arm kan: steps a block."
+)
+@click.option("--groups", type=click.IntRange(min=1), default=8, show_default=True, help="Functions a layer.")
+@click.option("--grid-size", type=click.IntRange(min=1), default=16, show_default=True)
+def convert_verb(model: str, arm: str, out: str, **settings) -> None:
+    """Turn a causal language MODEL of another family into a KAN that starts as the same model."""
+    from kanlm.convert import convert
+
+    click.echo(convert(model, arm, out, **settings))
+
+
 @cli.group("bench")
 def bench_group() -> None:
     """Side-by-side speed and memory of KAN and MLP arms, as a table and dated JSON."""

@@ -30,6 +30,7 @@ FLOORS = {
     "bench": 5,
     "compare": 6,
     "prune": 6,
+    "convert": 6,
     "hub": 7,
     "cli": 8,
     "__main__": 9,
@@ -44,6 +45,7 @@ CAPSULE = {
     "kan",
     "ffn",
     "ffn_kan",
+    "modeling_converted",
     "modeling_kanlm",
 }
 WITHOUT_TORCH = (

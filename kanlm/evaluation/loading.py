@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kanlm.model  # noqa: F401  registers the classes that serve kanlm's own folders
 from kanlm.checksums import must_be_readable, verify
 from kanlm.config import UserError
-from kanlm.runs import RunDir
+from kanlm.runs import RunDir, read_json
 from kanlm.trust import refuse_model_code
 
 
@@ -47,6 +47,7 @@ def load_causal_lm(
         )
     if path.exists():
         must_be_readable(path)
+    register_converted(path)
     try:
         if not trust_remote_code:
             refuse_model_code(model_path)
@@ -64,3 +65,12 @@ def load_causal_lm(
         ) from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), tokenizer
+
+
+def register_converted(folder: Path) -> None:
+    """Let models of `kanlm convert` be built by the installed package, as kanlm's own are."""
+    config = folder / "config.json"
+    if config.is_file() and str(read_json(config).get("model_type")).startswith("kanlm_"):
+        from kanlm.model.modeling_converted import register
+
+        register()
