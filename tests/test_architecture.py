@@ -115,6 +115,7 @@ def test_capsule_is_flat_and_imports_only_its_siblings_torch_and_transformers():
         "huggingface_hub",
         "math",
         "sys",
+        "types",
         "typing",
         "dataclasses",
         "collections",
