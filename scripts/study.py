@@ -2,7 +2,7 @@
 
     python scripts/study.py prepare DATA_DIR     writes runs/study/data: train, valid and test of each corpus
     python scripts/study.py run [PHASE ...]      trains what configs/study.toml plans and is not done yet
-    python scripts/study.py table PHASE          mean losses of a phase, and paired differences
+    python scripts/study.py report               writes docs/results/study/report.md and report.json
 
 `run` may be started several times at once (one thread each): a trial is taken by one process. Every finished
 trial is a line of docs/results/study/trials.jsonl; one that was interrupted is trained again from its
@@ -33,14 +33,16 @@ import torch
 from filelock import FileLock, Timeout
 
 from kanlm import kernels
+from kanlm.compare.judgement import ArmLosses, judge, sentence
 from kanlm.config import RunConfig, parsed
 from kanlm.data import tokenizer_for
 from kanlm.data.cache import TokenCache, cached
 from kanlm.data.corpus import split_sources
 from kanlm.evaluation.perplexity import _blocks, _token_nll
 from kanlm.model import KanLMConfig, KanLMForCausalLM
+from kanlm.model.ffn import find_arm
 from kanlm.model.learned_function import LearnedFunction
-from kanlm.runs import RunDir
+from kanlm.runs import RunDir, write_json
 from kanlm.sizing import matched_width, parameter_counts
 from kanlm.train.checkpoint import load_model
 from kanlm.train.loop import train
@@ -141,7 +143,11 @@ def trials_of(names: tuple[str, ...]) -> list[dict[str, Any]]:
     for phase in plan["phase"]:
         if names and phase["name"] not in names:
             continue
-        common = {key: value for key, value in phase.items() if key not in ("name", "arms", "seeds", "role")}
+        common = {
+            key: value
+            for key, value in phase.items()
+            if key not in ("name", "about", "arms", "seeds", "role")
+        }
         rows = []
         for arm in phase["arms"]:
             table = {**common, **arm}
@@ -319,28 +325,125 @@ def segment_nll(model: torch.nn.Module, cache: TokenCache, block_size: int = 128
     return sums
 
 
+LABELS = ("arm", "hidden_norm", "kan_num_groups", "kan_grid_size", "min_lr_ratio", "weight_decay")
+
+
+def label_of(row: dict[str, Any]) -> str:
+    """The arm of a trial for a reader, e.g. `gelu, normed`."""
+    parts = [row["arm"]] + (["normed"] if row.get("hidden_norm") else [])
+    return ", ".join(parts + [f"{key}={row[key]}" for key in LABELS[2:] if key in row])
+
+
+def rates_of(row: dict[str, Any]) -> str:
+    own = f" / {row['kan_learning_rate']:g}" if "kan_learning_rate" in row else ""
+    return f"{row['learning_rate']:g}{own}"
+
+
 @study.command()
-@click.argument("phase")
-@click.option("--by", default="valid", type=click.Choice(["valid", "test"]))
-def table(phase: str, by: str) -> None:
-    """Losses (nats/token) of the phase's trials by arm and rates, means over seeds."""
-    wanted = {key_of(trial) for trial in trials_of((phase,))}
-    rows = defaultdict(dict)
-    for row in results():
-        if row["key"] in wanted:
-            seed = row["seed"]
-            label = {
-                k: row[k] for k in ("arm", "hidden_norm", "learning_rate", "kan_learning_rate") if k in row
-            }
-            label |= {
-                k: v
-                for k, v in row.items()
-                if k in ("min_lr_ratio", "kan_num_groups", "weight_decay", "size", "corpus", "tokens")
-            }
-            rows[json.dumps(label)][seed] = row.get(by, math.nan)
-    for label, losses in sorted(rows.items(), key=lambda item: np.mean(list(item[1].values()))):
-        by_seed = " ".join(f"{loss:.4f}" for _, loss in sorted(losses.items()))
-        print(f"{np.mean(list(losses.values())):.4f} ({len(losses)}: {by_seed})  {label}")
+def report() -> None:
+    """Write docs/results/study/report.md and report.json from trials.jsonl: every number from there."""
+    rows = {row["key"]: row for row in results()}
+    phases = tomllib.loads(PLAN.read_text(encoding="utf-8"))["phase"]
+    parts, judged = [HEADER], []
+    for phase in phases:
+        done = [rows[key] for trial in trials_of((phase["name"],)) if (key := key_of(trial)) in rows]
+        if not done:
+            continue
+        title = f"## {phase['name']}\n\n{phase.get('about', '')}\n"
+        if phase.get("role") == "final":
+            found, text = judged_phase(phase, done)
+            judged += found
+        else:
+            text = rates_table(done)
+        parts.append(f"{title}\n{text}")
+    RESULTS.with_name("report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_json(RESULTS.with_name("report.json"), {"verdict": {"judgements": judged}})
+    print(RESULTS.with_name("report.md"))
+
+
+HEADER = """# The study: learned activations against fixed ones at equal parameters
+
+Written by `python scripts/study.py report` from trials.jsonl (a line for each training) and
+configs/study.toml (the plan). Loss in nats/token: lower is better. Rates are chosen by the validation text
+with a seed that no verdict uses; only final phases read the test text. The twin of `kan_act, normed` is
+`gelu, normed`: the same block with the function fixed at its start."""
+
+
+def rates_table(done: list[dict[str, Any]]) -> str:
+    """Every trial of a search, the best of each arm marked."""
+    by_arm = defaultdict(list)
+    for row in done:
+        by_arm[label_of(row)].append(row)
+    lines = ["| arm | rates of matrices / coefficients | validation | seed |", "|---|---|---|---|"]
+    for label, own in sorted(by_arm.items(), key=lambda item: min(r.get("valid", math.inf) for r in item[1])):
+        best = min(own, key=lambda row: row.get("valid", math.inf))
+        for row in sorted(own, key=lambda row: (row["learning_rate"], row.get("kan_learning_rate", 0))):
+            loss = f"{row['valid']:.4f}" if "valid" in row else "diverged"
+            loss = f"**{loss}**" if row is best else loss
+            lines.append(f"| {label} | {rates_of(row)} | {loss} | {row['seed']} |")
+    return "\n".join(lines)
+
+
+def judged_phase(phase: dict[str, Any], done: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """The judgements of a final phase and their table; the validation text chooses the baseline."""
+    by_arm = defaultdict(list)
+    for row in done:
+        by_arm[label_of(row)].append(row)
+    arms = [
+        ArmLosses(
+            label,
+            find_arm(own[0]["arm"]).family,
+            validation={row["seed"]: row["valid"] for row in own if "valid" in row},
+            test={row["seed"]: row["test"] for row in own if "test" in row},
+            diverged=[row["seed"] for row in own if row["state"] == "diverged"],
+            bits_per_byte={row["seed"]: row["test_bits_per_byte"] for row in own if "test" in row},
+        )
+        for label, own in by_arm.items()
+    ]
+    judgements = judge(arms, size=f"{phase['corpus']} {phase['size']}")
+    lines = [
+        "| arm | rates | parameters | seeds | validation | test | bits per byte | functions at their start |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in sorted(arms, key=lambda arm: np.mean(list(arm.validation.values() or [math.inf]))):
+        own = by_arm[arm.name]
+        fixed = [r["test_with_initial_functions"] for r in own if "test_with_initial_functions" in r]
+        cells = [
+            f"{np.mean(list(values.values())):.4f}"
+            for values in (arm.validation, arm.test, arm.bits_per_byte)
+        ]
+        cells.append(f"{np.mean(fixed):.4f}" if fixed else "")
+        size = next((row["non_embedding_parameters"] for row in own if "valid" in row), 0)
+        lines.append(
+            f"| {arm.name} | {rates_of(own[0])} | {size:,} | {len(arm.test)} | {' | '.join(cells)} |"
+        )
+    lines += ["", *(f"- {sentence(judgement)}" for judgement in judgements), ""]
+    lines += ["| arm against | seeds | difference | interval | bootstrap | sign flips p | detectable |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for one in judgements:
+        # Against its own twin too, which is the attribution: what the learning of the function gave.
+        lines += [difference_row(one)] + [
+            difference_row(other)
+            for twin in arms
+            if twin.family == "mlp" and twin.name != one.baseline
+            for other in judge([next(a for a in arms if a.name == one.arm), twin])
+        ]
+    found = [{**one.as_dict(), "phase": phase["name"]} for one in judgements]
+    return found, "\n".join(lines)
+
+
+def difference_row(one: Any) -> str:
+    def pair(interval: Any) -> str:
+        return f"{interval[0]:+.4f} to {interval[1]:+.4f}" if interval else ""
+
+    if one.difference_nats is None:
+        return f"| {one.arm} against {one.baseline} | 0 | | | | | |"
+    p = "" if one.p_sign_flip is None else f"{one.p_sign_flip:.3f}"
+    detectable = "" if one.detectable_nats is None else f"{one.detectable_nats:.4f}"
+    return (
+        f"| {one.arm} against {one.baseline} | {one.seeds} | {one.difference_nats:+.4f} | "
+        f"{pair(one.interval_nats)} | {pair(one.bootstrap_nats)} | {p} | {detectable} |"
+    )
 
 
 if __name__ == "__main__":
