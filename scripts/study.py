@@ -146,7 +146,7 @@ def trials_of(names: tuple[str, ...]) -> list[dict[str, Any]]:
         common = {
             key: value
             for key, value in phase.items()
-            if key not in ("name", "about", "arms", "seeds", "role")
+            if key not in ("name", "about", "arms", "seeds")
         }
         rows = []
         for arm in phase["arms"]:
@@ -162,7 +162,7 @@ def trials_of(names: tuple[str, ...]) -> list[dict[str, Any]]:
 
 def key_of(trial: dict[str, Any]) -> str:
     """A name from everything that decides the trial's result."""
-    fields = [f"{key}={trial[key]}" for key in sorted(trial)]
+    fields = [f"{key}={trial[key]}" for key in sorted(trial) if key != "role"]
     return ",".join(fields)
 
 
@@ -277,20 +277,20 @@ def train_and_judge(trial: dict[str, Any]) -> dict[str, Any]:
         "train_loss": last_train_loss(config),
         "seconds": round(record.seconds, 2),
     }
-    for split in ("valid", "test"):
-        cache = text_cache(config, tokenizer, split)
-        sums = segment_nll(model, cache)
-        result[split] = sums.sum() / (len(cache) - 1)
-        result[f"{split}_bits_per_byte"] = sums.sum() / cache.manifest["bytes"] / math.log(2)
-        if split == "test":
-            result["test_segments"] = [round(float(s), 3) for s in sums]
-    if any(isinstance(module, LearnedFunction) for module in model.modules()):
-        for module in model.modules():
-            if isinstance(module, LearnedFunction):
-                module.reset_parameters()
-        kernels.select(model)
+    assert record.final_validation is not None
+    result["valid"] = record.final_validation["loss"]
+    if trial["role"] == "final":
         cache = text_cache(config, tokenizer, "test")
-        result["test_with_initial_functions"] = segment_nll(model, cache).sum() / (len(cache) - 1)
+        sums = segment_nll(model, cache)
+        result["test"] = sums.sum() / (len(cache) - 1)
+        result["test_bits_per_byte"] = sums.sum() / cache.manifest["bytes"] / math.log(2)
+        result["test_segments"] = [round(float(s), 2) for s in sums]
+        functions = [module for module in model.modules() if isinstance(module, LearnedFunction)]
+        if functions:
+            for module in functions:
+                module.reset_parameters()
+            kernels.select(model)
+            result["test_with_initial_functions"] = segment_nll(model, cache).sum() / (len(cache) - 1)
     if not trial.get("keep"):
         shutil.rmtree(config.run_dir, ignore_errors=True)
     print(f"  valid {result['valid']:.4f}  test {result['test']:.4f}  {result['seconds']:.0f} s", flush=True)
