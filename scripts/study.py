@@ -279,7 +279,7 @@ def train_and_judge(trial: dict[str, Any]) -> dict[str, Any]:
     }
     assert record.final_validation is not None
     result["valid"] = record.final_validation["loss"]
-    if trial["role"] == "final":
+    if trial.get("role") == "final":
         cache = text_cache(config, tokenizer, "test")
         sums = segment_nll(model, cache)
         result["test"] = sums.sum() / (len(cache) - 1)
@@ -293,7 +293,7 @@ def train_and_judge(trial: dict[str, Any]) -> dict[str, Any]:
             result["test_with_initial_functions"] = segment_nll(model, cache).sum() / (len(cache) - 1)
     if not trial.get("keep"):
         shutil.rmtree(config.run_dir, ignore_errors=True)
-    print(f"  valid {result['valid']:.4f}  test {result['test']:.4f}  {result['seconds']:.0f} s", flush=True)
+    print(f"  valid {result['valid']:.4f}  {result['seconds']:.0f} s", flush=True)
     return result
 
 
