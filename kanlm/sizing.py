@@ -240,7 +240,7 @@ def _saved_bytes(config: KanLMConfig, half: int) -> tuple[int, int]:
     width = config.hidden_size
     heads, key_values = _head_channels(config)
     block = find_arm(config.ffn_type)
-    readers = 3 + block.input_matrices  # matrices that read a norm's output
+    readers = 3 + (2 if block.gated else 1)  # matrices that read a norm's output
     norms = 2 * 8 * width + half * width * (readers if half < 4 else 2)
     attention = half * (2 * heads + 2 * key_values)
     return norms + attention + block.saved_bytes(config, half), (8 + half) * width

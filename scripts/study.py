@@ -143,11 +143,7 @@ def trials_of(names: tuple[str, ...]) -> list[dict[str, Any]]:
     for phase in plan["phase"]:
         if names and phase["name"] not in names:
             continue
-        common = {
-            key: value
-            for key, value in phase.items()
-            if key not in ("name", "about", "arms", "seeds")
-        }
+        common = {key: value for key, value in phase.items() if key not in ("name", "about", "arms", "seeds")}
         rows = []
         for arm in phase["arms"]:
             table = {**common, **arm}

@@ -116,7 +116,7 @@ class KanLMConfig(PreTrainedConfig):
         # Before the base class, so that a mistake is a plain one-line ValueError.
         self.validate_architecture()
         self.base_model_tp_plan = self.base_model_tp_plan | {
-            f"layers.*.mlp.{name}": split for name, split in find_arm(self.ffn_type).tp_plan.items()
+            f"layers.*.mlp.{name}": split for name, split in find_arm(self.ffn_type).tp_plan().items()
         }
         super().__post_init__(**kwargs)
 

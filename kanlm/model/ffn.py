@@ -85,25 +85,30 @@ def build_ffn(config) -> "FeedForward":
 class FeedForward(nn.Module):
     """What all blocks share, and what an arm states about itself.
 
-    The class methods take a config with the attributes of KanLMConfig. `half` is the bytes of an activation:
-    2 under autocast, else 4.
+    By default: down(f(up u)), with `gated` down(f(gate u) * up u); matrices are `nn.Linear`. The class
+    methods take a config with the attributes of KanLMConfig.
     """
 
     ffn_type: ClassVar[str]
     family: ClassVar[Family]
-    tp_plan: ClassVar[dict[str, str]] = {}
-    """How tensor parallelism splits the block; only possible where channels do not depend on each other."""
-    input_matrices: ClassVar[int] = 1
-    """Matrices that read the block's input: under autocast each keeps a cast of it."""
+    gated: ClassVar[bool] = False
+    kept: ClassVar[tuple[int, int]] = (2, 0)
+    """What a hidden channel of a token leaves for the backward pass: activations, and bytes in fp32."""
     keeps_casts: ClassVar[bool] = True
     """Autocast keeps a copy of every matrix until the backward pass."""
+    channelwise: ClassVar[bool] = False
+    """Channels do not depend on each other, so that tensor parallelism can split them."""
 
     def __init__(self, config):
         super().__init__()
         self.hidden_size, self.initializer_range = config.hidden_size, config.initializer_range
         self.output_std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
-        self.norm_eps = config.rms_norm_eps
-        self.hidden_norm = config.hidden_norm
+        self.norm_eps, self.hidden_norm = config.rms_norm_eps, config.hidden_norm
+        width, hidden = config.hidden_size, config.intermediate_size
+        if self.gated:
+            self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj: nn.Module = nn.Linear(width, hidden, bias=False)
+        self.down_proj: nn.Module = nn.Linear(hidden, width, bias=False)
 
     @classmethod
     def check(cls, config) -> None:
@@ -117,7 +122,8 @@ class FeedForward(nn.Module):
     @classmethod
     def count_parameters(cls, config) -> tuple[int, int]:
         """Parameters of one block: those that take part in a matrix product for every token, and others."""
-        raise NotImplementedError
+        area = config.hidden_size * config.intermediate_size
+        return (3 if cls.gated else 2) * area, cls.count_coefficients(config)
 
     @classmethod
     def count_coefficients(cls, config) -> int:
@@ -125,14 +131,28 @@ class FeedForward(nn.Module):
         return 0
 
     @classmethod
-    def count_flops(cls, config) -> int:
-        """Forward FLOPs for one token outside the matrices."""
+    def channel_flops(cls, config) -> int:
+        """Forward FLOPs of one hidden channel of a token outside the matrices and the hidden norm."""
         raise NotImplementedError
 
     @classmethod
+    def count_flops(cls, config) -> int:
+        """Forward FLOPs for one token outside the matrices."""
+        norms = (2 if cls.gated else 1) * NORM_FLOPS * config.hidden_norm
+        return config.intermediate_size * (cls.channel_flops(config) + norms)
+
+    @classmethod
     def saved_bytes(cls, config, half: int) -> int:
-        """Bytes that one token leaves for the backward pass, its input aside."""
-        raise NotImplementedError
+        """Bytes that one token leaves for the backward pass, its input aside; an activation has `half`."""
+        activations, fp32 = cls.kept
+        norms = 4 * (2 if cls.gated else 1) * config.hidden_norm
+        return config.intermediate_size * (activations * half + fp32 + norms)
+
+    @classmethod
+    def tp_plan(cls) -> dict[str, str]:
+        """How tensor parallelism splits the block."""
+        split = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+        return split if cls.channelwise else {}
 
     def normalize(self, hidden: Tensor) -> Tensor:
         """`hidden` [..., h], RMS-normed without parameters where the config has `hidden_norm`."""
@@ -154,20 +174,18 @@ class FeedForward(nn.Module):
         return self.output_std * math.sqrt(matched_width * float((hidden.square() * weights).sum()))
 
 
-SPLIT_BY_CHANNEL = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
-
-
 class MLP(FeedForward):
-    """down(act(up u)): 2 D h parameters and those of the activation. With `hidden_norm`: act(norm(up u))."""
+    """down(act(up u)), or act(norm(up u)) with `hidden_norm`: 2 D h parameters and the activation's.
 
-    tp_plan = SPLIT_BY_CHANNEL
-    activation_parameters: ClassVar[int] = 0
+    `activation_flops` and `activation_parameters` are those of the activation for one channel and one block.
+    """
+
+    channelwise = True
     activation_flops: ClassVar[int]
+    activation_parameters: ClassVar[int] = 0
 
     def __init__(self, config):
         super().__init__(config)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.activation = self.make_activation()
         self.kernel = None
 
@@ -182,20 +200,24 @@ class MLP(FeedForward):
 
     @classmethod
     def count_parameters(cls, config):
-        return 2 * config.hidden_size * config.intermediate_size, cls.activation_parameters
+        matrices, _ = super().count_parameters(config)
+        return matrices, cls.activation_parameters
 
     @classmethod
-    def count_flops(cls, config):
-        return config.intermediate_size * (cls.activation_flops + NORM_FLOPS * config.hidden_norm)
-
-    @classmethod
-    def saved_bytes(cls, config, half):
-        return config.intermediate_size * (2 * half + norm_bytes(config))
+    def channel_flops(cls, config):
+        return cls.activation_flops + cls.gated  # and the product with the other branch
 
 
-def norm_bytes(config) -> int:
-    """Bytes that the hidden norm leaves for each value beside its input, which the block without it keeps."""
-    return 4 * config.hidden_norm
+class GatedMLP(MLP):
+    """down(act(gate u) * up u): 3 D h parameters. With `hidden_norm` both branches are normed first."""
+
+    gated = True
+    kept = (4, 0)
+
+    def forward(self, u: Tensor) -> Tensor:
+        gate, up = self.normalize(self.gate_proj(u)), self.normalize(self.up_proj(u))
+        hidden = self.activation(gate) * up if self.kernel is None else self.kernel(self, gate, up)
+        return self.down_proj(hidden)
 
 
 @arm("gelu", "mlp")
@@ -212,43 +234,6 @@ def relu2(x: Tensor) -> Tensor:
 class ReLU2MLP(MLP):
     activation_flops = 2
     make_activation = staticmethod(lambda: relu2)
-
-
-class GatedMLP(FeedForward):
-    """down(act(gate u) * up u): 3 D h parameters. With `hidden_norm` both branches are normed first."""
-
-    tp_plan = SPLIT_BY_CHANNEL
-    input_matrices = 2
-    activation_flops: ClassVar[int]
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.activation = self.make_activation()
-        self.kernel = None
-
-    @staticmethod
-    def make_activation() -> Callable[[Tensor], Tensor]:
-        raise NotImplementedError
-
-    def forward(self, u: Tensor) -> Tensor:
-        gate, up = self.normalize(self.gate_proj(u)), self.normalize(self.up_proj(u))
-        hidden = self.activation(gate) * up if self.kernel is None else self.kernel(self, gate, up)
-        return self.down_proj(hidden)
-
-    @classmethod
-    def count_parameters(cls, config):
-        return 3 * config.hidden_size * config.intermediate_size, 0
-
-    @classmethod
-    def count_flops(cls, config):
-        return config.intermediate_size * (1 + cls.activation_flops + 2 * NORM_FLOPS * config.hidden_norm)
-
-    @classmethod
-    def saved_bytes(cls, config, half):
-        return config.intermediate_size * (4 * half + 2 * norm_bytes(config))
 
 
 @arm("swiglu", "mlp")
@@ -294,14 +279,10 @@ class PolyNorm(nn.Module):
 class PolyNormMLP(MLP):
     """A control: a few learned numbers for a whole layer, and a norm over its channels."""
 
-    tp_plan = {}
-    activation_parameters = 4
-    activation_flops = 14
+    channelwise = False
+    activation_parameters, activation_flops = 4, 14
+    kept = (1, 24)  # three powers, each with its norm
     make_activation = staticmethod(PolyNorm)
-
-    @classmethod
-    def saved_bytes(cls, config, half):  # computed in fp32: three powers, each with its norm
-        return config.intermediate_size * (24 + half + norm_bytes(config))
 
 
 class XIELU(nn.Module):
@@ -335,11 +316,7 @@ class XIELU(nn.Module):
 class XIELUMLP(MLP):
     """A control: one function with two learned numbers for a whole layer."""
 
-    tp_plan = {}  # its numbers would need a plan of their own
-    activation_parameters = 2
-    activation_flops = 9
+    channelwise = False  # its numbers would need a plan of their own
+    activation_parameters, activation_flops = 2, 9
+    kept = (1, 20)
     make_activation = staticmethod(XIELU)
-
-    @classmethod
-    def saved_bytes(cls, config, half):  # computed in fp32
-        return config.intermediate_size * (20 + half + norm_bytes(config))

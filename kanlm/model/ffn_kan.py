@@ -12,10 +12,10 @@ References: Liu et al. 2024, arXiv:2404.19756 (KAN), Yang & Wang 2024, arXiv:240
 import math
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .basis import BASES, MAX_ORDER
-from .ffn import NORM_FLOPS, FeedForward, arm, arm_names, norm_bytes
+from .ffn import NORM_FLOPS, FeedForward, arm, arm_names
 from .kan import KANLinear
 from .learned_function import LearnedFunction
 
@@ -59,10 +59,19 @@ def check_functions(config) -> None:
         raise ValueError(f"kan_grid_min: must be finite and below kan_grid_max, got {low} and {high}")
 
 
-class ChannelKAN(FeedForward):
-    """Base of the arms whose groups of channels share learned functions.
+def check_groups(config, field: str) -> None:
+    width = getattr(config, field)
+    if width % config.kan_num_groups:
+        raise ValueError(
+            f"kan_num_groups: {config.kan_num_groups} does not divide {field} {width}; groups have equally "
+            "many channels"
+        )
 
-    `functions` is how many LearnedFunctions of the hidden channels a block has.
+
+class ChannelKAN(FeedForward):
+    """Base of the arms whose groups of channels share learned functions, between ordinary matrices.
+
+    `functions` is how many LearnedFunctions a block has. `hidden_norm` keeps their inputs on the grid.
     """
 
     functions = 1
@@ -70,16 +79,7 @@ class ChannelKAN(FeedForward):
     @classmethod
     def check(cls, config):
         check_functions(config)
-        cls.check_groups(config, "intermediate_size")
-
-    @staticmethod
-    def check_groups(config, field: str) -> None:
-        width = getattr(config, field)
-        if width % config.kan_num_groups:
-            raise ValueError(
-                f"kan_num_groups: {config.kan_num_groups} does not divide {field} {width}; groups have "
-                "equally many channels"
-            )
+        check_groups(config, "intermediate_size")
 
     @classmethod
     def width_step(cls, config):
@@ -99,6 +99,10 @@ class ChannelKAN(FeedForward):
             return 3 + 2 * order
         return num_basis_functions(config) * (BASIS_FLOPS[config.kan_basis] + 2)
 
+    @classmethod
+    def channel_flops(cls, config):
+        return cls.functions * cls.function_flops(config) + cls.gated
+
     @staticmethod
     def make_function(config, channels: int, initial: str, base: str | None = None) -> LearnedFunction:
         return LearnedFunction(
@@ -114,25 +118,9 @@ class ChannelKAN(FeedForward):
         )
 
 
-class PlainKAN(ChannelKAN):
-    """Base of the arms with an up and a down projection: 2 D h parameters and the coefficients."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    @classmethod
-    def count_parameters(cls, config):
-        return 2 * config.hidden_size * config.intermediate_size, cls.count_coefficients(config)
-
-
 @arm("kan_act", "kan")
-class ActivationKAN(PlainKAN):
-    """down(phi(up u)), phi learned per group and starting as GELU.
-
-    The GELU MLP with a learned activation. With `hidden_norm` the norm keeps phi's input on its grid.
-    """
+class ActivationKAN(ChannelKAN):
+    """down(phi(up u)), phi learned from GELU: the GELU MLP with a learned activation."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -141,18 +129,10 @@ class ActivationKAN(PlainKAN):
     def forward(self, u: Tensor) -> Tensor:
         return self.down_proj(self.phi(self.normalize(self.up_proj(u))))
 
-    @classmethod
-    def count_flops(cls, config):
-        return config.intermediate_size * (cls.function_flops(config) + NORM_FLOPS * config.hidden_norm)
-
-    @classmethod
-    def saved_bytes(cls, config, half):
-        return config.intermediate_size * (2 * half + norm_bytes(config))
-
 
 @arm("kan_grouped", "kan")
-class GroupedKAN(PlainKAN):
-    """down(phi_hidden(up phi_in(u))), both learned per group; from the identity and from GELU.
+class GroupedKAN(ChannelKAN):
+    """down(phi_hidden(up phi_in(u))), learned from the identity and from GELU.
 
     The placement of GR-KAN (Yang & Wang 2024).
     """
@@ -170,42 +150,31 @@ class GroupedKAN(PlainKAN):
     @classmethod
     def check(cls, config):
         super().check(config)
-        cls.check_groups(config, "hidden_size")
+        check_groups(config, "hidden_size")
+
+    @classmethod
+    def channel_flops(cls, config):
+        return cls.function_flops(config)
 
     @classmethod
     def count_flops(cls, config):
-        width, hidden = config.hidden_size, config.intermediate_size
-        return (width + hidden) * cls.function_flops(config) + hidden * NORM_FLOPS * config.hidden_norm
+        return super().count_flops(config) + config.hidden_size * cls.function_flops(config)
 
     @classmethod
     def saved_bytes(cls, config, half):
-        hidden = config.intermediate_size * (2 * half + norm_bytes(config))
-        return hidden + 4 * config.hidden_size
-
-
-class GatedKAN(ChannelKAN):
-    """Base of the gated arms, down(phi(gate u) * ...): 3 D h parameters and the coefficients."""
-
-    input_matrices = 2
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    @classmethod
-    def count_parameters(cls, config):
-        return 3 * config.hidden_size * config.intermediate_size, cls.count_coefficients(config)
+        return super().saved_bytes(config, half) + 4 * config.hidden_size
 
 
 @arm("kan_glu", "kan")
-class KANGLU(GatedKAN):
+class KANGLU(ChannelKAN):
     """down(phi(gate u) * up u): SwiGLU with a learned activation of the gate.
 
     phi starts as SiLU: `interpolated`, a spline fitted to it, or `residual`, SiLU plus a spline that is
-    zero, when the block starts as exactly SwiGLU. With `hidden_norm` both branches are normed first.
+    zero, when the block starts as exactly SwiGLU.
     """
+
+    gated = True
+    kept = (3, 0)
 
     def __init__(self, config):
         super().__init__(config)
@@ -218,24 +187,18 @@ class KANGLU(GatedKAN):
         return self.down_proj(self.phi.gated(gate, up))
 
     @classmethod
-    def count_flops(cls, config):
+    def channel_flops(cls, config):
         residual = 1 + SILU_FLOPS if config.kan_glu_form == "residual" else 0
-        norms = 2 * NORM_FLOPS * config.hidden_norm
-        return config.intermediate_size * (1 + residual + cls.function_flops(config) + norms)
-
-    @classmethod
-    def saved_bytes(cls, config, half):
-        return config.intermediate_size * (3 * half + 2 * norm_bytes(config))
+        return super().channel_flops(config) + residual
 
 
 @arm("kan_product", "kan")
-class ProductKAN(GatedKAN):
-    """down(phi(gate u) * psi(up u)), both learned per group; from SiLU and from the identity.
-
-    Starts as SwiGLU. With `hidden_norm` both branches are normed first.
-    """
+class ProductKAN(ChannelKAN):
+    """down(phi(gate u) * psi(up u)), learned from SiLU and from the identity: it starts as SwiGLU."""
 
     functions = 2
+    gated = True
+    kept = (4, 0)
 
     def __init__(self, config):
         super().__init__(config)
@@ -246,18 +209,9 @@ class ProductKAN(GatedKAN):
         gate, up = self.normalize(self.gate_proj(u)), self.normalize(self.up_proj(u))
         return self.down_proj(self.phi.gated(gate, self.psi(up)))
 
-    @classmethod
-    def count_flops(cls, config):
-        norms = 2 * NORM_FLOPS * config.hidden_norm
-        return config.intermediate_size * (1 + 2 * cls.function_flops(config) + norms)
-
-    @classmethod
-    def saved_bytes(cls, config, half):
-        return config.intermediate_size * (4 * half + 2 * norm_bytes(config))
-
 
 class EdgeKAN(FeedForward):
-    """down(norm(up u)) with `down_proj` a KAN layer; the arms differ in `up_proj`.
+    """down(norm(up u)) with `down_proj` a KAN layer; with `layers` = 2 `up_proj` is one too.
 
     The norm in the middle is an RMSNorm without parameters: it puts the hidden values on the grid, as the
     block's own input is. So `hidden_norm` changes nothing here.
@@ -265,16 +219,16 @@ class EdgeKAN(FeedForward):
 
     keeps_casts = False  # recomputed in the backward pass
 
+    kept = (0, 8)  # the norm's input and the layer's, which computes its basis again
+    layers = 1
+
     def __init__(self, config):
         super().__init__(config)
-        self.up_proj: nn.Module = self.make_up_proj(config)
+        if self.layers == 2:
+            self.up_proj = self.make_layer(config, config.hidden_size, config.intermediate_size)
         self.down_proj = self.make_layer(config, config.intermediate_size, config.hidden_size)
         self.down_proj.gain = self.gelu_scale()
         self.down_proj.reset_parameters()
-
-    @classmethod
-    def make_up_proj(cls, config) -> nn.Module:
-        raise NotImplementedError
 
     @staticmethod
     def make_layer(config, inputs: int, outputs: int) -> KANLinear:
@@ -307,11 +261,15 @@ class EdgeKAN(FeedForward):
         check_choice("kan_basis", config.kan_basis, EDGE_BASES)
         check_functions(config)
 
-    @staticmethod
-    def edge_parameters(config) -> int:
-        """Of one layer: K coefficients an edge, and the weight of the base branch."""
-        per_edge = num_basis_functions(config) + (config.kan_base != "none")
-        return config.hidden_size * config.intermediate_size * per_edge
+    @classmethod
+    def count_parameters(cls, config):
+        area = config.hidden_size * config.intermediate_size
+        base = cls.layers * area * (config.kan_base != "none")
+        return (2 - cls.layers) * area + base + cls.count_coefficients(config), 0
+
+    @classmethod
+    def count_coefficients(cls, config):
+        return cls.layers * config.hidden_size * config.intermediate_size * num_basis_functions(config)
 
     @staticmethod
     def edge_flops(config) -> int:
@@ -323,55 +281,25 @@ class EdgeKAN(FeedForward):
         return base + num_basis_functions(config) * BASIS_FLOPS[config.kan_basis]
 
     @classmethod
-    def saved_bytes(cls, config, half):  # KAN layers keep their inputs and compute the basis again
-        return (4 + 2 * half) * config.intermediate_size
+    def count_flops(cls, config):
+        inputs = config.intermediate_size + (config.hidden_size if cls.layers == 2 else 0)
+        return inputs * cls.edge_flops(config) + NORM_FLOPS * config.intermediate_size
+
+    @classmethod
+    def saved_bytes(cls, config, half):
+        return config.intermediate_size * cls.kept[1]  # the same with and without `hidden_norm`
 
 
 @arm("kan", "kan")
 class FullKAN(EdgeKAN):
     """Two KAN layers: 2 D h (K + 1) parameters."""
 
-    @classmethod
-    def make_up_proj(cls, config):
-        return cls.make_layer(config, config.hidden_size, config.intermediate_size)
-
-    @classmethod
-    def count_parameters(cls, config):
-        return 2 * cls.edge_parameters(config), 0
-
-    @classmethod
-    def count_coefficients(cls, config):
-        return 2 * config.hidden_size * config.intermediate_size * num_basis_functions(config)
-
-    @classmethod
-    def count_flops(cls, config):
-        hidden = config.intermediate_size
-        return (config.hidden_size + hidden) * cls.edge_flops(config) + NORM_FLOPS * hidden
-
-    @classmethod
-    def saved_bytes(cls, config, half):
-        return super().saved_bytes(config, half) + 4 * config.hidden_size
+    layers = 2
 
 
 @arm("kan_mixed", "kan")
 class MixedKAN(EdgeKAN):
     """A matrix, then a KAN layer: D h (K + 2) parameters."""
-
-    @classmethod
-    def make_up_proj(cls, config):
-        return nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-
-    @classmethod
-    def count_parameters(cls, config):
-        return config.hidden_size * config.intermediate_size + cls.edge_parameters(config), 0
-
-    @classmethod
-    def count_coefficients(cls, config):
-        return config.hidden_size * config.intermediate_size * num_basis_functions(config)
-
-    @classmethod
-    def count_flops(cls, config):
-        return config.intermediate_size * (cls.edge_flops(config) + NORM_FLOPS)
 
 
 KAN_TYPES = arm_names("kan")

@@ -28,8 +28,9 @@ def test_derived_sizes_and_rope_parameters():
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 5000.0}
 
 
-def test_auto_map_has_all_three_classes():
-    assert set(KanLMConfig().auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+def test_auto_map_has_all_classes():
+    heads = {"AutoModelForCausalLM", "AutoModelForSequenceClassification"}
+    assert set(KanLMConfig().auto_map) == {"AutoConfig", "AutoModel"} | heads
 
 
 def test_registered_with_auto_config():

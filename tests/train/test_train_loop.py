@@ -23,7 +23,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from kanlm.config import UserError
 from kanlm.data import TokenLoader
 from kanlm.model import KanLMForCausalLM
-from kanlm.model.ffn import KANGLU
+from kanlm.model.ffn_kan import KANGLU
 from kanlm.runs import RunDir, RunRecord
 from kanlm.train import loop, parallel
 from kanlm.train.checkpoint import load_model, load_tokenizer
