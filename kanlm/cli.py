@@ -27,12 +27,19 @@ def verb(name: str, example: str, **settings):
     return cli.command(name, epilog=f"\b\nExample:\n  {example}", **settings)
 
 
-def model_argument(function):
-    """MODEL, and whether code that comes with it may run."""
-    trust = click.option(
+def trust_option(function):
+    """Whether code that comes with a model may run."""
+    return click.option(
         "--trust-remote-code", is_flag=True, help="Run Python code that comes with MODEL; kanlm's needs none."
-    )
-    return click.argument("model")(trust(function))
+    )(function)
+
+
+def model_argument(function):
+    return click.argument("model")(trust_option(function))
+
+
+def models_argument(function):
+    return click.argument("models", metavar="MODEL...", nargs=-1, required=True)(trust_option(function))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -128,9 +135,13 @@ def export_verb(
 
 
 @verb("eval", "kanlm eval runs/tiny-kan_glu/hf --data stdlib --out eval.json")
-@model_argument
+@models_argument
 @click.option(
-    "--data", required=True, help="Held-out text: a file, folder, run folder, embedded source or hub id."
+    "--data",
+    "texts",
+    required=True,
+    multiple=True,
+    help="Held-out text: a file, folder, run folder, embedded source or hub id; may be repeated.",
 )
 @click.option("--split", help="Split of the data; default: the held-out one.")
 @click.option("--text-column", default="text", show_default=True)
@@ -150,20 +161,29 @@ def export_verb(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True
 )
 @click.option("--device", default=None, help="Default: cuda if there is one, else cpu.")
-@click.option("--out", type=click.Path(), help="Also write the report as JSON to this file.")
-@click.option("--card", is_flag=True, help="Also show the report in the card of the exported folder MODEL.")
-def eval_verb(model: str, data: str, out: str | None, card: bool, **settings) -> None:
-    """Perplexity report of any causal language MODEL (a folder or hub id)."""
-    from kanlm.evaluation.perplexity import evaluate_spec
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--out", type=click.Path(), help="Also write the JSON to this file.")
+@click.option(
+    "--token-losses",
+    "losses",
+    type=click.Path(),
+    help="Write each token's loss: FILE.safetensors or .parquet.",
+)
+@click.option("--card", is_flag=True, help="Also show the reports in the card of the exported folder MODEL.")
+def eval_verb(
+    models: tuple[str, ...], texts: tuple[str, ...], as_json: bool, out: str | None, card: bool, **settings
+) -> None:
+    """Perplexity of any causal language MODELS (folders or hub ids); more than one are compared."""
+    from kanlm.evaluation.table import evaluate_all, text_table
     from kanlm.export import update_card
     from kanlm.runs import write_json
 
-    report = evaluate_spec(model, data, **settings)
+    evaluation = evaluate_all(models, texts, **settings)
     if out:
-        write_json(out, report)
-    if card:
-        update_card(model, [report])
-    click.echo(json.dumps(report.model_dump(mode="json"), indent=2))
+        write_json(out, evaluation.as_json())
+    for model in models if card else ():
+        update_card(model, [report for report in evaluation.reports if report.model == model])
+    click.echo(json.dumps(evaluation.as_json(), indent=2) if as_json else text_table(evaluation))
 
 
 @verb("pairs", "kanlm pairs runs/tiny-kan_glu/hf blimp.jsonl")

@@ -19,7 +19,9 @@ from kanlm.export import export_model
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 
 TEXT = "the cat sat on the mat; the dog did not.\n" * 40
-VERBS = sorted(name for name, verb in cli.commands.items() if "model" in {p.name for p in verb.params})
+VERBS = sorted(
+    name for name, verb in cli.commands.items() if {"model", "models"} & {p.name for p in verb.params}
+)
 FOREIGN = """
 from pathlib import Path
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -87,10 +89,19 @@ def run(verb: str, model: Path, tmp_path: Path, *more: str) -> None:
     text, pairs = tmp_path / "text.txt", tmp_path / "pairs.jsonl"
     text.write_text(TEXT)
     pairs.write_text('{"good": "the cat sat", "bad": "cat the sat"}\n')
-    values = {"model": model, "file": pairs, "data": text, "out": tmp_path / "out"}
+    values = {
+        "model": model,
+        "file": pairs,
+        "data": text,
+        "texts": text,
+        "models": model,
+        "out": tmp_path / "out",
+    }
     words = [verb]
     for parameter in cli.commands[verb].params:
-        value = str(values[parameter.name]) if parameter.required or parameter.name == "data" else None
+        value = (
+            str(values[parameter.name]) if parameter.required or parameter.name in ("data", "texts") else None
+        )
         if value and isinstance(parameter, click.Option):
             words += [parameter.opts[0], value]
         elif value:

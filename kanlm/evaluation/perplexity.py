@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kanlm import __version__, metrics
+from kanlm import __version__, kernels, metrics
 from kanlm.config import RunConfig, SourceConfig, UserError, load_run_config, parsed
 from kanlm.data import documents as split_documents
 from kanlm.data import text_documents
@@ -54,6 +55,8 @@ class Window:
     targets: list[int]
     number: int = 0
     """Of the window in the whole text."""
+    share_of_bytes: float = 0.0
+    """Bytes of the text that its targets stand for, on average over the document."""
 
 
 def windows(
@@ -80,6 +83,12 @@ class Score:
     document_nll: list[float] = field(default_factory=list)
     window_nll: list[float] = field(default_factory=list)
     window_tokens: list[int] = field(default_factory=list)
+    document_bytes: list[int] = field(default_factory=list)
+    token_losses: list[list[float]] | None = None
+    """-ln p of each scored token, by windows in the order of the text; kept only when asked for."""
+    scored_tokens: list[list[int]] = field(default_factory=list)
+    """Their ids."""
+    window_documents: list[int] = field(default_factory=list)
 
     def parts(self, most: int = 100) -> list[tuple[int, float]]:
         """(tokens, nll_nats) of consecutive parts of the text, whole windows each; for its sampling error."""
@@ -90,7 +99,13 @@ class Score:
 
 @torch.inference_mode()
 def window_nll(model: nn.Module, batch: list[Window], pad_token_id: int = 0) -> Tensor:
-    """[B] fp64 sums of -ln p of each window's targets.
+    """[B] fp64 sums of -ln p of each window's targets."""
+    return target_nll(model, batch, pad_token_id).double().sum(dim=1).cpu()
+
+
+@torch.inference_mode()
+def target_nll(model: nn.Module, batch: list[Window], pad_token_id: int = 0) -> Tensor:
+    """[B, T] fp32 -ln p of each window's targets, which stand at its end; 0 elsewhere.
 
     Windows are padded on the right: under causal attention no real token sees a pad, so neither padding nor
     the other windows of the batch change the result beyond rounding. Log-probabilities are taken in fp32.
@@ -109,7 +124,7 @@ def window_nll(model: nn.Module, batch: list[Window], pad_token_id: int = 0) -> 
         arguments["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long().to(device)  # [B, T]
     labels = labels.to(device)
     logits = model(input_ids=inputs.to(device), use_cache=False, **arguments).logits  # [B, T, V]
-    return _token_nll(logits, labels).double().sum(dim=1).cpu()
+    return _token_nll(logits, labels)
 
 
 def _token_nll(logits: Tensor, labels: Tensor) -> Tensor:
@@ -129,11 +144,17 @@ def score(
     batch_size: int = 8,
     prefix_token_id: int | None = None,
     progress: bool = False,
+    total_bytes: int | None = None,
+    keep_tokens: bool = False,
 ) -> Score:
     """Score every token of `documents` once (module docstring) and add up in fp64.
 
     `batch_size` counts full windows: shorter ones are batched to the same number of tokens. The model is left
-    in eval mode. Text that spells a special token is scored as the text that it is.
+    in eval mode. Text that spells a special token is scored as the text that it is. `total_bytes` of the text
+    gives the progress bar its end; `keep_tokens` keeps the loss of each token.
+
+    Raises:
+        UserError: settings out of range, no text, or a tokenizer that loses part of it.
     """
     stride = context_length if stride is None else stride
     if context_length < 1:
@@ -148,19 +169,23 @@ def score(
     if prefix_token_id is None:
         prefix_token_id = prefix_token(model, tokenizer)
     model.eval()
-    result = Score()
+    result = Score(token_losses=[] if keep_tokens else None)
     digest = hashlib.sha256()
     start = time.perf_counter()
     token_budget = batch_size * context_length
-    bar = tqdm(unit="tok", unit_scale=True, desc="evaluating", disable=None if progress else True)
+    bar = progress_bar(total_bytes, progress)
 
     def flush(buffer: list[Window]) -> None:
         for batch in _batches(buffer, token_budget):
-            for window, nll in zip(batch, window_nll(model, batch).tolist(), strict=True):
+            losses = target_nll(model, batch)  # [B, T]
+            for row, (window, nll) in enumerate(zip(batch, losses.double().sum(dim=1).tolist(), strict=True)):
                 result.document_nll[window.document] += nll
                 result.window_nll[window.number] = nll
                 result.tokens += len(window.targets)
-                bar.update(len(window.targets))
+                bar.update(window.share_of_bytes)
+                if result.token_losses is not None:
+                    end = len(window.inputs)
+                    result.token_losses[window.number] = losses[row, end - len(window.targets) : end].tolist()
 
     buffer: list[Window] = []
     buffered_tokens = 0
@@ -170,10 +195,18 @@ def score(
         digest.update(document.encode("utf-8"))
         result.counts += metrics.text_counts(document)
         result.document_nll.append(0.0)
-        for window in windows(token_ids(tokenizer, document), prefix_token_id, context_length, stride, index):
-            buffer.append(replace(window, number=len(result.window_nll)))
+        result.document_bytes.append(len(document.encode("utf-8")))
+        ids = token_ids(tokenizer, document)
+        token_bytes = result.document_bytes[-1] / max(1, len(ids))
+        for window in windows(ids, prefix_token_id, context_length, stride, index):
+            share = token_bytes * len(window.targets)
+            buffer.append(replace(window, number=len(result.window_nll), share_of_bytes=share))
             result.window_nll.append(0.0)
             result.window_tokens.append(len(window.targets))
+            if result.token_losses is not None:
+                result.token_losses.append([])
+                result.scored_tokens.append(window.targets)
+                result.window_documents.append(index)
             buffered_tokens += len(window.inputs)
         if buffered_tokens >= _BUFFERED_BATCHES * token_budget:
             flush(buffer)
@@ -200,11 +233,38 @@ def _batches(buffer: list[Window], token_budget: int) -> Iterator[list[Window]]:
         yield batch
 
 
+def progress_bar(total_bytes: int | None, shown: bool) -> tqdm:
+    """Bytes done and time left, on standard error; where that is no terminal, every half minute at most."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total_bytes,
+        unit="B",
+        unit_scale=True,
+        desc="evaluating",
+        disable=not shown,
+        mininterval=0.5 if terminal else 30,
+        delay=0 if terminal else 10,
+        leave=not terminal,
+    )
+
+
 def token_ids(tokenizer: Any, document: str) -> list[int]:
-    """Ids of the text alone: no special token is added, and none is read out of the text."""
-    return tokenizer(document, add_special_tokens=False, split_special_tokens=True, verbose=False)[
-        "input_ids"
-    ]
+    """Ids of the text alone: no special token is added, and none is read out of the text.
+
+    Raises:
+        UserError: the ids do not give the text back; what is lost would not be scored.
+    """
+    ids = tokenizer(document, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    decode = getattr(tokenizer, "decode", None)
+    back = document if decode is None else decode(ids, clean_up_tokenization_spaces=False)
+    if back != document and back != document.removeprefix(" "):  # some tokenizers add a space and take one
+        place = next((i for i, (a, b) in enumerate(zip(document, back, strict=False)) if a != b), len(back))
+        raise UserError(
+            f"tokenizer: loses text: {document[place : place + 20]!r} comes back as "
+            f"{back[place : place + 20]!r}; its losses cover less than the text, so bits per byte and "
+            "perplexity would be too good; use a model with a lossless tokenizer"
+        )
+    return ids
 
 
 def prefix_token(model: nn.Module, tokenizer: Any) -> int:
@@ -264,9 +324,7 @@ def evaluate(
     context_length: inputs of a window, default the model's positions. stride: default context_length.
     words: the corpus' published word count where it is not the white-space count (WikiText-2 test: 245,569).
     """
-    model, tokenizer = load_causal_lm(
-        model_path, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-    )
+    model, tokenizer = load_fast(model_path, dtype, device, trust_remote_code)
     return evaluate_model(
         model,
         tokenizer,
@@ -297,17 +355,12 @@ def evaluate_model(
     prefix_token_id: int | None = None,
     words: int | None = None,
     progress: bool = False,
+    total_bytes: int | None = None,
 ) -> EvalReport:
-    """`evaluate` of a model that is loaded already."""
-    if context_length is None:
-        context_length = max_context_length(model)
-    else:
-        positions = getattr(model.config, "max_position_embeddings", None)
-        if isinstance(positions, int) and context_length > positions:
-            raise UserError(
-                f"context_length: got {context_length}, but {name} has max_position_embeddings {positions}; "
-                f"use at most {positions}"
-            )
+    """`evaluate` of a model that is loaded already; the other arguments are those of `score`."""
+    if words is not None and words < 1:
+        raise UserError(f"words: expected at least 1, got {words}")
+    context_length = usable_context(model, context_length, name)
     result = score(
         model,
         tokenizer,
@@ -317,9 +370,56 @@ def evaluate_model(
         batch_size=batch_size,
         prefix_token_id=prefix_token_id,
         progress=progress,
+        total_bytes=total_bytes,
     )
-    if words is not None and words < 1:
-        raise UserError(f"words: expected at least 1, got {words}")
+    return report_of(
+        model,
+        result,
+        name,
+        dataset,
+        split,
+        context_length,
+        context_length if stride is None else stride,
+        words,
+    )
+
+
+def load_fast(
+    model_path: str | Path, dtype: str, device: str | None, trust_remote_code: bool
+) -> tuple[nn.Module, Any]:
+    """`load_causal_lm`, with the fused kernels of the machine where the model is kanlm's and fp32."""
+    model, tokenizer = load_causal_lm(
+        model_path, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
+    if next(model.parameters()).dtype == torch.float32:
+        kernels.select(model)
+    return model, tokenizer
+
+
+def usable_context(model: nn.Module, context_length: int | None, name: str) -> int:
+    """`context_length`, by default the model's positions; UserError where it has fewer."""
+    if context_length is None:
+        return max_context_length(model)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and context_length > positions:
+        raise UserError(
+            f"context_length: got {context_length}, but {name} has max_position_embeddings {positions}; "
+            f"use at most {positions}"
+        )
+    return context_length
+
+
+def report_of(
+    model: nn.Module,
+    result: Score,
+    name: str,
+    dataset: str,
+    split: str,
+    context_length: int,
+    stride: int,
+    words: int | None = None,
+) -> EvalReport:
+    """The report of a text's `result`."""
     words = result.counts.words if words is None else words
     total, non_embedding = parameter_numbers(model)
     parameter = next(model.parameters())
@@ -336,7 +436,7 @@ def evaluate_model(
         **metrics.ratios(result.nll_nats, result.tokens, result.counts.bytes, words),
         parts=result.parts(),
         context_length=context_length,
-        stride=context_length if stride is None else stride,
+        stride=stride,
         parameters=total,
         non_embedding_parameters=non_embedding,
         seconds=result.seconds,
