@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kanlm.edge.functions import GraphEdges, GraphFunction, graph_module, with_graph_functions
+from kanlm.fitting import AdaptiveKAN
 from kanlm.model.kan import KANLinear
 from kanlm.model.learned_function import LearnedFunction
 
@@ -38,4 +39,4 @@ def test_only_splines_are_replaced_and_the_model_is_left_alone():
     kinds = [type(module).__name__ for module in with_graph_functions(model)]
     assert kinds == ["GraphEdges", "KANLinear", "LearnedFunction"]
     assert type(model[0]) is KANLinear
-    assert graph_module(KANLinear(4, 4, grid="adaptive")) is None
+    assert graph_module(AdaptiveKAN(4, 4)) is None

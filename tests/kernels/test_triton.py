@@ -201,8 +201,8 @@ def test_kernels_compile_for_a_hopper_gpu():
         return "fp32" if name in ("lo", "inv_h") else "i32"
 
     edge = {"K": 8, "G": 5, "ORDER": 3, "PRECISION": "ieee", "WIDE": False, "BN": 128, "BI": 32, "BO": 128}
-    function = {"G": 16, "ORDER": 3, "SILU": False, "GATED": True, "KIND": 1}
-    rational = function | {"KIND": 2}
+    function = {"G": 16, "ORDER": 3, "SILU": False, "GATED": True, "KIND": 0}
+    rational = function | {"KIND": 1}
     rows = {"CELLS": 16, "ROWS": 512, "BR": 8, "BC": 32}
     for kernel, constants in (
         (ops.edge_forward_kernel, edge | {"BASE": True}),
