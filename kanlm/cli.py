@@ -96,6 +96,22 @@ def configs_copy_verb(name: str, directory: str) -> None:
     click.echo(copy(name, directory))
 
 
+@verb("tokenize", "kanlm tokenize configs/small-kan_glu.toml --workers 16")
+@click.argument("config", type=click.Path())
+@click.argument("overrides", nargs=-1)
+@click.option("--workers", type=click.IntRange(min=0), help="Processes; default: data.num_workers.")
+@click.option("--shard", metavar="I/N", help="Only share I of N of the training tokens, for N machines.")
+@click.option(
+    "--push", metavar="URL", help="Publish the result: s3://..., hf://datasets/OWNER/NAME, a folder."
+)
+def tokenize_verb(config: str, overrides: tuple[str, ...], **settings) -> None:
+    """Build the token cache of CONFIG ahead of training; resumable."""
+    from kanlm.data.prepare import tokenize
+
+    for line in tokenize(load_run_config(config, overrides), **settings):
+        click.echo(line)
+
+
 @verb("export", "kanlm export runs/tiny-kan_glu")
 @click.argument("run", type=click.Path())
 @click.option("--out", type=click.Path(), help="Folder to write; default RUN/hf.")

@@ -82,8 +82,17 @@ class DataConfig(SourceConfig):
     """Read at most this many documents of the training split."""
     cache_dir: str = "runs/cache"
     """Where tokenizers and packed tokens are kept."""
+    cache_url: str | None = None
+    """Where `kanlm tokenize --push` published tokenizer and tokens, which are then read instead of any text:
+    an fsspec URL (s3://BUCKET/FOLDER) or a data set repository of the hub (hf://datasets/OWNER/NAME)."""
     num_workers: int = Field(0, ge=0)
     """Processes that tokenise; 0 = none besides this one, in as many threads as cores, at most 16."""
+
+    @model_validator(mode="after")
+    def published_or_streamed(self) -> DataConfig:
+        if self.cache_url is not None and self.streaming:
+            raise ValueError("streaming = true reads no token cache, and cache_url names one; leave one out")
+        return self
 
     @field_validator("mixture")
     @classmethod

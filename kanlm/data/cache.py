@@ -2,12 +2,15 @@
 
     CACHE_DIR/tokens/SPLIT-KEY/
       manifest.json       what the ids are of, counts, hashes, shards; present only in a finished cache
-      shard-00000.bin     uint16 ids (uint32 for vocabularies over 65,536); a shard ends where a document ends
+      shard-00000.bin     uint16 ids (uint32 for vocabularies over 65,536) of about SHARD_CHARACTERS of text
       documents.bin       uint64 position of every document's first id, which is EOS (kanlm.data.packing)
 
 KEY covers the tokenizer and all that decides the text, so a cache is never reused for other data. A build
-goes on in SPLIT-KEY.partial/, which is renamed when it is whole; stopped at any moment it resumes after the
-last whole shard. A file lock lets one process build while others wait.
+goes on in SPLIT-KEY.partial/, where shard-00000.json and .starts say what shard-00000.bin holds; it is
+renamed when it is whole. Which text a shard holds depends on the text alone, so a build that was stopped
+goes on after its whole shards, and several machines can write a share of the shards each. A file lock lets
+one process build while others wait; builders of shares write without it, as every shard appears in one
+rename.
 """
 
 from __future__ import annotations
@@ -18,8 +21,10 @@ import itertools
 import logging
 import os
 import shutil
+import time
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +34,20 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from kanlm.config import RunConfig, UserError
+from kanlm.data import remote
 from kanlm.data.corpus import Source, Split, TextStream, split_sources
-from kanlm.data.packing import Packed, Packer
+from kanlm.data.packing import Fragment, Packed, Packer
 from kanlm.data.sources import Unreachable
 from kanlm.data.tokenizer import tokenizer_hash
 from kanlm.metrics import TextCounts
-from kanlm.runs import fsync_folder, fsync_one, json_sha256, read_json, remove_leftovers, write_json
+from kanlm.runs import fsync_folder, fsync_one, json_sha256, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Part of the key: raise it when the same text would give other files."""
-SHARD_TOKENS = 1 << 25
+SHARD_CHARACTERS = 1 << 25
+"""About 8 million tokens, 16 MB; what a build that is killed loses at most."""
 
 
 class TokenCache:
@@ -81,11 +88,18 @@ class TokenCache:
 
 def token_cache(config: RunConfig, tokenizer: PreTrainedTokenizerFast, split: Split) -> TokenCache:
     """The packed tokens of `split`, source after source; built where there is no cache of them."""
+    if config.data.cache_url is not None:
+        (folder,) = remote.published(config).folders(split)
+        return _published_cache(folder, tokenizer)
     return cached(split_sources(config, split), config, tokenizer, split)
 
 
 def train_caches(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[TokenCache, ...]:
     """One cache for each source of the training mixture."""
+    if config.data.cache_url is not None:
+        return tuple(
+            _published_cache(folder, tokenizer) for folder in remote.published(config).folders("train")
+        )
     return tuple(cached((source,), config, tokenizer, "train") for source in split_sources(config, "train"))
 
 
@@ -94,54 +108,82 @@ def cached(
     config: RunConfig,
     tokenizer: PreTrainedTokenizerFast,
     split: Split,
-    shard_tokens: int = SHARD_TOKENS,
+    shard_characters: int | None = None,
 ) -> TokenCache:
     """The cache of `sources`, built or resumed under its lock where it is not whole.
 
     `UserError` for text that cannot be packed; then, and on a full disk, nothing half-built stays, while an
     `Unreachable` source leaves what was packed of it.
     """
-    identity = {
-        "format": FORMAT,
-        "tokenizer_sha256": tokenizer_hash(tokenizer),
-        "source_fingerprints": [source.fingerprint for source in sources],
-    }
-    key = json_sha256(identity)
-    folder = Path(config.data.cache_dir) / "tokens" / f"{split}-{key[:16]}"
+    identity = _identity(sources, tokenizer)
+    folder = _folder(config, split, identity)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
-            manifest: dict[str, Any] = identity | {
-                "split": split,
-                "source": ", ".join(source.name for source in sources),
-                "licence": ", ".join(dict.fromkeys(source.reader.licence for source in sources)),
-            }
-            known = [(source, source.known_bits) for source in sources if source.known_bits is not None]
-            if len(known) == len(sources):
-                manifest["known_bits"] = sum(
-                    known_bits(text) for source, known_bits in known for text in TextStream(source)
-                )
-            partial = folder.with_name(f"{folder.name}.partial")
+            build = _Build(folder, sources, tokenizer, identity, split, shard_characters)
             try:
-                build = _Build(partial, Packer(tokenizer), shard_tokens)
-                texts = itertools.chain.from_iterable(TextStream(source) for source in sources)
-                build.run(texts, config.data.num_workers, manifest)
+                build.run(config.data.num_workers)
+                build.finish()
             except Unreachable:
                 raise
             except UserError:
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(build.partial, ignore_errors=True)
                 raise
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise
-                shutil.rmtree(partial, ignore_errors=True)
-                raise UserError(
-                    f"data.cache_dir: no space left for the token cache in {folder.parent}; free some, set "
-                    "data.cache_dir to another disk, or set data.streaming=true"
-                ) from None
-            os.rename(partial, folder)
-            fsync_one(folder.parent)
-            (folder / "progress.json").unlink()  # last, so that a kill loses no shard
+                shutil.rmtree(build.partial, ignore_errors=True)
+                raise _no_space(folder) from None
+    return _checked_cache(folder, identity)
+
+
+def cached_share(
+    sources: tuple[Source, ...],
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    split: Split,
+    share: tuple[int, int],
+    shard_characters: int | None = None,
+) -> TokenCache | int:
+    """Pack share number i of n, `share` = (i, n) with i from 0, of a cache's shards; others pack the rest.
+
+    The cache where it is whole now, else how many shards others still have to write. What is written stays.
+    """
+    identity = _identity(sources, tokenizer)
+    folder = _folder(config, split, identity)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        build = _Build(folder, sources, tokenizer, identity, split, shard_characters)
+        try:
+            number = build.run(config.data.num_workers, share)
+            with FileLock(f"{folder}.lock"):
+                if not folder.is_dir():
+                    if missing := number - len(build.written()):
+                        return missing
+                    build.finish()
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and folder.is_dir():
+                pass  # somebody else with the same share has finished the cache in between
+            elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise _no_space(folder) from None
+            else:
+                raise
+    return _checked_cache(folder, identity)
+
+
+def _identity(sources: tuple[Source, ...], tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "tokenizer_sha256": tokenizer_hash(tokenizer),
+        "source_fingerprints": [source.fingerprint for source in sources],
+    }
+
+
+def _folder(config: RunConfig, split: Split, identity: dict[str, Any]) -> Path:
+    return Path(config.data.cache_dir) / "tokens" / f"{split}-{json_sha256(identity)[:16]}"
+
+
+def _checked_cache(folder: Path, identity: dict[str, Any]) -> TokenCache:
     cache = TokenCache(folder)
     found = {name: cache.manifest.get(name) for name in identity}
     if found != identity:
@@ -150,97 +192,260 @@ def cached(
     return cache
 
 
+def _published_cache(folder: Path, tokenizer: PreTrainedTokenizerFast) -> TokenCache:
+    cache = TokenCache(folder)
+    if cache.manifest["tokenizer_sha256"] != tokenizer_hash(tokenizer):
+        raise UserError(f"{folder}/manifest.json: made with another tokenizer; delete {folder}")
+    return cache
+
+
+def _no_space(folder: Path) -> UserError:
+    return UserError(
+        f"data.cache_dir: no space left for the token cache in {folder.parent}; free some, set "
+        "data.cache_dir to another disk, or set data.streaming=true"
+    )
+
+
 class _Build:
-    """A cache in the making. progress.json names the whole shards and what has been read up to their end."""
+    """A cache in the making in FOLDER.partial."""
 
-    def __init__(self, folder: Path, pack: Packer, shard_tokens: int):
-        self.folder, self.pack, self.shard_tokens = folder, pack, shard_tokens
-        self.shards: list[dict[str, Any]] = []
-        self.counts = TextCounts()
-        self.sha256 = hashlib.sha256()
-        folder.mkdir(exist_ok=True)
-        remove_leftovers(folder / "progress.json", folder / "manifest.json")
-        if (folder / "progress.json").is_file():
-            progress = read_json(folder / "progress.json")
-            self.counts = TextCounts(**progress["counts"])
-            self.shards = progress["shards"]
-            for shard in self.shards:
-                content = (folder / shard["file"]).read_bytes()
-                if hashlib.sha256(content).hexdigest() != shard["sha256"]:
-                    raise UserError(f"{folder / shard['file']}: damaged (sha256 differs); delete {folder}")
-                self.sha256.update(content)
-        with open(folder / "documents.bin", "ab") as file:
-            file.truncate(self.counts.documents * 8)
+    def __init__(
+        self,
+        folder: Path,
+        sources: tuple[Source, ...],
+        tokenizer: PreTrainedTokenizerFast,
+        identity: dict[str, Any],
+        split: Split,
+        shard_characters: int | None,
+    ):
+        self.folder, self.sources, self.identity, self.split = folder, sources, identity, split
+        self.partial = folder.with_name(f"{folder.name}.partial")
+        self.pack, self.key = Packer(tokenizer), json_sha256(identity)
+        self.shard_characters = shard_characters or SHARD_CHARACTERS
 
-    @property
-    def tokens(self) -> int:
-        return sum(shard["tokens"] for shard in self.shards)
+    def written(self) -> list[Path]:
+        """The records of whole shards, in order."""
+        return sorted(self.partial.glob("shard-*.json"))
 
-    def run(self, texts: Iterator[str], num_workers: int, manifest: dict[str, Any]) -> None:
-        """Pack what is left of `texts` and write the manifest."""
-        done = self.counts
-        if done.documents:
-            logger.info("%s: resuming after %s documents", self.folder, f"{done.documents:,}")
-        rest = itertools.islice(texts, done.documents, None)
-        description = f"packing {manifest['split']} text"
-        with tqdm(desc=description, unit="B", unit_scale=True, initial=done.bytes, disable=None) as bar:
-            buffer: list[Packed] = []
-            for packed in self.pack.packed(rest, num_workers):
-                buffer.append(packed)
-                bar.update(packed.counts.bytes)
-                if sum(len(part.ids) for part in buffer) >= self.shard_tokens:
-                    self._write_shard(buffer)
-                    buffer = []
-            if buffer:
-                self._write_shard(buffer)
-        if not self.counts.documents:
-            raise UserError(_no_text(manifest))
-        counts = self.counts
+    def run(self, num_workers: int, share: tuple[int, int] = (0, 1)) -> int:
+        """Pack those of the share's shards that are not there yet; how many shards there are in all."""
+        self.partial.mkdir(exist_ok=True)
+        there = {path.stem for path in self.written()}
+        if there:
+            logger.info("%s: going on, %s shards are written", self.partial, len(there))
+        coming: deque[str] = deque()
+        seen = 0
+
+        def wanted() -> Iterator[Fragment]:
+            nonlocal seen
+            for number, name, fragments in self._shards():
+                seen = number + 1
+                if number % share[1] == share[0] and name not in there:
+                    coming.append(name)
+                    yield from fragments
+                else:
+                    for _ in fragments:  # read, so that the next shard begins at its place
+                        pass
+
+        with _Meter(self.split) as meter:
+            shard: _Shard | None = None
+            try:
+                for packed in self.pack.packed(wanted(), num_workers):
+                    shard = shard or _Shard(self.partial, coming.popleft(), self.key)
+                    shard.add(packed)
+                    meter.add(packed)
+                    if packed.ends_shard:
+                        shard.keep()
+                        shard = None
+            finally:
+                if shard is not None:
+                    shard.file.close()
+        if not seen:
+            source = ", ".join(source.name for source in self.sources)
+            raise UserError(_no_text(self.split, source))
+        return seen
+
+    def _shards(self) -> Iterator[tuple[int, str, Iterator[Fragment]]]:
+        """Number, name and fragments of every shard; the fragments are to be read to the end."""
+        texts = itertools.chain.from_iterable(TextStream(source) for source in self.sources)
+        fragments = self.pack.fragments(texts)
+        first = next(fragments, None)
+        number = 0
+
+        def of_shard() -> Iterator[Fragment]:
+            nonlocal first
+            size = 0
+            while first is not None:
+                fragment, first = first, next(fragments, None)
+                size += len(fragment.text)
+                ends = first is None or size >= self.shard_characters
+                yield replace(fragment, ends_shard=ends)
+                if ends:
+                    return
+
+        while first is not None:
+            yield number, f"shard-{number:05d}", of_shard()
+            number += 1
+
+    def finish(self) -> None:
+        """Check the shards, write the manifest, and rename the folder: all shards are there."""
+        manifest: dict[str, Any] = self.identity | {
+            "split": self.split,
+            "source": ", ".join(source.name for source in self.sources),
+            "licence": ", ".join(dict.fromkeys(source.reader.licence for source in self.sources)),
+        }
+        known = [(source, source.known_bits) for source in self.sources if source.known_bits is not None]
+        if len(known) == len(self.sources):
+            manifest["known_bits"] = sum(
+                known_bits(str(text)) for source, known_bits in known for text in TextStream(source)
+            )
+        digest, counts, tokens, shards = hashlib.sha256(), TextCounts(), 0, []
+        with open(self.partial / "documents.bin", "wb") as documents:
+            for path in self.written():
+                record = self._checked_shard(path, digest)
+                documents.write((np.fromfile(path.with_suffix(".starts"), np.uint64) + tokens).tobytes())
+                tokens += record["tokens"]
+                counts += TextCounts(**record["counts"])
+                shards.append({name: record[name] for name in ("file", "tokens", "sha256")})
         write_json(
-            self.folder / "manifest.json",
+            self.partial / "manifest.json",
             manifest
             | {
                 "dtype": self.pack.dtype.name,
-                "tokens": self.tokens,
-                "text_tokens": self.tokens - counts.documents,
+                "tokens": tokens,
+                "text_tokens": tokens - counts.documents,
                 "bytes": counts.bytes,
                 "words": counts.words,
                 "documents": counts.documents,
-                "sha256": self.sha256.hexdigest(),
-                "shards": self.shards,
+                "sha256": digest.hexdigest(),
+                "shards": shards,
             },
         )
-        fsync_folder(self.folder)
+        self._remove_strays(shards)
+        fsync_folder(self.partial)
+        os.rename(self.partial, self.folder)
+        fsync_one(self.folder.parent)
+        for path in self.folder.glob("shard-*"):  # last, so that a kill loses no shard
+            if path.suffix in (".json", ".starts"):
+                path.unlink()
         logger.info(
             "packed %s: %s documents, %s bytes, %s tokens, sha256 %s",
-            manifest["split"],
+            self.split,
             f"{counts.documents:,}",
             f"{counts.bytes:,}",
-            f"{self.tokens:,}",
-            self.sha256.hexdigest()[:16],
+            f"{tokens:,}",
+            digest.hexdigest()[:16],
         )
 
-    def _write_shard(self, buffer: list[Packed]) -> None:
-        name = f"shard-{len(self.shards):05d}.bin"
-        lengths = np.concatenate([packed.lengths for packed in buffer])
-        starts = self.tokens + np.cumsum(lengths) - lengths
-        content = b"".join(packed.ids.tobytes() for packed in buffer)
-        (self.folder / name).write_bytes(content)
-        with open(self.folder / "documents.bin", "ab") as file:
-            file.write(starts.astype(np.uint64).tobytes())
-        fsync_folder(self.folder)
+    def _remove_strays(self, shards: list[dict[str, Any]]) -> None:
+        """What killed builders left behind."""
+        names = {Path(shard["file"]).stem for shard in shards} | {"manifest", "documents"}
+        for path in self.partial.iterdir():
+            if path.stem not in names:
+                path.unlink()
+
+    def _checked_shard(self, path: Path, digest: Any) -> dict[str, Any]:
+        """The record at `path` of a shard that is as it was written; its ids are added to `digest`."""
+        record = read_json(path)
+        shard = path.with_suffix(".bin")
+        found = hashlib.sha256()
+        starts = path.with_suffix(".starts")
+        if record.get("key") != self.key:
+            raise UserError(f"{path}: of another tokenizer or other text; delete {self.partial}")
+        if not shard.is_file() or shard.stat().st_size != record["tokens"] * self.pack.dtype.itemsize:
+            raise UserError(f"{shard}: damaged (its size differs); delete {path} to have it packed again")
+        with open(shard, "rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+                digest.update(block)
+        if (
+            found.hexdigest() != record["sha256"]
+            or not starts.is_file()
+            or _sha256(starts) != record["starts"]
+        ):
+            raise UserError(f"{shard}: damaged (sha256 differs); delete {path} to have it packed again")
+        return record
+
+
+class _Shard:
+    """One shard while it is written, under a name of its own until it is whole."""
+
+    def __init__(self, folder: Path, name: str, key: str):
+        self.folder, self.name, self.key = folder, name, key
+        self.temporary = folder / f".{name}.bin.{os.getpid()}"
+        self.file = open(self.temporary, "wb")
+        self.sha256, self.counts, self.tokens = hashlib.sha256(), TextCounts(), 0
+        self.starts: list[np.ndarray] = []
+
+    def add(self, packed: Packed) -> None:
+        content = packed.ids.tobytes()
+        self.file.write(content)
         self.sha256.update(content)
-        digest = hashlib.sha256(content).hexdigest()
-        self.shards.append({"file": name, "tokens": int(lengths.sum()), "sha256": digest})
-        self.counts = sum((packed.counts for packed in buffer), self.counts)
-        write_json(self.folder / "progress.json", {"counts": asdict(self.counts), "shards": self.shards})
+        self.starts.append((packed.starts + self.tokens).astype(np.uint64))
+        self.tokens += len(packed.ids)
+        self.counts += packed.counts
+
+    def keep(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(self.temporary, self.folder / f"{self.name}.bin")
+        starts = self.folder / f"{self.name}.starts"
+        starts.write_bytes(b"".join(part.tobytes() for part in self.starts))
+        fsync_one(starts)
+        write_json(  # last: a shard with a record is whole
+            self.folder / f"{self.name}.json",
+            {
+                "key": self.key,
+                "file": f"{self.name}.bin",
+                "tokens": self.tokens,
+                "sha256": self.sha256.hexdigest(),
+                "starts": _sha256(starts),
+                "counts": asdict(self.counts),
+            },
+        )
 
 
-def _no_text(manifest: dict[str, Any]) -> str:
-    if manifest["split"] == "train":
-        return f"data.source: {manifest['source']!r} is empty: it holds no text; give a source with text"
+class _Meter:
+    """A progress bar where there is a terminal, and a line with the speed at the end."""
+
+    def __init__(self, split: str):
+        self.split, self.tokens, self.bytes, self.started = split, 0, 0, time.monotonic()
+        self.bar = tqdm(desc=f"packing {split} text", unit="B", unit_scale=True, disable=None)
+
+    def __enter__(self) -> _Meter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        if self.tokens:
+            logger.info(
+                "%s: %s bytes of text, %s tokens/s",
+                self.split,
+                f"{self.bytes:,}",
+                f"{self.per_second():,.0f}",
+            )
+
+    def add(self, packed: Packed) -> None:
+        self.tokens += len(packed.ids)
+        self.bytes += packed.counts.bytes
+        self.bar.update(packed.counts.bytes)
+        self.bar.set_postfix_str(f"{self.per_second():,.0f} tokens/s", refresh=False)
+
+    def per_second(self) -> float:
+        return self.tokens / max(time.monotonic() - self.started, 1e-9)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _no_text(split: Split, source: str) -> str:
+    if split == "train":
+        return f"data.source: {source!r} is empty: it holds no text; give a source with text"
     return (
-        f"data.validation_fraction: no text of {manifest['source']!r} is held out; raise it, "
+        f"data.validation_fraction: no text of {source!r} is held out; raise it, "
         "or name data.validation_source or data.validation_split"
     )
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from kanlm.config import DataConfig, RunConfig, SourceConfig, UserError
 from kanlm.data.sources import Reader, State, reader
+from kanlm.data.text import Text
 from kanlm.runs import json_sha256
 
 Split = Literal["train", "validation"]
@@ -37,7 +38,7 @@ class Source:
 
     reader: Reader
     weight: float
-    part: Callable[[str], str]
+    part: Callable[[Text], Text]
     """The part of a document that belongs to the split; empty where none does."""
     max_documents: int | None
     """Documents read, before `part`."""
@@ -53,7 +54,7 @@ class Source:
         return self.reader.name
 
 
-class TextStream(Iterator[str]):
+class TextStream(Iterator[Text]):
     """The texts of one source that belong to its split; `state_dict()` is the place of the next one."""
 
     def __init__(self, source: Source, state: dict[str, Any] | None = None):
@@ -61,10 +62,10 @@ class TextStream(Iterator[str]):
         state = state or {"chunk": None, "row": 0, "read": 0, "given": 0}
         self._chunks = source.reader.chunks(state["chunk"])
         self._place: State = state["chunk"]
-        self._texts: list[str] = []
+        self._texts: list[Text] = []
         self._row, self._read, self._given = state["row"], state["read"], state["given"]
 
-    def __next__(self) -> str:
+    def __next__(self) -> Text:
         source = self.source
         while source.max_parts is None or self._given < source.max_parts:
             if source.max_documents is not None and self._read >= source.max_documents:
@@ -92,7 +93,8 @@ class TextStream(Iterator[str]):
 
 def documents(config: RunConfig, split: Split) -> Iterator[str]:
     """Original text of a split of `config.data`: exactly what the token caches of that split hold."""
-    return itertools.chain.from_iterable(TextStream(source) for source in split_sources(config, split))
+    sources = split_sources(config, split)
+    return map(str, itertools.chain.from_iterable(TextStream(source) for source in sources))
 
 
 def text_documents(
@@ -104,7 +106,7 @@ def text_documents(
 ) -> Iterator[str]:
     """All documents of a source's split, at most the first `max_documents`; nothing is held out."""
     found = reader(spec, invalid_utf8=invalid_utf8, streaming=streaming)
-    return TextStream(Source(found, 1.0, _whole, max_documents, None, None, found.fingerprint))
+    return map(str, TextStream(Source(found, 1.0, _whole, max_documents, None, None, found.fingerprint)))
 
 
 def split_sources(config: RunConfig, split: Split) -> tuple[Source, ...]:
@@ -135,7 +137,7 @@ def _source(data: DataConfig, spec: SourceConfig, split: Split) -> Source:
             spec = _with_split(spec, data.validation_split)
     found = reader(spec, invalid_utf8=data.invalid_utf8, streaming=data.streaming)
     max_documents = None if held_out_apart and split == "validation" else data.max_documents
-    part: Callable[[str], str] = _whole
+    part: Callable[[Text], Text] = _whole
     max_parts, rule, fraction = None, "whole", data.validation_fraction
     embedded = spec.source in EMBEDDED
     if embedded and split == "train":
@@ -178,22 +180,25 @@ def _place(source: str) -> str:
     return str(path.resolve()) if path.exists() else source
 
 
-def _whole(text: str) -> str:
+def _whole(text: Text) -> Text:
     return text
 
 
-def _hash_rule(split: Split, fraction: float) -> Callable[[str], str]:
-    def part(text: str) -> str:
-        place = int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()) / 2**64
+def _hash_rule(split: Split, fraction: float) -> Callable[[Text], Text]:
+    def part(text: Text) -> Text:
+        digest = hashlib.blake2b(digest_size=8)
+        for piece in (text,) if isinstance(text, str) else text:
+            digest.update(piece.encode("utf-8"))
+        place = int.from_bytes(digest.digest()) / 2**64
         return text if (place < fraction) == (split == "validation") else ""
 
     return part
 
 
-def _tail_rule(split: Split, fraction: float) -> Callable[[str], str]:
+def _tail_rule(split: Split, fraction: float) -> Callable[[Text], Text]:
     """Cut at the first line end, else the first space, after the head's share; head + tail = the document."""
 
-    def part(text: str) -> str:
+    def part(text: Text) -> Text:
         share = int(len(text) * (1 - fraction))
         ends = (text.find(mark, share) + 1 for mark in "\n ")
         cut = next((end for end in ends if 0 < end < len(text)), share)

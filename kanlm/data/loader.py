@@ -23,7 +23,7 @@ from kanlm.data.cache import TokenCache, train_caches
 from kanlm.data.corpus import split_sources
 from kanlm.data.order import Mixture, permuted
 from kanlm.data.packing import Packer
-from kanlm.data.stream import StreamedBlocks
+from kanlm.data.stream import STREAM_PLACES, StreamedBlocks
 from kanlm.data.tokenizer import tokenizer_hash
 from kanlm.runs import json_sha256
 
@@ -82,6 +82,7 @@ class TokenLoader:
         }
         if config.data.streaming:
             self._identity["data.shuffle_buffer"] = config.data.shuffle_buffer
+            self._identity["kind of place in a stream"] = STREAM_PLACES
         self._identity["sha256 of the data manifest (text and tokenizer)"] = self.manifest["sha256"]
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:

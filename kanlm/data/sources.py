@@ -2,8 +2,10 @@
 
     `data.source`                          read by
     `stdlib`, `stories`                    kanlm.data.stdlib, kanlm.data.stories
-    .txt .jsonl .json .parquet [.gz ...]   datasets.load_dataset("text" | "json" | "parquet")
-    folder                                 load_from_disk where save_to_disk wrote it, else load_dataset
+    .txt .md [.gz ...]                     kanlm.data.text, by the piece
+    .jsonl .json .parquet [.gz ...]        datasets.load_dataset("json" | "parquet")
+    folder                                 load_from_disk where save_to_disk wrote it, else load_dataset; that
+                                           says which text files belong to the split
     anything else                          datasets.load_dataset(hub id)
 
 Local files are streamed, so no second copy of them lands in the library's cache. Text files are read with
@@ -18,7 +20,6 @@ import hashlib
 import itertools
 import logging
 import lzma
-import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from kanlm.config import SourceConfig, UserError
 from kanlm.data import stdlib, stories
+from kanlm.data.text import BLOCK_CHARACTERS, Place, Text, TextFile
 from kanlm.runs import json_sha256
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ logger = logging.getLogger(__name__)
 State = dict[str, Any] | None
 """A place in a source, JSON only; None is the start."""
 
+Chunks = Callable[[State], Iterator[tuple[State, list[Text]]]]
 CHUNK_ROWS = 1000
 HASHED_BYTES = 2**28
 """Of a local source this much is read for its fingerprint."""
@@ -69,7 +72,7 @@ class Reader:
     licence: str
     fingerprint: str
     """Changes when the text may have changed."""
-    chunks: Callable[[State], Iterator[tuple[State, list[str]]]] = field(compare=False)
+    chunks: Chunks = field(compare=False)
     """Lists of documents from a place on, each with the place of its first document. Texts may be empty."""
     known_bits: Callable[[str], float] | None = field(default=None, compare=False)
     """-log2 of the true probability of a document, where the source knows it."""
@@ -133,16 +136,16 @@ def _local(spec: SourceConfig, path: Path, invalid_utf8: str) -> Reader:
         "encoding": "utf_8",
         "encoding_errors": "replace" if invalid_utf8 == "replace" else "strict",
     }
-    by_line = builder == "text" and spec.document_separator is not None
     arguments: dict[str, Any] = {}
     if builder == "text":
-        arguments = strictness | {"sample_by": "line" if by_line else "document", "keep_linebreaks": by_line}
+        arguments = strictness | {"sample_by": "document"}
     elif builder == "json":
         arguments = strictness
 
     texts_of = files if arguments else []  # where bytes that are not UTF-8 can be searched for
     with _one_line_errors(spec, texts_of):
-        if path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        saved = path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+        if saved:
             dataset = _saved(path, spec)
         else:
             where = (
@@ -152,13 +155,11 @@ def _local(spec: SourceConfig, path: Path, invalid_utf8: str) -> Reader:
             )
             dataset = datasets.load_dataset(split=spec.split, streaming=True, **where, **arguments)
 
-    def texts() -> Iterator[str]:
-        """Documents between separators; the end of a file, which is a shard here, ends a document."""
-        for number in range(dataset.num_shards):
-            file = dataset.shard(dataset.num_shards, number)
-            yield from _separated(_dataset_chunks(file, spec, texts_of, invalid_utf8)(None), spec)
-
-    chunks = _counted(texts) if by_line else _dataset_chunks(dataset, spec, texts_of, invalid_utf8)
+        text_files = _text_files(path, spec, arguments) if builder == "text" and not saved else None
+    if text_files is not None:
+        chunks = _text_chunks(text_files, spec, files, arguments["encoding_errors"])
+    else:
+        chunks = _dataset_chunks(dataset, spec, texts_of, invalid_utf8)
     return Reader(spec.source, dataset.info.license or "not stated", fingerprint, chunks)
 
 
@@ -236,12 +237,63 @@ def _one_line_errors(spec: SourceConfig, files: list[Path]) -> Iterator[None]:
         raise UserError(line) from None
 
 
+def _text_files(path: Path, spec: SourceConfig, arguments: dict[str, Any]) -> list[Path] | None:
+    """The files of the split in the library's order; None where some are of another kind (an archive)."""
+    if path.is_file():
+        return [path]
+    builder = datasets.load_dataset_builder(str(path.resolve()), spec.config_name, **arguments)
+    files = [Path(file) for file in builder.config.data_files[spec.split]]
+    other = next((file for file in files if _builder(file) != "text" or not file.is_file()), None)
+    if other is not None and spec.document_separator is not None:
+        raise UserError(
+            f"data.document_separator: {str(other)!r} is no plain text file; unpack it, or leave out the key"
+        )
+    return files if other is None else None
+
+
+def _text_chunks(text_files: list[Path], spec: SourceConfig, searched: list[Path], errors: str) -> Chunks:
+    """Chunks of about BLOCK_CHARACTERS; the place is that in a file."""
+
+    def guarded(iterator: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            with _one_line_errors(spec, searched):
+                found = next(iterator, None)
+            if found is None:
+                return
+            yield found
+
+    def placed(state: State) -> Iterator[tuple[State, Text]]:
+        begin = state or {"file": 0, "cookie": 0, "skip": 0}
+        place: Place | None = Place(begin["cookie"], begin["skip"])
+        for number in range(begin["file"], len(text_files)):
+            file = TextFile(text_files[number], spec.document_separator, errors)
+            for here, text in guarded(file.documents(place)):
+                yield {"file": number, "cookie": here.cookie, "skip": here.skip}, text
+            place = None
+
+    def chunks(state: State) -> Iterator[tuple[State, list[Text]]]:
+        first: State = None
+        chunk: list[Text] = []
+        size = 0
+        for place, text in placed(state):
+            first = place if not chunk else first
+            chunk.append(text if isinstance(text, str) else text.read_by(guarded))
+            size += len(text) if isinstance(text, str) else 0
+            if size >= BLOCK_CHARACTERS or len(chunk) == CHUNK_ROWS:
+                yield first, chunk
+                chunk, size = [], 0
+        if chunk:
+            yield first, chunk
+
+    return chunks
+
+
 def _dataset_chunks(
     dataset: datasets.IterableDataset, spec: SourceConfig, files: list[Path], invalid_utf8: str
-) -> Callable[[State], Iterator[tuple[State, list[str]]]]:
+) -> Chunks:
     """Chunks of the text column; the place is the library's own state."""
 
-    def chunks(state: State) -> Iterator[tuple[State, list[str]]]:
+    def chunks(state: State) -> Iterator[tuple[State, list[Text]]]:
         rows = dataset.with_format("arrow")
         if state is not None:
             rows.load_state_dict(state)
@@ -258,7 +310,7 @@ def _dataset_chunks(
     return chunks
 
 
-def _texts(table: pa.Table, spec: SourceConfig, invalid_utf8: str) -> list[str]:
+def _texts(table: pa.Table, spec: SourceConfig, invalid_utf8: str) -> list[Text]:
     if spec.text_column not in table.column_names:
         raise UserError(
             f"data.text_column: {spec.source!r} has no column {spec.text_column!r}; "
@@ -278,28 +330,12 @@ def _texts(table: pa.Table, spec: SourceConfig, invalid_utf8: str) -> list[str]:
     return ["" if value is None else value for value in column.to_pylist()]
 
 
-def _separated(chunks: Iterator[tuple[State, list[str]]], spec: SourceConfig) -> Iterator[str]:
-    """Documents between lines that equal the separator; every other character is kept.
-
-    The chunks hold whole lines, so a separator never spans two of them.
-    """
-    separator = re.compile(rf"^{re.escape(spec.document_separator or '')}(?:\n|(?<=.)\Z)", re.MULTILINE)
-    begun: list[str] = []
-    for _, lines in chunks:
-        *ended, rest = separator.split("".join(lines))
-        for text in ended:
-            yield "".join([*begun, text])
-            begun = []
-        begun.append(rest)
-    yield "".join(begun)
-
-
-def _counted(texts: Callable[[], Iterator[str]]) -> Callable[[State], Iterator[tuple[State, list[str]]]]:
+def _counted(texts: Callable[[], Iterator[str]]) -> Chunks:
     """Chunks of a source that is cheap to read again: the place is the number of documents before it."""
 
-    def chunks(state: State) -> Iterator[tuple[State, list[str]]]:
+    def chunks(state: State) -> Iterator[tuple[State, list[Text]]]:
         done = state["documents"] if state else 0
-        rest = itertools.islice(texts(), done, None)
+        rest: Iterator[Text] = itertools.islice(texts(), done, None)
         while chunk := list(itertools.islice(rest, CHUNK_ROWS)):
             yield {"documents": done}, chunk
             done += len(chunk)

@@ -1,8 +1,8 @@
 """Training blocks of a source that is tokenised while it is read, shuffled within windows.
 
 Blocks are cut from the packed documents in order; every window of `data.shuffle_buffer` blocks is permuted.
-The place in the stream is that of the window's first token (a document and a token within it), so resuming
-packs one window again and gives the same blocks.
+The place in the stream is that of the window's first token (a document, a fragment of it and a token within
+that), so resuming packs one window again and gives the same blocks.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import numpy as np
 from kanlm.config import UserError
 from kanlm.data.corpus import Source, TextStream
 from kanlm.data.order import permuted
-from kanlm.data.packing import Packer
+from kanlm.data.packing import Fragment, Packer
 
 _BATCH_CHARACTERS = 1 << 20
+STREAM_PLACES = 2
+"""Raise it when an older state can no longer be read."""
 
 
 @dataclass(frozen=True)
@@ -110,19 +112,31 @@ class StreamedBlocks:
             state = {"text": None, "offset": 0}
 
     def _documents(self, state: dict[str, Any] | None) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-        """(place of the document, its ids) from the place `state` on."""
-        texts = TextStream(self.source, state)
+        """(place of a fragment, its ids) from the place `state` on."""
+        placed = self._fragments(state)
         while True:
-            places, batch, size = [], [], 0
-            while size < _BATCH_CHARACTERS:
-                place = texts.state_dict()
-                text = next(texts, None)
-                if text is None:
-                    break
+            places: list[dict[str, Any]] = []
+            batch: list[Fragment] = []
+            size = 0
+            for place, fragment in placed:
                 places.append(place)
-                batch.append(text)
-                size += len(text)
+                batch.append(fragment)
+                size += len(fragment.text)
+                if size >= _BATCH_CHARACTERS:
+                    break
             if not batch:
                 return
             packed = self._pack(batch)
             yield from zip(places, np.split(packed.ids, np.cumsum(packed.lengths)[:-1]), strict=True)
+
+    def _fragments(self, state: dict[str, Any] | None) -> Iterator[tuple[dict[str, Any], Fragment]]:
+        texts = TextStream(self.source, state)
+        done = state["fragment"] if state else 0
+        while True:
+            place = texts.state_dict()
+            text = next(texts, None)
+            if text is None:
+                return
+            for fragment in itertools.islice(self._pack.fragments((text,)), done, None):
+                yield place | {"fragment": fragment.number}, fragment
+            done = 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import json
-from collections.abc import Iterator
+import random
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +16,29 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kanlm.checksums import must_be_readable
 from kanlm.config import RunConfig, UserError
+from kanlm.data import remote
 from kanlm.data.corpus import TextStream, split_sources
+from kanlm.data.text import BLOCK_CHARACTERS, Text, cut_at_words
 from kanlm.runs import json_sha256, new_folder, remove_leftovers
 from kanlm.trust import refuse_tokenizer_code
 
 END_OF_TEXT = "<|endoftext|>"
 """The one special token: it opens every document (bos), ends generation (eos) and fills batches (pad)."""
 SAMPLE_CHARACTERS = 50_000_000
-"""A tokenizer is trained on at most this much of the training text."""
-_RECIPE = 1  # part of the cache key: raise it when the training below changes
+"""A tokenizer is trained on at most this much of the training text, drawn from all of it."""
+SAMPLE_PIECE = 1 << 14
+_RECIPE = 2  # part of the cache key: raise it when the training below changes
 
 
 def tokenizer_for(config: RunConfig) -> PreTrainedTokenizerFast:
-    """The tokenizer of `config`: that of `init_from` or at `tokenizer.path`, else one trained once on the
-    training text.
+    """The tokenizer of `config`: that of its published cache, of `init_from` or at `tokenizer.path`, else one
+    trained once on the training text.
 
     A trained tokenizer is kept in `data.cache_dir` under a key of the training text and the vocabulary size.
     Its vocabulary can come out smaller than asked for on a small text.
     """
+    if config.data.cache_url is not None:
+        return loaded_tokenizer(remote.published(config).tokenizer)
     if existing := config.init_from or config.tokenizer.path:
         return loaded_tokenizer(existing)
     key = _key(config)
@@ -121,13 +128,45 @@ def _key(config: RunConfig) -> str:
 
 
 def _sample(config: RunConfig) -> Iterator[str]:
-    """The first training documents of every source, in the mixture's proportions."""
+    """SAMPLE_CHARACTERS of the training text, sources in the mixture's proportions; all of a shorter text.
+
+    Streamed text gives its beginning, as nobody knows where it ends.
+    """
     sources = split_sources(config, "train")
     total = sum(source.weight for source in sources)
     for source in sources:
-        left = SAMPLE_CHARACTERS * source.weight / total
-        for text in TextStream(source):
-            if left <= 0:
-                break
-            yield text[: int(left) + 1]
-            left -= len(text)
+        share = int(SAMPLE_CHARACTERS * source.weight / total)
+        if config.data.streaming:
+            yield from beginning(TextStream(source), share)
+        else:
+            yield from sampled(TextStream(source), share)
+
+
+def beginning(texts: Iterable[Text], characters: int) -> Iterator[str]:
+    """The first `characters` of `texts`."""
+    for text in texts:
+        for piece in (text,) if isinstance(text, str) else cut_at_words(text, BLOCK_CHARACTERS, strict=False):
+            if characters <= 0:
+                return
+            yield piece[:characters]
+            characters -= len(piece)
+
+
+def sampled(texts: Iterable[Text], characters: int, seed: int = 0) -> Iterator[str]:
+    """`characters` of `texts` in their order: pieces of about SAMPLE_PIECE, each as likely as any other.
+
+    One pass that holds no more than the sample: a piece is drawn a number, and those of the lowest are kept.
+    Texts of fewer characters come back as they are, cut where they are long.
+    """
+    draw = random.Random(seed).random
+    kept: list[tuple[float, int, str]] = []  # a heap of (-draw, place, piece)
+    size = number = 0
+    for text in texts:
+        short = isinstance(text, str) and len(text) <= SAMPLE_PIECE
+        for piece in (str(text),) if short else cut_at_words(text, SAMPLE_PIECE, strict=False):
+            heapq.heappush(kept, (-draw(), number, piece))
+            size, number = size + len(piece), number + 1
+            while size > characters and len(kept) > 1:
+                size -= len(heapq.heappop(kept)[2])
+    for _, _, piece in sorted(kept, key=lambda item: item[1]):
+        yield piece[:characters]

@@ -22,6 +22,7 @@ from kanlm.train import checkpoint
 FREE_TO_CHANGE = {
     "output_dir",
     "data.cache_dir",
+    "data.cache_url",
     "data.num_workers",
     "train.micro_batch_size",
     "train.num_threads",

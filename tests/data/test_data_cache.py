@@ -62,17 +62,17 @@ def test_cache_follows_text_and_tokenizer(jsonl, texts, config_for):
     assert after.folder != before.folder and after.manifest["sha256"] != before.manifest["sha256"]
 
 
-def shards_of(config, tokenizer, shard_tokens, monkeypatch, batch_characters=500):
+def shards_of(config, tokenizer, shard_characters, monkeypatch, batch_characters=500):
     monkeypatch.setattr(packing, "BATCH_CHARACTERS", batch_characters)
-    return cached(split_sources(config, "train"), config, tokenizer, "train", shard_tokens)
+    return cached(split_sources(config, "train"), config, tokenizer, "train", shard_characters)
 
 
 def test_shards_and_processes_do_not_change_the_tokens(jsonl, tmp_path, config_for, monkeypatch):
     tokenizer = tokenizer_for(config_for(jsonl))
     whole = token_cache(config_for(jsonl), tokenizer, "train")
-    sharded = shards_of(config_for(jsonl, cache_dir=str(tmp_path / "b")), tokenizer, 2000, monkeypatch)
+    sharded = shards_of(config_for(jsonl, cache_dir=str(tmp_path / "b")), tokenizer, 6000, monkeypatch)
     spread = shards_of(
-        config_for(jsonl, cache_dir=str(tmp_path / "c"), num_workers=2), tokenizer, 2000, monkeypatch
+        config_for(jsonl, cache_dir=str(tmp_path / "c"), num_workers=2), tokenizer, 6000, monkeypatch
     )
     assert len(whole.manifest["shards"]) == 1 and len(sharded.manifest["shards"]) > 5
     everything = whole.tokens(0, len(whole))
@@ -174,17 +174,17 @@ BUILDER = """
 import json, sys, time
 from kanlm.config import RunConfig
 from kanlm.data import packing, tokenizer_for
-from kanlm.data.cache import _Build, cached
+from kanlm.data.cache import _Shard, cached
 from kanlm.data.corpus import split_sources
 config = RunConfig.model_validate_json(sys.argv[1])
 packing.BATCH_CHARACTERS = 500
-write = _Build._write_shard
-def slow_write(self, buffer):
-    write(self, buffer)
+keep = _Shard.keep
+def slowly_kept(self):
+    keep(self)
     print("shard", flush=True)
     time.sleep(float(sys.argv[2]))
-_Build._write_shard = slow_write
-cache = cached(split_sources(config, "train"), config, tokenizer_for(config), "train", 2000)
+_Shard.keep = slowly_kept
+cache = cached(split_sources(config, "train"), config, tokenizer_for(config), "train", 6000)
 print(json.dumps(cache.manifest))
 """
 
@@ -198,7 +198,7 @@ def builder(config, pause):
 def test_killed_build_resumes_and_two_builders_share_one_build(jsonl, tmp_path, config_for, monkeypatch):
     config = config_for(jsonl)
     tokenizer = tokenizer_for(config)
-    reference = shards_of(config_for(jsonl, cache_dir=str(tmp_path / "other")), tokenizer, 2000, monkeypatch)
+    reference = shards_of(config_for(jsonl, cache_dir=str(tmp_path / "other")), tokenizer, 6000, monkeypatch)
 
     killed = builder(config, pause=0.5)
     for _ in range(3):
@@ -208,10 +208,10 @@ def test_killed_build_resumes_and_two_builders_share_one_build(jsonl, tmp_path, 
     (partial,) = (tmp_path / "cache" / "tokens").glob("train-*.partial")
     first_shard = partial / "shard-00000.bin"
     written = first_shard.stat().st_mtime_ns
-    # What a kill in the middle of a write leaves: a torn shard and starts that no whole shard backs.
+    # What a kill in the middle of a write leaves: a torn shard, and one without its record.
+    (partial / ".shard-00003.bin.1").write_bytes(b"torn")
     (partial / "shard-00003.bin").write_bytes(b"torn")
-    with open(partial / "documents.bin", "ab") as file:
-        file.write(b"\7" * 20)
+    (partial / "shard-00003.starts").write_bytes(b"\7" * 20)
 
     damaged = config_for(jsonl, cache_dir=str(tmp_path / "damaged"))
     shutil.copytree(tmp_path / "cache", tmp_path / "damaged")
@@ -243,7 +243,8 @@ def test_documents_longer_than_a_batch_are_packed_whole(monkeypatch, batch_chara
     tokenizer = trained_tokenizer(iter(texts), 400)
     monkeypatch.setattr(packing, "PIECE_CHARACTERS", 100)
     monkeypatch.setattr(packing, "BATCH_CHARACTERS", batch_characters)
-    parts = list(Packer(tokenizer).packed(texts))
+    packer = Packer(tokenizer)
+    parts = list(packer.packed(packer.fragments(texts)))
     assert sum((part.counts for part in parts), TextCounts()) == total_counts(texts)
     documents = []
     for part in parts:
@@ -256,7 +257,8 @@ def test_documents_longer_than_a_batch_are_packed_whole(monkeypatch, batch_chara
 
 def test_setting_of_the_tokenizers_library_is_given_back(monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
-    packed = Packer(trained_tokenizer(iter(sample_texts(50)), 300)).packed(sample_texts(5))
+    packer = Packer(trained_tokenizer(iter(sample_texts(50)), 300))
+    packed = packer.packed(packer.fragments(sample_texts(5)))
     next(packed)
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
     packed.close()
@@ -278,7 +280,7 @@ def test_terminal_gets_a_bar_while_a_cache_is_built(jsonl, config_for, monkeypat
 def test_hub_that_goes_away_costs_no_shard(jsonl, tmp_path, config_for, monkeypatch):
     config = config_for(jsonl)
     tokenizer = tokenizer_for(config)
-    reference = shards_of(config_for(jsonl, cache_dir=str(tmp_path / "other")), tokenizer, 2000, monkeypatch)
+    reference = shards_of(config_for(jsonl, cache_dir=str(tmp_path / "other")), tokenizer, 6000, monkeypatch)
 
     def cut_off(source):
         for number, text in enumerate(TextStream(source)):
@@ -289,10 +291,10 @@ def test_hub_that_goes_away_costs_no_shard(jsonl, tmp_path, config_for, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(cache_module, "TextStream", cut_off)
         with pytest.raises(Unreachable):
-            shards_of(config, tokenizer, 2000, monkeypatch)
+            shards_of(config, tokenizer, 6000, monkeypatch)
     (partial,) = (tmp_path / "cache" / "tokens").glob("train-*.partial")
     written = (partial / "shard-00000.bin").stat().st_mtime_ns
-    again = shards_of(config, tokenizer, 2000, monkeypatch)
+    again = shards_of(config, tokenizer, 6000, monkeypatch)
     assert again.manifest == reference.manifest
     assert (again.folder / "shard-00000.bin").stat().st_mtime_ns == written
 
@@ -308,12 +310,12 @@ def test_build_killed_before_its_last_rename_is_finished(jsonl, tmp_path, config
     with monkeypatch.context() as patch:
         patch.setattr(cache_module.os, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
-            shards_of(config, tokenizer, 2000, monkeypatch)
+            shards_of(config, tokenizer, 6000, monkeypatch)
     (partial,) = (tmp_path / "cache" / "tokens").glob("train-*.partial")
-    written = [path.stat().st_mtime_ns for path in sorted(partial.glob("shard-*"))]
-    cache = shards_of(config, tokenizer, 2000, monkeypatch)
+    written = [path.stat().st_mtime_ns for path in sorted(partial.glob("shard-*.bin"))]
+    cache = shards_of(config, tokenizer, 6000, monkeypatch)
     assert [path.stat().st_mtime_ns for path in sorted(cache.folder.glob("shard-*"))] == written
-    assert not (cache.folder / "progress.json").exists()
+    assert {path.suffix for path in cache.folder.glob("shard-*")} == {".bin"}
 
 
 def test_last_rename_is_on_disk_and_other_builds_are_left_alone(jsonl, config_for, monkeypatch):

@@ -12,12 +12,10 @@ import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from kanlm.config import SourceConfig, UserError
+from kanlm.config import UserError
 from kanlm.data import sources, stdlib, text_documents
-from kanlm.data.sources import _separated, reader
+from kanlm.data.sources import reader
 
 SEPARATOR = "<|endoftext|>"
 
@@ -171,7 +169,7 @@ def test_end_of_a_file_ends_a_document(tmp_path, spec_for):
     (tmp_path / "e.txt.gz").write_bytes(gzip.compress(b"five"))
     spec = spec_for(tmp_path, document_separator="--")
     assert list(text_documents(spec)) == ["one\n", "two\n", "three", "four\n", "five"]
-    chunks = list(reader(spec).chunks({"documents": 2}))
+    chunks = list(reader(spec).chunks({"file": 1, "cookie": 0, "skip": 0}))
     assert [text for _, texts in chunks for text in texts if text] == ["three", "four\n", "five"]
 
 
@@ -285,21 +283,3 @@ def test_little_library_falls_back_to_the_stories_and_says_so(tmp_path, spec_for
     found = reader(spec_for("stdlib"))
     assert found.name == "stories"
     assert "only 6 bytes of library sources found; using the story generator" in caplog.text
-
-
-@given(
-    st.lists(st.sampled_from(["a b\n", "\n", "--\n", " --\n", "--\n\n", "----\n", "c\n"]), max_size=12),
-    st.sampled_from(["", "--", "a b", "--\n"]),
-    st.sampled_from(["--", "", ".*"]),
-    st.integers(1, 4),
-)
-def test_separator_lines_are_found_wherever_the_chunks_end(lines, last, separator, size):
-    lines = "".join([*lines, last]).splitlines(keepends=True)
-    expected = [""]
-    for line in lines:
-        if line.rstrip("\n") == separator:
-            expected.append("")
-        else:
-            expected[-1] += line
-    chunks = [(None, lines[start : start + size]) for start in range(0, len(lines), size)]
-    assert list(_separated(iter(chunks), SourceConfig(document_separator=separator))) == expected

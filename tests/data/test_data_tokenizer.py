@@ -18,6 +18,7 @@ from kanlm.data.tokenizer import (
 )
 
 TOKENIZER = trained_tokenizer(iter(sample_texts(200)), 400)
+PACKER = Packer(TOKENIZER)
 BLANKS = st.text(st.sampled_from(" \n\t\r\x0b\x1c\x85\u00a0\u2028a'1é."), max_size=80)
 
 
@@ -30,7 +31,7 @@ def test_every_text_comes_back_exactly(text):
     ids = TOKENIZER(text, add_special_tokens=False, split_special_tokens=True).input_ids
     assert TOKENIZER.decode(ids) == text
     assert TOKENIZER.eos_token_id not in ids
-    packed = Packer(TOKENIZER)([text, "second"])
+    packed = PACKER(list(PACKER.fragments([text, "second"])))
     assert packed.ids.tolist()[: packed.lengths[0]] == [TOKENIZER.eos_token_id, *ids]
     assert packed.counts.bytes == len(text.encode()) + len("second")
 
@@ -121,7 +122,7 @@ def test_existing_tokenizer_is_used_and_mistakes_are_one_line(tmp_path, jsonl, c
 
 def test_parts_keep_the_order():
     texts = sample_texts(50)
-    parts = list(Packer(trained_tokenizer(iter(texts), 300))._parts(texts, batch_characters=100))
+    parts = list(PACKER._parts(PACKER.fragments(texts), batch_characters=100))
     assert "".join(piece for part in parts for piece in part.pieces) == "".join(texts)
-    assert [text for part in parts for text in part.texts] == texts
+    assert [fragment.text for part in parts for fragment in part.fragments] == texts
     assert len(parts) > 10
