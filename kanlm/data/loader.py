@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from kanlm.config import RunConfig, UserError
 from kanlm.data.cache import TokenCache, train_caches
 from kanlm.data.corpus import split_sources
+from kanlm.data.exchange import Exchange
 from kanlm.data.order import Mixture, permuted
 from kanlm.data.packing import Packer
 from kanlm.data.stream import STREAM_PLACES, StreamedBlocks
@@ -37,7 +38,8 @@ class TokenLoader:
     which those models turn into block-diagonal attention. A document begins with EOS, so no target needs a
     mask: a document's first token is predicted from its EOS, and the next EOS from the end of the document.
 
-    `micro_batch_size` defaults to the configured one, else to batch_size / world_size.
+    `micro_batch_size` defaults to the configured one, else to batch_size / world_size. `exchange` divides the
+    work of tokenising a stream among the processes, which then have to take micro-batches in step.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class TokenLoader:
         rank: int = 0,
         world_size: int = 1,
         micro_batch_size: int | None = None,
+        exchange: Exchange | None = None,
     ):
         assert 0 <= rank < world_size
         self.rank, self.world_size = rank, world_size
@@ -55,6 +58,7 @@ class TokenLoader:
         self.consumed = 0
         """Sequences that all processes together have been given."""
         self._eos, self._block_size = tokenizer.eos_token_id, config.data.block_size
+        self._in_step = exchange is not None
         self._apart = not config.data.cross_document_attention
         specs = [spec for spec in config.data.mixture if spec.weight > 0]
         weights = [spec.weight for spec in specs] or [1.0]
@@ -64,7 +68,7 @@ class TokenLoader:
         if config.data.streaming:
             pack, window = Packer(tokenizer), config.data.shuffle_buffer
             self._sources = self._streams = [
-                StreamedBlocks(source, pack, self._block_size, window, (config.data_seed, number))
+                StreamedBlocks(source, pack, self._block_size, window, (config.data_seed, number), exchange)
                 for number, source in enumerate(split_sources(config, "train"))
             ]
             self.manifest = _streamed_manifest(self._streams, tokenizer)
@@ -90,7 +94,17 @@ class TokenLoader:
             first = self.consumed + self.rank * self.micro_batch_size
             batch = self._batch(np.arange(first, first + self.micro_batch_size))
             self.consumed += self.micro_batch_size * self.world_size
+            if self._in_step:
+                self._pass_to(self.consumed)
             yield batch
+
+    def _pass_to(self, consumed: int) -> None:
+        """Bring every stream to the window of its last block before sequence `consumed`, in all processes
+        alike.
+        """
+        for stream, given in zip(self._streams, self._mixture.counts(consumed), strict=True):
+            if given:
+                stream.pass_to(int(given) - 1)
 
     def state_dict(self) -> dict[str, Any]:
         """The place of the next micro-batch, JSON only. Any process's state serves all, of any number."""

@@ -17,10 +17,11 @@ import numpy as np
 
 from kanlm.config import UserError
 from kanlm.data.corpus import Source, TextStream
+from kanlm.data.exchange import Exchange
 from kanlm.data.order import permuted
 from kanlm.data.packing import Fragment, Packer
 
-_BATCH_CHARACTERS = 1 << 20
+_BATCH_CHARACTERS = 1 << 18
 STREAM_PLACES = 2
 """Raise it when an older state can no longer be read."""
 
@@ -35,14 +36,28 @@ class _Window:
 
 
 class StreamedBlocks:
-    """Blocks by their number, in rising order; a thread packs the next window while this one is used."""
+    """Blocks by their number, in rising order; a thread packs the next window while this one is used.
 
-    _window: _Window
+    With an `exchange` other processes pack a share of it. Then nothing is read before the first block is
+    asked for, and all processes have to pass the same windows (`pass_to`), as each waits for what the others
+    make.
+    """
+
+    _window: _Window | None
     _next: Future[_Window]
 
-    def __init__(self, source: Source, pack: Packer, block_size: int, window: int, key: tuple[int, ...]):
+    def __init__(
+        self,
+        source: Source,
+        pack: Packer,
+        block_size: int,
+        window: int,
+        key: tuple[int, ...],
+        exchange: Exchange | None = None,
+    ):
         self.source, self.key = source, key
         self._pack, self._block_size, self._size = pack, block_size, window
+        self._exchange, self._starts = exchange, 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="packing")
         self._start({"first": 0, "epoch": 0, "text": None, "offset": 0})
 
@@ -51,7 +66,7 @@ class StreamedBlocks:
         result = np.empty((len(indices), self._block_size), dtype=np.int64)
         todo = np.arange(len(indices))
         while len(todo):
-            window = self._window
+            window = self._opened()
             here = todo[indices[todo] < window.first + len(window.blocks)]
             if len(here):
                 places = indices[here] - window.first
@@ -59,28 +74,47 @@ class StreamedBlocks:
                 result[here] = window.blocks[order]
                 todo = todo[len(here) :]
             else:
-                self._window = self._next.result()
-                self._next = self._thread.submit(next, self._windows)
+                self._advance()
         return result
 
+    def pass_to(self, index: int) -> None:
+        """Go on to the window of block number `index`, unless it is the current one or passed."""
+        window = self._opened()
+        while index >= window.first + len(window.blocks):
+            window = self._advance()
+
     def state_dict(self) -> dict[str, Any]:
-        return self._window.state
+        return self._window.state if self._window is not None else self._state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._next.result()
+        if self._window is not None:
+            self._next.result()
         self._start(state)
 
     def _start(self, state: dict[str, Any]) -> None:
-        self._windows = self._read(state)
-        self._window = next(self._windows)
+        self._state, self._window = state, None
+        self._starts += 1
+        if self._exchange is None:  # a text too short is told at once
+            self._opened()
+
+    def _opened(self) -> _Window:
+        if self._window is None:
+            self._windows = self._read(self._state)
+            self._next = self._thread.submit(next, self._windows)
+            return self._advance()
+        return self._window
+
+    def _advance(self) -> _Window:
+        self._window = self._next.result()
         self._next = self._thread.submit(next, self._windows)
+        return self._window
 
     def _read(self, state: dict[str, Any]) -> Iterator[_Window]:
         """Windows from `state` on, epoch after epoch; an epoch's last incomplete block is dropped."""
         wanted = self._size * self._block_size
         first = state["first"]
         for epoch in itertools.count(state["epoch"]):
-            documents = self._documents(state["text"])
+            documents = self._documents(state["text"], epoch)
             offset = state["offset"]
             waiting: list[tuple[dict[str, Any], np.ndarray]] = []
             available, ended = -offset, False
@@ -111,10 +145,12 @@ class StreamedBlocks:
                 )
             state = {"text": None, "offset": 0}
 
-    def _documents(self, state: dict[str, Any] | None) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    def _documents(
+        self, state: dict[str, Any] | None, epoch: int
+    ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
         """(place of a fragment, its ids) from the place `state` on."""
         placed = self._fragments(state)
-        while True:
+        for number in itertools.count():
             places: list[dict[str, Any]] = []
             batch: list[Fragment] = []
             size = 0
@@ -126,8 +162,19 @@ class StreamedBlocks:
                     break
             if not batch:
                 return
+            ids, lengths = self._ids(batch, epoch, number)
+            yield from zip(places, np.split(ids, np.cumsum(lengths)[:-1]), strict=True)
+
+    def _ids(self, batch: list[Fragment], epoch: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all of `batch` in a row, and how many each fragment has."""
+
+        def made() -> tuple[np.ndarray, np.ndarray]:
             packed = self._pack(batch)
-            yield from zip(places, np.split(packed.ids, np.cumsum(packed.lengths)[:-1]), strict=True)
+            return packed.ids, packed.lengths
+
+        if self._exchange is None:
+            return made()
+        return self._exchange.ids(f"{self.key}/{self._starts}/{epoch}", number, made)
 
     def _fragments(self, state: dict[str, Any] | None) -> Iterator[tuple[dict[str, Any], Fragment]]:
         texts = TextStream(self.source, state)

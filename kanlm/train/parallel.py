@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from kanlm.config import RunConfig, TrainConfig, UserError
+from kanlm.data.exchange import Exchange
 from kanlm.model import KanLMForCausalLM
 from kanlm.train import tracking
 from kanlm.train.build import MakeOptimizers
@@ -148,6 +149,24 @@ def mixed_precision(settings: TrainConfig, device: torch.device) -> str:
 
 def _cpu_processes(processes: int) -> bool:
     return processes > 1 and not torch.cuda.is_available()
+
+
+def new_exchange(accelerator: Accelerator) -> Exchange | None:
+    """Of token ids between all processes, through a key-value store in the main one; None of a lone
+    process.
+    """
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    if processes == 1:
+        return None
+    host = os.environ["MASTER_ADDR"]
+    port = [0]
+    if rank == 0:
+        store = torch.distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        port = [store.port]
+    torch.distributed.broadcast_object_list(port)
+    if rank != 0:
+        store = torch.distributed.TCPStore(host, port[0], is_master=False, wait_for_workers=False)
+    return Exchange(store, rank, processes)
 
 
 def set_threads(accelerator: Accelerator, num_threads: int | None) -> None:

@@ -104,6 +104,7 @@ def read_text(config: RunConfig, accelerator: Accelerator) -> Text:
     micro_batch_size, _ = config.train.micro_batches(accelerator.num_processes)
     _ = config.total_steps
     architecture(config, planned_vocab_size(config))
+    exchange = parallel.new_exchange(accelerator) if config.data.streaming else None
     with accelerator.main_process_first():
         tokenizer = tokenizer_for(config)
         loader = TokenLoader(
@@ -112,6 +113,7 @@ def read_text(config: RunConfig, accelerator: Accelerator) -> Text:
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             micro_batch_size=micro_batch_size,
+            exchange=exchange,
         )
         return Text(tokenizer, loader, token_cache(config, tokenizer, "validation"))
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sample_data import write_jsonl
+from torch.distributed import HashStore
 
 from kanlm.config import SourceConfig, UserError
-from kanlm.data import TokenLoader, tokenizer_for, train_caches
+from kanlm.data import TokenLoader, exchange, stream, tokenizer_for, train_caches
+from kanlm.data.exchange import Exchange
 from kanlm.data.order import CYCLE, Mixture, permuted
 
 
@@ -54,6 +57,54 @@ def test_order_does_not_depend_on_the_number_of_processes(any_config):
         ]
         for expected in alone:
             assert torch.equal(torch.cat([next(rank)["input_ids"] for rank in ranks]), expected)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_processes_that_share_the_tokenising_see_the_same_batches(
+    jsonl, config_for, stories_and, world_size, mixed, monkeypatch
+):
+    """Small windows, so that a step spans several; threads stand for processes."""
+    monkeypatch.setattr(stream, "_BATCH_CHARACTERS", 1500)
+    sources = {"mixture": stories_and} if mixed else {"source": jsonl}
+    config = config_for(max_documents=200, streaming=True, shuffle_buffer=3, **sources)
+    tokenizer = tokenizer_for(config)
+    alone = TokenLoader(config, tokenizer, micro_batch_size=8)
+    expected, states = [], []
+    for batch in itertools.islice(alone, 60):
+        expected.append(batch["input_ids"])
+        states.append(alone.state_dict())
+    store = HashStore()
+
+    def part(rank):
+        loader = TokenLoader(
+            config,
+            tokenizer,
+            rank=rank,
+            world_size=world_size,
+            micro_batch_size=8 // world_size,
+            exchange=Exchange(store, rank, world_size),
+        )
+        first = batches(loader, 10)
+        loader.load_state_dict(json.loads(json.dumps(states[29])))
+        return first, batches(loader, 20), loader.state_dict()
+
+    with ThreadPoolExecutor(world_size) as pool:
+        parts = list(pool.map(part, range(world_size)))
+    for number in range(10):
+        assert torch.equal(torch.cat([first[number] for first, _, _ in parts]), expected[number])
+    for number in range(20):
+        assert torch.equal(torch.cat([later[number] for _, later, _ in parts]), expected[30 + number])
+    assert all(state == parts[0][2] for _, _, state in parts)
+    resumed = TokenLoader(config, tokenizer, micro_batch_size=8)
+    resumed.load_state_dict(parts[0][2])
+    assert all(map(torch.equal, batches(resumed, 10), expected[50:]))
+
+
+def test_process_that_gives_no_tokens_is_named(monkeypatch):
+    monkeypatch.setattr(exchange, "SECONDS", 0.05)
+    with pytest.raises(UserError, match="data.streaming: process 1 has given no tokens for 0 seconds"):
+        Exchange(HashStore(), 0, 2).ids("key", 1, lambda: None)
 
 
 def test_resuming_anywhere_gives_the_same_batches(any_config):
