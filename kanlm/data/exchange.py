@@ -37,7 +37,8 @@ class Exchange:
         if maker == self.rank:
             ids, lengths = make()
             head = np.array([len(lengths), ids.dtype.itemsize], np.int64)
-            self.store.set(key, head.tobytes() + lengths.astype(np.int64).tobytes() + ids.tobytes())
+            value = head.tobytes() + lengths.astype(np.int64).tobytes() + ids.tobytes()
+            self.store.set(key, value)  # type: ignore[arg-type]  # takes bytes, as `get` gives them
             return ids, lengths
         self._wait_for(key, maker)
         content = self.store.get(key)
