@@ -420,6 +420,23 @@ def bench_decode_verb(**settings) -> None:
     run(**settings)
 
 
+FULL, CLOSED = "free some space or choose another folder", "get the right to it or choose another folder"
+BROKEN = "run the same command again, or choose a folder on another disk"
+STORAGE_ERRORS = {
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
+    errno.EFBIG: FULL,
+    errno.EACCES: CLOSED,
+    errno.EPERM: CLOSED,
+    errno.EROFS: CLOSED,
+    errno.EIO: BROKEN,
+    errno.ESTALE: BROKEN,
+    errno.EINTR: BROKEN,
+    errno.EMFILE: "allow more open files (ulimit -n)",
+}
+"""What a disk answers, and the remedy."""
+
+
 def complaint(error: BaseException) -> str | None:
     """The line for a user's mistake or a full disk; None for what is our own fault."""
     if isinstance(error, UserError):
@@ -427,10 +444,10 @@ def complaint(error: BaseException) -> str | None:
     if isinstance(error, FileNotFoundError):
         return f"{error.filename or one_line(error)}: no such file or folder"
     if isinstance(error, OSError):
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+        if error.errno not in STORAGE_ERRORS:
             return None
         where = Path(error.filename).resolve() if error.filename else "output"
-        return f"{where}: {error.strerror}; free some space or choose another folder"
+        return f"{where}: {error.strerror}; {STORAGE_ERRORS[error.errno]}"
     if isinstance(error, SafetensorError):
         remedy = "free some space or choose another folder" if "os error" in str(error) else "write it again"
         return f"model file: {one_line(error)}; {remedy}"

@@ -132,13 +132,24 @@ class RunRecord(BaseModel):
     provenance: dict[str, Any]
 
 
+@contextmanager
+def named_errors(path: str | Path) -> Iterator[None]:
+    """Give the name of `path` to the error of a call that knows only a descriptor: a write, read or fsync."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path` so that a reader sees the old file or the new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with named_errors(path), os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -158,7 +169,13 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """The JSON in a file; ValueError names the file where it is damaged."""
+    with named_errors(path):
+        text = Path(path).read_bytes()
+    try:
+        return json.loads(text.decode("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged, not JSON ({error})") from None
 
 
 def json_sha256(value: Any, sort_keys: bool = False) -> str:
@@ -170,7 +187,8 @@ def fsync_one(path: Path) -> None:
     """fsync one file, or the list of names of a folder, which a rename changes."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with named_errors(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

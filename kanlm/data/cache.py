@@ -40,7 +40,7 @@ from kanlm.data.packing import Fragment, Packed, Packer
 from kanlm.data.sources import Unreachable
 from kanlm.data.tokenizer import tokenizer_hash
 from kanlm.metrics import TextCounts
-from kanlm.runs import fsync_folder, fsync_one, json_sha256, read_json, write_json
+from kanlm.runs import fsync_folder, fsync_one, json_sha256, named_errors, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -379,16 +379,18 @@ class _Shard:
 
     def add(self, packed: Packed) -> None:
         content = packed.ids.tobytes()
-        self.file.write(content)
+        with named_errors(self.temporary):
+            self.file.write(content)
         self.sha256.update(content)
         self.starts.append((packed.starts + self.tokens).astype(np.uint64))
         self.tokens += len(packed.ids)
         self.counts += packed.counts
 
     def keep(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
+        with named_errors(self.temporary):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
         os.replace(self.temporary, self.folder / f"{self.name}.bin")
         starts = self.folder / f"{self.name}.starts"
         starts.write_bytes(b"".join(part.tobytes() for part in self.starts))

@@ -41,8 +41,16 @@ FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 FILES = {"model.safetensors", "optimizer.safetensors", "model.json", "trainer.json"}
 
 
+DISK_ERRORS = (errno.EIO, errno.EINTR, errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ENFILE)
+"""What says nothing of a file's content."""
+
+
 class CorruptCheckpoint(UserError):
     """A checkpoint folder whose files are not those of its manifest."""
+
+
+class UnreadableCheckpoint(CorruptCheckpoint):
+    """One that the disk does not give now; it may be whole."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +162,13 @@ def verify(folder: Path) -> None:
     try:
         listed = read_json(folder / "manifest.json")["files"]
         files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in listed.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            raise UnreadableCheckpoint(f"{folder}/manifest.json: cannot be read ({error.strerror})") from None
+        raise CorruptCheckpoint(
+            f"{folder}: no readable manifest.json; the checkpoint is not complete"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise CorruptCheckpoint(
             f"{folder}: no readable manifest.json; the checkpoint is not complete"
         ) from None
@@ -167,21 +181,25 @@ def verify(folder: Path) -> None:
         except FileNotFoundError:
             raise CorruptCheckpoint(f"{path}: missing, but listed in manifest.json") from None
         except OSError as error:
-            raise CorruptCheckpoint(f"{path}: cannot be read ({error.strerror})") from None
+            raise UnreadableCheckpoint(f"{path}: cannot be read ({error.strerror})") from None
         if found_size != size:
             raise CorruptCheckpoint(f"{path}: {found_size} bytes where manifest.json says {size}")
         if found_digest != digest:
             raise CorruptCheckpoint(f"{path}: content differs from its sha256 in manifest.json")
 
 
-def newest_good(run: RunDir, say: Callable[[str], None] = print) -> Path | None:
+def newest_good(
+    run: RunDir, say: Callable[[str], None] = print, *, pass_unreadable: bool = True
+) -> Path | None:
     """The newest intact checkpoint of `run`, or None where it has none; each damaged one passed over is
-    named.
+    named. `UnreadableCheckpoint` without `pass_unreadable`, where the disk does not give one.
     """
     for folder in reversed(run.checkpoint_folders()):
         try:
             verify(folder)
         except CorruptCheckpoint as error:
+            if isinstance(error, UnreadableCheckpoint) and not pass_unreadable:
+                raise
             say(f"damaged checkpoint passed over: {error}")
         else:
             return folder
@@ -304,7 +322,7 @@ def load_model(run_dir: str | Path, step: int | None = None) -> tuple[KanLMConfi
     """
     run = RunDir(run_dir)
     if step is None:
-        folder = newest_good(run)
+        folder = newest_good(run, pass_unreadable=False)  # training goes on from an older one, nothing else
         if folder is None:
             raise UserError(
                 f"{run.root}: holds no intact checkpoint; train it first: kanlm train CONFIG.toml"

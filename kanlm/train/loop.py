@@ -34,7 +34,14 @@ from kanlm.train.faults import (
     nonfinite_error,
 )
 from kanlm.train.health import kan_health
-from kanlm.train.parallel import clip_gradients, global_sum, gradient_norm, new_accelerator, no_sync
+from kanlm.train.parallel import (
+    clip_gradients,
+    global_sum,
+    gradient_norm,
+    new_accelerator,
+    no_sync,
+    watched_machines,
+)
 from kanlm.train.resume import finished_record, held_by_this_process
 from kanlm.train.schedule import learning_rate_factor
 from kanlm.train.session import (
@@ -60,7 +67,11 @@ def train(config: RunConfig) -> RunRecord:
         if os.environ.get("RANK", "0") == "0":
             print(f"{run.root}: finished before, {done.step:,} steps; nothing is left to do", flush=True)
         return done
-    with new_accelerator(config) as accelerator, StopSignal() as stop_signal:
+    with (
+        new_accelerator(config) as accelerator,
+        watched_machines(accelerator, run),
+        StopSignal() as stop_signal,
+    ):
         # Nothing is written into the run's folder before the lock, so that a mistake leaves none behind.
         stop_signal.at_once = True
         try:

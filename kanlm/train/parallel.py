@@ -26,8 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 from kanlm.config import RunConfig, TrainConfig, UserError
 from kanlm.data.exchange import Exchange
 from kanlm.model import KanLMForCausalLM
+from kanlm.runs import RunDir, RunRecord, read_json, write_json
 from kanlm.train import tracking
 from kanlm.train.build import MakeOptimizers
+from kanlm.train.heartbeat import Heartbeat, several_machines
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 COLLECTIVE_TIMEOUT = timedelta(hours=3)
@@ -152,21 +154,49 @@ def _cpu_processes(processes: int) -> bool:
 
 
 def new_exchange(accelerator: Accelerator) -> Exchange | None:
-    """Of token ids between all processes, through a key-value store in the main one; None of a lone
-    process.
-    """
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    if processes == 1:
+    """Of token ids between all processes; None of a lone one."""
+    if accelerator.num_processes == 1:
         return None
-    host = os.environ["MASTER_ADDR"]
-    port = [0]
-    if rank == 0:
-        store = torch.distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        port = [store.port]
+    return Exchange(shared_store(accelerator), accelerator.process_index, accelerator.num_processes)
+
+
+def shared_store(accelerator: Accelerator) -> torch.distributed.Store:
+    """A new key-value store in the main process; all processes call it at the same time."""
+    host, rank = os.environ["MASTER_ADDR"], accelerator.process_index
+
+    def opened(port: int) -> torch.distributed.TCPStore:
+        return torch.distributed.TCPStore(
+            host, port, is_master=rank == 0, wait_for_workers=False, timeout=timedelta(seconds=20)
+        )
+
+    store = opened(0) if rank == 0 else None
+    port = [store.port if store is not None else 0]
     torch.distributed.broadcast_object_list(port)
-    if rank != 0:
-        store = torch.distributed.TCPStore(host, port[0], is_master=False, wait_for_workers=False)
-    return Exchange(store, rank, processes)
+    return store if store is not None else opened(port[0])
+
+
+@contextmanager
+def watched_machines(accelerator: Accelerator, run: RunDir) -> Iterator[None]:
+    """While several machines train together, end this process with a line when one of them is lost."""
+    if not several_machines():
+        yield
+        return
+
+    def lost(who: str) -> str:
+        kept = max((path.name for path in run.checkpoints.glob("step-*")), default="none")
+        line = (
+            f"{run.root.name}: {who}; its machine or the network is gone; last checkpoint: {kept}; run the "
+            "same command again to go on, on any number of machines"
+        )
+        if accelerator.is_main_process and run.record.exists():
+            record = RunRecord.model_validate(read_json(run.record))
+            end = {"state": "failed", "failure": line, "failure_kind": "crashed"}
+            write_json(run.record, record.model_copy(update=end))
+        return line
+
+    store = shared_store(accelerator)
+    with Heartbeat(store, accelerator.process_index, accelerator.num_processes, lost):
+        yield
 
 
 def set_threads(accelerator: Accelerator, num_threads: int | None) -> None:

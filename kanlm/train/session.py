@@ -251,8 +251,10 @@ def opening_recorded(run: RunDir, accelerator: Accelerator) -> Iterator[None]:
 @contextmanager
 def end_recorded(session: Session) -> Iterator[None]:
     """However the steps end, run.json says so, the checkpoint under way is written, the files are closed."""
+    well = False
     try:
         yield
+        well = True
     except BaseException as error:
         session.record.state = "failed"
         session.record.failure = f"{type(error).__name__}: {error}"
@@ -262,6 +264,9 @@ def end_recorded(session: Session) -> Iterator[None]:
         session.writer.wait()
         try:
             session.keep_record(session.state)
-        except UserError as error:  # must not take the place of what ended the run
+        except UserError as error:
+            if well:  # else it must not take the place of what ended the run
+                raise
             session.progress.say(str(error))
-        session.progress.close()
+        finally:
+            session.progress.close()
