@@ -58,7 +58,8 @@ class Published:
 def recipe_key(config: RunConfig) -> str:
     """Of the tables that decide tokenizer and text."""
     table = config.data.model_dump(mode="json", include=set(_FIELDS))
-    return json_sha256([table, config.tokenizer.model_dump(mode="json")], sort_keys=True)[:16]
+    tokenizer = [config.init_from, config.tokenizer.model_dump(mode="json")]
+    return json_sha256([table, tokenizer], sort_keys=True)[:16]
 
 
 def publish(config: RunConfig, url: str, local: Published) -> str:

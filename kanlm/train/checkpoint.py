@@ -14,6 +14,7 @@ processes.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
 import threading
@@ -181,7 +182,8 @@ def verify(folder: Path) -> None:
         except FileNotFoundError:
             raise CorruptCheckpoint(f"{path}: missing, but listed in manifest.json") from None
         except OSError as error:
-            raise UnreadableCheckpoint(f"{path}: cannot be read ({error.strerror})") from None
+            kind = UnreadableCheckpoint if error.errno in DISK_ERRORS else CorruptCheckpoint
+            raise kind(f"{path}: cannot be read ({error.strerror})") from None
         if found_size != size:
             raise CorruptCheckpoint(f"{path}: {found_size} bytes where manifest.json says {size}")
         if found_digest != digest:
