@@ -19,7 +19,7 @@ import torch
 
 from kanlm.runs import RunDir
 from kanlm.train import heartbeat, loop
-from kanlm.train.checkpoint import checkpoint_folders, verify
+from kanlm.train.checkpoint import verify
 from kanlm.train.heartbeat import Heartbeat
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +101,7 @@ def test_cut_link_is_told_on_both_machines_and_one_of_them_goes_on(
 
     launchers = [launched(machines, rank, path, log) for rank, log in enumerate(logs)]
     try:
-        waited_for(lambda: len(checkpoint_folders(run)) >= 2, 400)
+        waited_for(lambda: len(run.checkpoint_folders()) >= 2, 400)
         record = json.loads(run.record.read_text())
         assert (record["provenance"]["processes"], record["provenance"]["wrapper"]) == (2, "ddp")
         ip("-n", machines[1], "link", "set", "eth0", "down")
@@ -111,7 +111,7 @@ def test_cut_link_is_told_on_both_machines_and_one_of_them_goes_on(
             if launcher.poll() is None:
                 os.killpg(launcher.pid, signal.SIGKILL)
             launcher.wait()
-    newest = checkpoint_folders(run)[-1]
+    newest = run.checkpoint_folders()[-1]
     verify(newest)
     record = json.loads(run.record.read_text())
     assert record["state"] == "failed" and newest.name in record["failure"]
