@@ -264,6 +264,13 @@ def status_verb(run: str) -> None:
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", default=None, help="Default: cuda if there is one, else cpu.")
+@click.option(
+    "--weights",
+    type=click.Choice(["float32", "int8"]),
+    default="float32",
+    show_default=True,
+    help="int8: the native decoder reads a quarter of the bytes and rounds the weights.",
+)
 def generate_verb(model: str, prompts: tuple[str, ...], interactive: bool, **settings) -> None:
     """Continue texts with MODEL, streamed to standard output."""
     from kanlm.evaluation.generation import converse, generate, typed_lines

@@ -12,11 +12,21 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 import torch
-from transformers import TextStreamer, set_seed
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TextStreamer,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    set_seed,
+)
 
 from kanlm import kernels
 from kanlm.config import UserError
+from kanlm.evaluation import decoding
 from kanlm.evaluation.loading import load_causal_lm
+from kanlm.kernels.decode import NativeDecoder, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +50,17 @@ class Sampling:
             "top_p": self.top_p,
         }
 
+    def warpers(self) -> LogitsProcessorList | None:
+        """The same as transformers applies for `arguments`; None where the likeliest token is taken."""
+        if not self.temperature:
+            return None
+        steps: list[Any] = [TemperatureLogitsWarper(self.temperature)]
+        if self.top_k:
+            steps.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            steps.append(TopPLogitsWarper(self.top_p))
+        return LogitsProcessorList(steps)
+
 
 def generate(
     model: str,
@@ -47,6 +68,7 @@ def generate(
     *,
     seed: int = 0,
     device: str | None = None,
+    weights: Weights = "float32",
     trust_remote_code: bool = False,
     out: TextIO | None = None,
     **sampling: Any,
@@ -54,20 +76,23 @@ def generate(
     """`prompts` with their continuations, also written to `out` (standard output).
 
     A single prompt is streamed; several run as one batch. Ends with a line of tokens/s on standard error.
-    Models of kanlm use the fused kernels of the machine.
+    Models of kanlm use the fused kernels of the machine, for a single prompt on a CPU the native decoder.
+    weights: "int8" for one that reads a quarter of the bytes.
 
     Raises:
-        UserError: no model, an empty prompt, or prompts that leave no room for the new tokens.
+        UserError: no model, an empty prompt, prompts that leave no room for the new tokens, or int8 weights
+            where the native decoder does not serve.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     settings = Sampling(**sampling)
     must_have_text(prompts)
     network, tokenizer = ready(model, device, trust_remote_code)
+    decoder = native(network, weights, len(prompts))
     set_seed(seed)
-    texts, tokens, seconds = continued(network, tokenizer, prompts, settings, out=out)
+    texts, tokens, seconds = continued(network, tokenizer, prompts, settings, decoder, out=out)
     if len(prompts) > 1:
         print("\n\n".join(texts), file=out)
-    print(speed(tokens, seconds, network), file=sys.stderr)
+    print(speed(tokens, seconds, network, decoder), file=sys.stderr)
     return texts
 
 
@@ -77,6 +102,7 @@ def converse(
     *,
     seed: int = 0,
     device: str | None = None,
+    weights: Weights = "float32",
     trust_remote_code: bool = False,
     out: TextIO | None = None,
     **sampling: Any,
@@ -84,12 +110,13 @@ def converse(
     """Continue each of `lines` when it comes; the model is loaded once. A mistake ends no session."""
     settings = Sampling(**sampling)
     network, tokenizer = ready(model, device, trust_remote_code)
+    decoder = native(network, weights)
     set_seed(seed)
     for line in lines:
         if line.strip():
             try:
-                _, tokens, seconds = continued(network, tokenizer, [line], settings, out=out)
-                print(speed(tokens, seconds, network), file=sys.stderr)
+                _, tokens, seconds = continued(network, tokenizer, [line], settings, decoder, out=out)
+                print(speed(tokens, seconds, network, decoder), file=sys.stderr)
             except UserError as error:
                 print(error, file=sys.stderr)
 
@@ -121,9 +148,30 @@ def ready(model: str, device: str | None, trust_remote_code: bool) -> tuple[Any,
     return network, tokenizer
 
 
+def native(network: Any, weights: Weights, prompts: int = 1) -> NativeDecoder | None:
+    """The native decoder, for one prompt on a CPU.
+
+    Raises:
+        UserError: int8 weights without it.
+    """
+    serves = prompts == 1 and network.device.type == "cpu"
+    decoder = decoding.decoder_for(network, weights) if serves else None
+    if decoder is None and weights != "float32":
+        raise UserError(
+            f"--weights: {weights} needs the native decoder: one prompt, a model of kanlm on a CPU, a C++ "
+            "compiler; leave the option out"
+        )
+    return decoder
+
+
 @torch.inference_mode()
 def continued(
-    network: Any, tokenizer: Any, prompts: list[str], settings: Sampling, out: TextIO | None = None
+    network: Any,
+    tokenizer: Any,
+    prompts: list[str],
+    settings: Sampling,
+    decoder: NativeDecoder | None = None,
+    out: TextIO | None = None,
 ) -> tuple[list[str], int, float]:
     """(texts, number of new tokens, seconds); one prompt is streamed to `out`.
 
@@ -149,15 +197,38 @@ def continued(
             f"positions; {remedy}"
         )
     start = time.perf_counter()
-    output = network.generate(
-        **inputs,
-        **settings.arguments(),
-        pad_token_id=tokenizer.pad_token_id,
-        streamer=Streamer(tokenizer, out) if len(prompts) == 1 else None,
-    )
+    streamer = Streamer(tokenizer, out) if len(prompts) == 1 else None
+    if decoder is not None:
+        output = by_decoder(decoder, inputs["input_ids"], settings, stop_tokens(network), streamer)
+    else:
+        output = network.generate(
+            **inputs, **settings.arguments(), pad_token_id=tokenizer.pad_token_id, streamer=streamer
+        )
     seconds = time.perf_counter() - start
     tokens = sum(new_tokens(row, network) for row in output[:, longest:].tolist())
     return tokenizer.batch_decode(output, skip_special_tokens=True), tokens, seconds
+
+
+def by_decoder(
+    decoder: NativeDecoder, ids: Tensor, settings: Sampling, stop: set[int], streamer: TextStreamer | None
+) -> Tensor:
+    """`ids` [1, T] and what comes after them, as `network.generate` gives it."""
+
+    def show(token: int) -> None:
+        if streamer is not None:
+            streamer.put(torch.tensor([token]))
+
+    if streamer is not None:
+        streamer.put(ids)
+    new = decoding.continued(
+        *(decoder, ids[0].tolist(), settings.max_new_tokens),
+        warpers=settings.warpers(),
+        stop=stop,
+        shown=show,
+    )
+    if streamer is not None:
+        streamer.end()
+    return torch.cat((ids, torch.tensor([new])), dim=1)
 
 
 class Streamer(TextStreamer):
@@ -171,14 +242,23 @@ class Streamer(TextStreamer):
         print(text, flush=True, end="\n" if stream_end else "", file=self.out)
 
 
+def stop_tokens(network: Any) -> set[int]:
+    """The ids that end a text."""
+    stop = network.generation_config.eos_token_id
+    return set() if stop is None else set(stop) if isinstance(stop, list) else {stop}
+
+
 def new_tokens(row: list[int], network: Any) -> int:
     """Tokens of `row` up to its stop token; what follows is padding."""
-    stop = network.generation_config.eos_token_id
-    stops = stop if isinstance(stop, list) else [stop]
+    stops = stop_tokens(network)
     return next((place + 1 for place, token in enumerate(row) if token in stops), len(row))
 
 
-def speed(tokens: int, seconds: float, network: Any) -> str:
+def speed(tokens: int, seconds: float, network: Any, decoder: NativeDecoder | None = None) -> str:
     used = {getattr(m, "kernel", None) is not None for m in network.modules() if hasattr(m, "kernel")}
     how = ", fused kernels" if True in used else ", reference kernels" if used else ""
+    if decoder is not None:
+        how = ", native decoder"
+        if decoder.weight_error:
+            how += f", int8 weights with an rms error of {decoder.weight_error:.2%}"
     return f"{tokens} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s ({network.device}{how})"

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from kanlm import kernels
 from kanlm.config import UserError
 from kanlm.evaluation.loading import load_causal_lm
 from kanlm.evaluation.perplexity import Window, max_context_length, prefix_token, token_ids
@@ -108,4 +109,5 @@ def evaluate_minimal_pairs(
 ) -> MinimalPairs:
     """`score_pairs` of a model folder or hub id on a file of pairs, in fp32."""
     model, tokenizer = load_causal_lm(model_path, device=device, trust_remote_code=trust_remote_code)
+    kernels.select(model)
     return score_pairs(model, tokenizer, read_pairs(path), batch_size=batch_size)

@@ -1,4 +1,4 @@
-"""native.cpp as a shared library: compiled once for this machine, kept in a cache, called through ctypes.
+"""C++ as a shared library: compiled once for this machine, kept in a cache, called through ctypes.
 
 Plain C with pointers needs no Python or torch headers, so any `c++`, `g++` or `clang++` with OpenMP will
 do. The library uses the OpenMP runtime that torch has loaded already, hence torch's pool of threads.
@@ -116,13 +116,17 @@ def _compiler() -> str:
     raise NativeUnavailable(f"no C++ compiler found (looked for {', '.join(names)}); install g++ or set CXX")
 
 
-def _built() -> Path:
-    """Path of the library; compiles it unless this source, compiler and machine have been seen before."""
+def _built(source: Path | None = None) -> Path:
+    """Path of the library of `source`, native.cpp by default.
+
+    Compiles it unless this source, compiler and machine have been seen before.
+    """
+    source = source or SOURCE
     compiler = _compiler()
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     command = [compiler, *FLAGS, native]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), *command, version, _machine()]).encode()).hexdigest()[
+    key = hashlib.sha256("\0".join([source.read_text(), *command, version, _machine()]).encode()).hexdigest()[
         :16
     ]
     folder = cache_folder()
@@ -136,12 +140,12 @@ def _built() -> Path:
     except OSError as error:
         raise NativeUnavailable(f"{folder} cannot be written ({error}); set KANLM_KERNEL_CACHE") from error
     try:
-        result = subprocess.run([*command, str(SOURCE), "-o", temporary], capture_output=True, text=True)
+        result = subprocess.run([*command, str(source), "-o", temporary], capture_output=True, text=True)
         if result.returncode:
             first = next(
                 (line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip()
             )
-            raise NativeUnavailable(f"{compiler} does not compile {SOURCE.name}: {first[:200]}")
+            raise NativeUnavailable(f"{compiler} does not compile {source.name}: {first[:200]}")
         content = Path(temporary).read_bytes()
         library = folder / f"native-{key}-{hashlib.sha256(content).hexdigest()[:16]}.so"
         os.chmod(temporary, 0o700)  # the linker follows the umask, which may let a group write
@@ -153,16 +157,27 @@ def _built() -> Path:
 
 @cache
 def library() -> ctypes.CDLL:
-    """The loaded library.
+    """native.cpp, loaded.
 
     Raises:
         NativeUnavailable: no compiler, no place to keep the result, or it does not compile.
     """
+    return load(SOURCE, _SIGNATURES)
+
+
+def load(source: Path, signatures: dict[str, str]) -> ctypes.CDLL:
+    """The library compiled from `source`, whose functions return nothing.
+
+    A signature has a letter an argument: p a pointer, l an int64, i an int, f a float.
+
+    Raises:
+        NativeUnavailable: as `library`.
+    """
     try:
-        loaded = ctypes.CDLL(str(_built()))
+        loaded = ctypes.CDLL(str(_built(source)))
     except OSError as error:
         raise NativeUnavailable(f"the compiled library does not load: {error}") from error
-    for name, signature in _SIGNATURES.items():
+    for name, signature in signatures.items():
         function = getattr(loaded, name)
         function.argtypes = [_KINDS[letter] for letter in signature.replace(" ", "")]
         function.restype = None

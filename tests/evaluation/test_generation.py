@@ -7,7 +7,10 @@ from click.testing import CliRunner
 from kanlm.cli import cli
 from kanlm.config import UserError
 from kanlm.data.tokenizer import trained_tokenizer
+from kanlm.evaluation import decoding
 from kanlm.evaluation.generation import generate
+from kanlm.kernels import decode
+from kanlm.kernels.native import NativeUnavailable
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 
 SETTINGS = {"max_new_tokens": 8, "temperature": 0.8, "top_k": 20, "seed": 1}
@@ -63,7 +66,9 @@ def test_several_prompts_are_one_batch_that_changes_none(folder, capsys):
     assert together == [generate(folder, prompt, **greedy)[0] for prompt in prompts]
     printed = capsys.readouterr()
     assert "\n\n".join(together) in printed.out
-    assert re.search(r"^\d+ tokens in [\d.]+ s: [\d,]+ tokens/s \(cpu, \w+ kernels\)$", printed.err, re.M)
+    assert re.search(
+        r"^\d+ tokens in [\d.]+ s: [\d,]+ tokens/s \(cpu, \w+ (kernels|decoder)\)$", printed.err, re.M
+    )
 
 
 def test_a_small_top_p_is_greedy(folder):
@@ -90,3 +95,50 @@ def test_a_run_instead_of_a_model_says_so(tmp_path):
         (tmp_path / name).write_text("{}")
     with pytest.raises(UserError, match="a run, not a model; run `kanlm export`"):
         generate(str(tmp_path), "the cat", **SETTINGS)
+
+
+@pytest.fixture
+def compiled():
+    try:
+        decode.library()
+    except NativeUnavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("changes", [{"temperature": 0.0}, {"top_k": 0, "top_p": 0.9}, {"top_k": 5}])
+def test_native_text_is_that_of_transformers(folder, compiled, monkeypatch, capsys, changes):
+    native = generate(folder, "the cat", **SETTINGS | changes)
+    assert "(cpu, native decoder)" in capsys.readouterr().err
+    monkeypatch.setattr(decoding, "decoder_for", lambda *a: None)
+    assert generate(folder, "the cat", **SETTINGS | changes) == native
+    assert "native" not in capsys.readouterr().err
+
+
+def test_int8_weights_say_their_error(folder, compiled, capsys):
+    generate(folder, "the cat", **SETTINGS, weights="int8")
+    assert re.search(r"native decoder, int8 weights with an rms error of 0\.\d\d%\)", capsys.readouterr().err)
+
+
+def test_int8_weights_for_a_batch_are_refused(folder):
+    with pytest.raises(UserError, match="--weights: int8 needs the native decoder: one prompt"):
+        generate(folder, ["the", "cat"], **SETTINGS, weights="int8")
+
+
+def test_a_stop_token_ends_the_text():
+    class Counting:
+        def prefill(self, ids):
+            return self.step(ids[-1])
+
+        def step(self, token):
+            return torch.eye(9)[token + 1]
+
+    assert decoding.continued(Counting(), [1], 7, stop={4}) == [2, 3, 4]
+    assert decoding.continued(Counting(), [1], 3, stop={7}) == [2, 3, 4]
+
+
+def test_settings_that_only_transformers_knows_go_to_it(folder, caplog):
+    model = KanLMForCausalLM.from_pretrained(folder)
+    model.generation_config.repetition_penalty = 1.3
+    model.generation_config.num_beams = 2
+    assert decoding.decoder_for(model) is None
+    assert "generation_config sets num_beams, repetition_penalty" in caplog.text

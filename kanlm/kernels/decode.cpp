@@ -1,0 +1,383 @@
+// One token through a whole decoder, in one call, batch 1, fp32 (decode.py packs the weights and lists the operations).
+//
+// Legend: I inputs, O outputs, W columns of a tile, K functions of an input, T coefficients of a polynomial piece,
+// E head dim, S positions of the cache.
+//
+// At batch 1 every weight is read once for one multiply-add, so bytes bound the time. Matrices are packed in tiles of W
+// output columns, [tile][I][W]: a tile is one sequential stream, and no sum has to be taken across a vector. Every
+// output is computed whole by one thread, so the result does not depend on the number of threads.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64;
+#elif defined(__AVX__)
+constexpr int BYTES = 32;
+#else
+constexpr int BYTES = 16;
+#endif
+constexpr int L = BYTES / 4;       // floats in a vector
+constexpr int W = 32;              // columns of a tile
+constexpr int VECS = W / L;        // vectors in a tile's row
+constexpr int BANKS = BYTES / 16;  // sums of a column that wait for each other: together they hide the latency
+
+typedef float vec __attribute__((vector_size(BYTES)));
+typedef int32_t ints __attribute__((vector_size(BYTES)));
+typedef float loose __attribute__((vector_size(BYTES), aligned(4), may_alias));
+typedef int8_t bytes __attribute__((vector_size(L)));
+
+inline vec load(const float* p) { return *reinterpret_cast<const loose*>(p); }
+inline vec load(const int8_t* p) {
+    bytes packed;
+    std::memcpy(&packed, p, L);
+    return __builtin_convertvector(__builtin_convertvector(packed, ints), vec);
+}
+inline void store(float* p, vec v) { *reinterpret_cast<loose*>(p) = v; }
+
+inline float total(vec v) {
+    float sum = 0;
+    for (int l = 0; l < L; ++l) sum += v[l];
+    return sum;
+}
+
+inline float exponential(float x) {  // 2^n e^f with |f| <= ln2 / 2; relative error below 2e-7 in [-87, 88]
+    const float y = std::max(std::min(x, 88.0f), -87.0f);
+    const float scaled = y * 1.44269504f;
+    const int32_t n = int32_t(scaled + (scaled < 0 ? -0.5f : 0.5f));
+    const float f = y - float(n) * 0.693359375f - float(n) * -2.12194440e-4f;
+    float p = 1.0f / 5040;
+    p = p * f + 1.0f / 720;
+    p = p * f + 1.0f / 120;
+    p = p * f + 1.0f / 24;
+    p = p * f + 1.0f / 6;
+    p = p * f + 0.5f;
+    p = p * f + 1.0f;
+    p = p * f + 1.0f;
+    const int32_t bits = (n + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, 4);
+    return p * power;
+}
+
+inline float silu(float x) { return x / (1.0f + exponential(-x)); }
+
+inline float gelu(float x) {  // Phi after Abramowitz & Stegun 1964, 7.1.26, error below 1e-7
+    const float z = std::fabs(x) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
+    const float tail = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t +
+                        0.254829592f) * t * exponential(-0.5f * x * x) * 0.5f;
+    return x * (x < 0 ? tail : 1.0f - tail);
+}
+
+}  // namespace
+
+extern "C" {
+
+enum Kind { EMBED, NORM, MATRIX, ATTENTION, TABLE, RATIONAL, SILU, GELU, RELU, SQUARE, XIELU, POLYNORM, MULTIPLY, ADD,
+            EDGE, FEATURES };
+
+// As decode.py's Operation. A second input u multiplies what TABLE .. XIELU compute.
+struct Operation {
+    int32_t kind, barrier;     // barrier: wait for the other threads first
+    int32_t accumulate, int8;  // y is added to; weights are int8 with a scale for each column
+    const float *a, *u;
+    float* y;
+    const void* w;
+    const float* s;
+    int64_t I, O, K;
+    int32_t order, cells, groups, silu, periodic;
+    float lo, inv_h, eps;
+};
+
+struct Decoder {
+    const Operation* operations;
+    int64_t count, capacity;  // of the cache, in positions
+    const float *embedding, *cosines, *sines;  // angles [capacity, E / 2]
+    float* scores;                             // [threads, capacity]
+};
+
+}  // extern "C"
+
+namespace {
+
+struct Share {
+    int64_t begin, end;
+};
+
+inline Share share_of(int64_t n, int thread, int threads) { return {n * thread / threads, n * (thread + 1) / threads}; }
+
+// Where a point lies in a uniform grid: a piece is evaluated at r in [0, 1], and beyond the grid along its tangent.
+struct Place {
+    int64_t cell;
+    float r, e;
+};
+
+inline Place place(float x, const Operation& k) {
+    float t = (x - k.lo) * k.inv_h;
+    if (k.periodic) t -= std::floor(t / float(k.cells)) * float(k.cells);
+    const float inside = t > 0 ? std::min(t, float(k.cells - 1)) : 0.0f;  // 0 of a NaN, which stays one in r
+    const int64_t cell = int64_t(inside);
+    const float local = t - float(cell), r = local < 0 ? 0.0f : local > 1 ? 1.0f : local;
+    return {cell, r, local - r};
+}
+
+// The polynomial p [terms] at a place.
+inline float piece(const float* p, int terms, const Place& at) {
+    float value = p[terms - 1], slope = 0;
+    for (int j = terms - 2; j >= 0; --j) {
+        slope = slope * at.r + value;
+        value = value * at.r + p[j];
+    }
+    return value + at.e * slope;
+}
+
+inline float tabulated(const Operation& k, const float* table, float x) {  // table [cells, order + 1]
+    const Place at = place(x, k);
+    const float* p = table + at.cell * (k.order + 1);
+    return (k.order == 3 ? piece(p, 4, at) : piece(p, k.order + 1, at)) + (k.silu ? silu(x) : 0.0f);
+}
+
+inline float rational(const float* c, float x) {
+    float p = c[5];
+    for (int n = 4; n >= 0; --n) p = p * x + c[n];
+    const float first = (c[6] + c[7] * x) * x, second = (c[8] + c[9] * x) * x;
+    return p / (1.0f + first * first + second * second);
+}
+
+void normalize(const Operation& k) {  // weights w, or none
+    const float* weight = static_cast<const float*>(k.w);
+    float squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < k.I; ++i) squares += k.a[i] * k.a[i];
+    const float scale = 1.0f / std::sqrt(squares / float(k.I) + k.eps);
+    if (weight)
+        for (int64_t i = 0; i < k.I; ++i) k.y[i] = k.a[i] * scale * weight[i];
+    else
+        for (int64_t i = 0; i < k.I; ++i) k.y[i] = k.a[i] * scale;
+}
+
+// Writes a tile's sums [VECS] to its columns of y.
+inline void put(const Operation& k, int64_t tile, const vec* sums) {
+    alignas(64) float columns[W];
+    for (int v = 0; v < VECS; ++v) store(columns + v * L, sums[v]);
+    const int64_t first = tile * W, count = std::min<int64_t>(W, k.O - first);
+    for (int64_t o = 0; o < count; ++o) {
+        const float value = k.s ? columns[o] * k.s[first + o] : columns[o];
+        k.y[first + o] = k.accumulate ? k.y[first + o] + value : value;
+    }
+}
+
+template <typename X>
+void matrix(const Operation& k, int thread, int threads) {
+    const Share tiles = share_of((k.O + W - 1) / W, thread, threads);
+    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+        const X* w = static_cast<const X*>(k.w) + tile * k.I * W;
+        vec sums[BANKS][VECS] = {};
+        int64_t i = 0;
+        for (; i + BANKS <= k.I; i += BANKS)
+            for (int b = 0; b < BANKS; ++b)
+                for (int v = 0; v < VECS; ++v) sums[b][v] += k.a[i + b] * load(w + (i + b) * W + v * L);
+        for (; i < k.I; ++i)
+            for (int v = 0; v < VECS; ++v) sums[0][v] += k.a[i] * load(w + i * W + v * L);
+        for (int b = 1; b < BANKS; ++b)
+            for (int v = 0; v < VECS; ++v) sums[0][v] += sums[b][v];
+        put(k, tile, sums[0]);
+    }
+}
+
+// A layer of edge functions: only the terms that are not zero at an input are read. u is scratch of I (T + 2) floats for
+// their values and places; s has the pieces [T, T] (function, power), then the columns' scales of int8 weights. With a
+// base branch (silu) its weights are the last of the K rows of an input.
+template <typename X>
+void edge(Operation k, int thread, int threads) {
+    const int terms = k.order + 1;
+    const float* pieces = k.s;
+    float* values = const_cast<float*>(k.u);
+    k.s = k.int8 ? k.s + terms * terms : nullptr;
+    const Share inputs = share_of(k.I, thread, threads), tiles = share_of((k.O + W - 1) / W, thread, threads);
+    for (int64_t i = inputs.begin; i < inputs.end; ++i) {
+        const Place at = place(k.a[i], k);
+        float* value = values + i * (terms + 2);
+        for (int j = 0; j < terms; ++j) value[j] = piece(pieces + j * terms, terms, at);
+        if (k.silu) value[terms] = silu(k.a[i]);
+        value[terms + 1] = float(at.cell);
+    }
+#pragma omp barrier
+    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+        const X* w = static_cast<const X*>(k.w) + tile * k.I * k.K * W;
+        vec sums[2][VECS] = {};
+        for (int64_t i = 0; i < k.I; ++i) {
+            const float* value = values + i * (terms + 2);
+            const X* rows = w + (i * k.K + int64_t(value[terms + 1])) * W;
+            for (int j = 0; j < terms; ++j)
+                for (int v = 0; v < VECS; ++v) sums[j & 1][v] += value[j] * load(rows + j * W + v * L);
+            if (k.silu) {
+                const X* base = w + (i * k.K + k.K - 1) * W;
+                for (int v = 0; v < VECS; ++v) sums[1][v] += value[terms] * load(base + v * L);
+            }
+        }
+        for (int v = 0; v < VECS; ++v) sums[0][v] += sums[1][v];
+        put(k, tile, sums[0]);
+    }
+}
+
+// y [K, I]: K tabulated functions of every input, and with a base branch SiLU as the last of them.
+void features(Operation k, int thread, int threads) {
+    const Share inputs = share_of(k.I, thread, threads);
+    const int64_t functions = k.K - k.silu, size = int64_t(k.cells) * (k.order + 1);
+    const bool base = k.silu;
+    k.silu = 0;
+    for (int64_t m = 0; m < functions; ++m)
+        for (int64_t i = inputs.begin; i < inputs.end; ++i)
+            k.y[m * k.I + i] = tabulated(k, static_cast<const float*>(k.w) + m * size, k.a[i]);
+    for (int64_t i = inputs.begin; base && i < inputs.end; ++i) k.y[functions * k.I + i] = silu(k.a[i]);
+}
+
+inline void rotate(float* x, const float* cosines, const float* sines, int64_t half) {
+    for (int64_t i = 0; i < half; ++i) {
+        const float first = x[i], second = x[i + half];
+        x[i] = first * cosines[i] - second * sines[i];
+        x[i + half] = second * cosines[i] + first * sines[i];
+    }
+}
+
+inline float dot(const float* a, const float* b, int64_t n) {
+    vec sums[2] = {};
+    int64_t i = 0;
+    for (; i + 2 * L <= n; i += 2 * L)
+        for (int b2 = 0; b2 < 2; ++b2) sums[b2] += load(a + i + b2 * L) * load(b + i + b2 * L);
+    for (; i + L <= n; i += L) sums[0] += load(a + i) * load(b + i);
+    float sum = total(sums[0] + sums[1]);
+    for (; i < n; ++i) sum += a[i] * b[i];
+    return sum;
+}
+
+// a: queries [O, E], keys [K, E], values [K, E]; w and s: cache of keys and values [K, capacity, E]; eps: scale of scores.
+void attention(const Decoder& d, const Operation& k, int64_t position, int thread, int threads) {
+    const int64_t E = k.I, half = E / 2, serves = k.O / k.K;
+    const float *cosines = d.cosines + position * half, *sines = d.sines + position * half;
+    float* scores = d.scores + thread * d.capacity;
+    float* a = const_cast<float*>(k.a);
+    const Share own = share_of(k.K, thread, threads);
+    for (int64_t c = own.begin; c < own.end; ++c) {
+        float* keys = static_cast<float*>(const_cast<void*>(k.w)) + c * d.capacity * E;
+        float* values = const_cast<float*>(k.s) + c * d.capacity * E;
+        rotate(a + (k.O + c) * E, cosines, sines, half);
+        std::memcpy(keys + position * E, a + (k.O + c) * E, E * sizeof(float));
+        std::memcpy(values + position * E, a + (k.O + k.K + c) * E, E * sizeof(float));
+        for (int64_t head = c * serves; head < (c + 1) * serves; ++head) {
+            float *query = a + head * E, *y = k.y + head * E;
+            rotate(query, cosines, sines, half);
+            float highest = -INFINITY, sum = 0;
+            for (int64_t s = 0; s <= position; ++s) {
+                scores[s] = dot(query, keys + s * E, E) * k.eps;
+                highest = std::max(highest, scores[s]);
+            }
+            for (int64_t s = 0; s <= position; ++s) scores[s] = exponential(scores[s] - highest);
+            for (int64_t s = 0; s <= position; ++s) sum += scores[s];
+            std::fill(y, y + E, 0.0f);
+            for (int64_t s = 0; s <= position; ++s) {
+                const float weight = scores[s] / sum;
+                for (int64_t e = 0; e < E; ++e) y[e] += weight * values[s * E + e];
+            }
+        }
+    }
+}
+
+void polynorm(const Operation& k) {  // w: a_1, a_2, a_3, a_0
+    const float* w = static_cast<const float*>(k.w);
+    double squares[3] = {};
+    for (int64_t i = 0; i < k.I; ++i) {
+        const double x2 = double(k.a[i]) * k.a[i];
+        squares[0] += x2, squares[1] += x2 * x2, squares[2] += x2 * x2 * x2;
+    }
+    float scale[3];
+    for (int n = 0; n < 3; ++n) scale[n] = w[n] / float(std::sqrt(squares[n] / double(k.I) + k.eps));
+    for (int64_t i = 0; i < k.I; ++i)
+        k.y[i] = ((scale[2] * k.a[i] + scale[1]) * k.a[i] + scale[0]) * k.a[i] + w[3];
+}
+
+template <typename F>
+inline void each(const Operation& k, int thread, int threads, F function) {
+    const Share own = share_of(k.I, thread, threads);
+    if (k.u)
+        for (int64_t i = own.begin; i < own.end; ++i) k.y[i] = function(i) * k.u[i];
+    else
+        for (int64_t i = own.begin; i < own.end; ++i) k.y[i] = function(i);
+}
+
+void run(const Decoder& d, const Operation& k, int64_t token, int64_t position, int thread, int threads) {
+    const float *a = k.a, *w = static_cast<const float*>(k.w);
+    const int64_t width = k.groups ? k.I / k.groups : k.I;
+    switch (k.kind) {
+        case EMBED:
+            if (!thread) std::memcpy(k.y, d.embedding + token * k.I, k.I * sizeof(float));
+            break;
+        case NORM:
+            if (!thread) normalize(k);
+            break;
+        case MATRIX: k.int8 ? matrix<int8_t>(k, thread, threads) : matrix<float>(k, thread, threads); break;
+        case ATTENTION: attention(d, k, position, thread, threads); break;
+        case TABLE: {
+            const int64_t size = int64_t(k.cells) * (k.order + 1);
+            each(k, thread, threads, [&](int64_t i) { return tabulated(k, w + i / width * size, a[i]); });
+            break;
+        }
+        case RATIONAL:
+            each(k, thread, threads, [&](int64_t i) {
+                return rational(w + i / width * 10, a[i]) + (k.silu ? silu(a[i]) : 0.0f);
+            });
+            break;
+        case SILU: each(k, thread, threads, [&](int64_t i) { return silu(a[i]); }); break;
+        case GELU: each(k, thread, threads, [&](int64_t i) { return gelu(a[i]); }); break;
+        case RELU: each(k, thread, threads, [&](int64_t i) { return a[i] < 0 ? 0.0f : a[i]; }); break;
+        case SQUARE: each(k, thread, threads, [&](int64_t i) { return a[i] * a[i]; }); break;
+        case XIELU:  // w: a_p, a_n, b
+            each(k, thread, threads, [&](int64_t i) {
+                const float x = a[i], below = exponential(std::min(x, 0.0f)) - 1.0f - x;
+                return (x > 0 ? w[0] * x * x : w[1] * below) + w[2] * x;
+            });
+            break;
+        case POLYNORM:
+            if (!thread) polynorm(k);
+            break;
+        case MULTIPLY: each(k, thread, threads, [&](int64_t i) { return a[i]; }); break;
+        case ADD: {
+            const Share own = share_of(k.I, thread, threads);
+            for (int64_t i = own.begin; i < own.end; ++i) k.y[i] = a[i] + k.u[i];
+            break;
+        }
+        case EDGE: k.int8 ? edge<int8_t>(k, thread, threads) : edge<float>(k, thread, threads); break;
+        case FEATURES: features(k, thread, threads); break;
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Columns of a tile, which weights are packed for.
+int64_t kanlm_decode_tile() { return W; }
+
+// The token's logits go to where the last operation writes; its keys and values to `position` of the cache.
+void kanlm_decode_step(const Decoder* d, int64_t token, int64_t position, int32_t wanted) {
+#pragma omp parallel num_threads(wanted) if (wanted > 1)
+    {
+        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        for (int64_t n = 0; n < d->count; ++n) {
+            const Operation& operation = d->operations[n];
+            if (operation.barrier && threads > 1) {
+#pragma omp barrier
+            }
+            run(*d, operation, token, position, thread, threads);
+        }
+    }
+}
+
+}  // extern "C"
