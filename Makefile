@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 THREADS ?= 2
 
-.PHONY: demo smoke test test-slow test-hf check lint types clean
+.PHONY: demo smoke test test-slow test-hf check lint types docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -45,6 +45,10 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy
 
+# docs        the documentation site in site/; a warning is an error
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # clean       remove the environment and what the demo and the smoke left behind; other runs stay
 clean:
-	rm -rf $(VENV) runs/demo runs/smoke runs/cache build *.egg-info
+	rm -rf $(VENV) runs/demo runs/smoke runs/cache build site *.egg-info

@@ -218,6 +218,8 @@ class TrackingConfig(Section):
     tracker: Literal["none", "wandb", "tensorboard", "trackio"] = "none"
     project: str = "kanlm"
     wandb_mode: Literal["online", "offline"] = "offline"
+    group: str | None = None
+    """wandb and trackio: shown together with the runs of this name; a comparison sets its own."""
 
 
 class RunConfig(Section):

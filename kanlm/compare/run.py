@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from kanlm.compare.artifacts import CompareDir, TrialDir, state_of
+from kanlm.compare.artifacts import CompareDir, TrialDir, load, state_of
 from kanlm.compare.plan import final_trials, planned_arms, sweep_trials, toml_text, trial_config
 from kanlm.compare.report import report, summary
 from kanlm.compare.schema import CompareConfig, PlannedArm, Trial, load_compare_config, run_config
 from kanlm.compare.speed import measured_speed
-from kanlm.compare.tracking import track_table
+from kanlm.compare.tracking import track_outcome
 from kanlm.config import RunConfig, UserError
 from kanlm.data import TokenLoader, documents, text_documents, token_cache, tokenizer_for
 from kanlm.evaluation.baselines import kneser_ney_by_order, xz_bits_per_byte
@@ -104,7 +104,7 @@ def compare(toml_path: str | Path, overrides: tuple[str, ...] | list[str] = ()) 
             judge_trial(config, directory.run(trial.name), base, trial)
     ensure_baselines(config, directory, base)
     path = report(directory.root)
-    track_table(config, read_json(directory.report_json))
+    track_outcome(load(directory.root), read_json(directory.report_json))
     say("")
     say(summary(directory.root))
     say("")

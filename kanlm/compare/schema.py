@@ -241,5 +241,6 @@ def merged(*tables: dict[str, Any]) -> dict[str, Any]:
 def run_config(config: CompareConfig, size: SizeConfig, changes: dict[str, Any], where: str) -> RunConfig:
     """The run of `size` with `changes` on top of `[base]`; its folder lies in the comparison's `arms/`."""
     fixed = {"name": "base", "output_dir": str(config.directory / "arms")}
-    table = merged(config.base, {"model": size.model, "train": size.train}, fixed, changes)
+    together = {"tracking": {"group": config.name}}
+    table = merged(together, config.base, {"model": size.model, "train": size.train}, fixed, changes)
     return parsed(RunConfig, table, where)

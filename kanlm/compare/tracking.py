@@ -1,10 +1,20 @@
-"""The final table of a comparison to the configured experiment tracker."""
+"""The outcome of a comparison to the experiment tracker: the final table and the learned functions.
+
+The runs themselves are logged while they train, one for each arm and seed. In wandb and trackio all of them,
+and this one, stand in one group, the comparison's name.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from kanlm.compare.schema import CompareConfig, run_config
+import numpy as np
+from accelerate.tracking import GeneralTracker
+
+from kanlm.compare.artifacts import Artifacts
+from kanlm.compare.plots import colours
+from kanlm.compare.schema import run_config
+from kanlm.interpret.pictures import learned_functions_pixels, spread
 from kanlm.train.parallel import new_accelerator
 from kanlm.train.tracking import start_trackers
 
@@ -20,6 +30,7 @@ COLUMNS = (
     "tokens_per_second",
     "peak_memory_bytes",
 )
+DRAWN_FUNCTIONS = 12
 
 
 def table_rows(content: dict[str, Any]) -> list[list[Any]]:
@@ -31,25 +42,55 @@ def table_rows(content: dict[str, Any]) -> list[list[Any]]:
     ]
 
 
-def track_table(config: CompareConfig, content: dict[str, Any]) -> None:
-    """Log the final table: as a table where the tracker has them (wandb), else as one scalar a cell.
+def pictures(artifacts: Artifacts) -> dict[str, np.ndarray]:
+    """Learned functions by arm, of the first seed that has some: pixels [height, width, RGB]."""
+    colour = colours([(arm.name, arm.family) for arm in artifacts.config.arms])
+    found: dict[str, np.ndarray] = {}
+    for result in artifacts.at(artifacts.config.matching[0], artifacts.config.sizes[-1].name):
+        arm = result.trial.arm
+        if arm not in found and result.functions and result.functions["curves"]:
+            curves = spread(result.functions["curves"], DRAWN_FUNCTIONS)
+            found[arm] = learned_functions_pixels(curves, colour[arm])
+    return found
+
+
+def track_outcome(artifacts: Artifacts, content: dict[str, Any]) -> None:
+    """Log the final table (of `content`, report.json) and the pictures.
 
     Nothing is done with `tracking.tracker = "none"`; UserError where the tracker cannot start.
     """
+    config = artifacts.config
     run = run_config(config, config.sizes[-1], {"name": "table"}, config.name)
     if run.tracking.tracker == "none":
         return
-    rows = table_rows(content)
     with new_accelerator(run) as accelerator:
         start_trackers(accelerator, run, run.run_dir)
         for tracker in accelerator.trackers:
-            if tracker.name == "wandb":
-                tracker.log_table("arms", columns=list(COLUMNS), data=rows)
-                continue
-            scalars = {
-                f"{row[0]}/{row[1]}/{row[2]}/{column}": value
-                for row in rows
-                for column, value in zip(COLUMNS[3:], row[3:], strict=True)
-                if value is not None
-            }
-            tracker.log(scalars, step=0)
+            log_outcome(tracker, table_rows(content), pictures(artifacts))
+
+
+def log_outcome(tracker: GeneralTracker, rows: list[list[Any]], drawn: dict[str, np.ndarray]) -> None:
+    """As a table and images where the tracker has them (wandb, trackio), else as one scalar a cell."""
+    names = {arm: f"learned functions/{arm}" for arm in drawn}
+    if tracker.name == "wandb":
+        tracker.log_table("arms", columns=list(COLUMNS), data=rows)
+        tracker.log_images({names[arm]: [pixels] for arm, pixels in drawn.items()})
+        return
+    if tracker.name == "trackio":
+        import pandas as pd
+        import trackio
+
+        table = trackio.Table(dataframe=pd.DataFrame(rows, columns=list(COLUMNS)))
+        images = {names[arm]: trackio.Image(pixels) for arm, pixels in drawn.items()}
+        tracker.log({"arms": table, **images})
+        return
+    scalars = {
+        f"{row[0]}/{row[1]}/{row[2]}/{column}": value
+        for row in rows
+        for column, value in zip(COLUMNS[3:], row[3:], strict=True)
+        if value is not None
+    }
+    tracker.log(scalars, step=0)
+    tracker.log_images(
+        {names[arm]: pixels[None] for arm, pixels in drawn.items()}, step=0, dataformats="NHWC"
+    )

@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -75,24 +76,43 @@ def spread(curves: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]
 
 def learned_functions_svg(curves: Sequence[dict[str, Any]], colour: str, name: str, columns: int = 3) -> str:
     """Small multiples of learned functions; grey: where the inputs lie; dotted: before training, if known."""
-    rows = -(-len(curves) // columns)
-    with figure_svg(name, 0.35 + 1.35 * rows) as (figure, output):
-        for index, curve in enumerate(curves):
-            axes = figure.add_subplot(rows, columns, index + 1)
-            x, y = np.asarray(curve["x"]), np.asarray(curve["y"])
-            if curve.get("density"):
-                behind = axes.twinx()
-                behind.fill_between(x, curve["density"], color="#d1d5db", alpha=0.7, linewidth=0)
-                behind.set_ylim(0, 2.2 * max(curve["density"]))
-                behind.set_axis_off()
-                behind.set_zorder(0)
-                axes.set_zorder(1)
-                axes.patch.set_visible(False)
-            if curve.get("start"):
-                axes.plot(x, curve["start"], ":", color="#6b7280", linewidth=1)
-            axes.plot(x, y, color=colour, linewidth=1.5)
-            axes.set_title(curve["label"], fontsize=7, color="#374151", pad=2)
-            axes.tick_params(labelsize=7, length=2, pad=1)
-            axes.xaxis.set_major_locator(MaxNLocator(3))
-            axes.yaxis.set_major_locator(MaxNLocator(3))
+    with figure_svg(name, _height(curves, columns)) as (figure, output):
+        draw_learned_functions(figure, curves, colour, columns)
     return output[0]
+
+
+def learned_functions_pixels(curves: Sequence[dict[str, Any]], colour: str, columns: int = 3) -> np.ndarray:
+    """The same picture as pixels [height, width, RGB], uint8."""
+    figure = Figure(figsize=(WIDTH, _height(curves, columns)), layout="constrained", dpi=120)
+    canvas = FigureCanvasAgg(figure)
+    draw_learned_functions(figure, curves, colour, columns)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
+
+
+def _height(curves: Sequence[dict[str, Any]], columns: int) -> float:
+    return 0.35 + 1.35 * -(-len(curves) // columns)
+
+
+def draw_learned_functions(
+    figure: Figure, curves: Sequence[dict[str, Any]], colour: str, columns: int
+) -> None:
+    rows = -(-len(curves) // columns)
+    for index, curve in enumerate(curves):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        x, y = np.asarray(curve["x"]), np.asarray(curve["y"])
+        if curve.get("density"):
+            behind = axes.twinx()
+            behind.fill_between(x, curve["density"], color="#d1d5db", alpha=0.7, linewidth=0)
+            behind.set_ylim(0, 2.2 * max(curve["density"]))
+            behind.set_axis_off()
+            behind.set_zorder(0)
+            axes.set_zorder(1)
+            axes.patch.set_visible(False)
+        if curve.get("start"):
+            axes.plot(x, curve["start"], ":", color="#6b7280", linewidth=1)
+        axes.plot(x, y, color=colour, linewidth=1.5)
+        axes.set_title(curve["label"], fontsize=7, color="#374151", pad=2)
+        axes.tick_params(labelsize=7, length=2, pad=1)
+        axes.xaxis.set_major_locator(MaxNLocator(3))
+        axes.yaxis.set_major_locator(MaxNLocator(3))

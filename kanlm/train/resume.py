@@ -40,6 +40,7 @@ FREE_TO_CHANGE = {
     "tracking.tracker",
     "tracking.project",
     "tracking.wandb_mode",
+    "tracking.group",
 }
 """Keys that may differ from those a run was started with: what is learned does not depend on them."""
 

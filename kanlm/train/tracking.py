@@ -58,10 +58,11 @@ def start_trackers(accelerator: Accelerator, config: RunConfig, run_dir: Path) -
     name = config.tracking.tracker
     if name == "none":
         return
+    named = {"name": config.name, "group": config.tracking.group}
     settings: dict[str, dict[str, Any]] = {
-        "wandb": {"wandb": {"name": config.name, "dir": str(run_dir), "mode": config.tracking.wandb_mode}},
+        "wandb": {"wandb": {**named, "dir": str(run_dir), "mode": config.tracking.wandb_mode}},
         "tensorboard": {},
-        "trackio": {"trackio": {"name": config.name}},
+        "trackio": {"trackio": named},
     }[name]
     try:
         accelerator.init_trackers(

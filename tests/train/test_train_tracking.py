@@ -81,7 +81,7 @@ def test_missing_package_is_named(run_config, monkeypatch):
         importlib.util, "find_spec", lambda name, *a: None if name == "trackio" else real(name, *a)
     )
     config = run_config("tracking.tracker=trackio")
-    with pytest.raises(UserError, match="'trackio' is not installed; pip install trackio"):
+    with pytest.raises(UserError, match=r"'trackio' is not installed; pip install 'kanlm\[track\]'"):
         loop.train(config)
     assert not config.run_dir.exists()
 
