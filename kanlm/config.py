@@ -120,6 +120,8 @@ class TrainConfig(Section):
     """Sequences in an optimiser step, over all processes and accumulation steps."""
     micro_batch_size: int | None = Field(None, ge=1)
     """Sequences in one forward pass of one process; default: batch_size / processes."""
+    trainable: Literal["all", "functions"] = "all"
+    """`functions`: the coefficients of learned functions alone; everything else keeps its values."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate of the matrices."""

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from kanlm import kernels
-from kanlm.config import TrainConfig
+from kanlm.config import TrainConfig, UserError
 from kanlm.initial import initial_model
 from kanlm.model import KanLMConfig, KanLMForCausalLM
+from kanlm.model.kan import kan_coefficient_names
 from kanlm.train.optimizer import optimizers
 
 MakeOptimizers = Callable[[KanLMForCausalLM], list[torch.optim.Optimizer]]
@@ -48,6 +49,8 @@ def build(
     """
     torch.manual_seed(seed)
     model = initial_model(init_from, architecture) if init_from else KanLMForCausalLM(architecture)
+    if settings.trainable == "functions":
+        freeze_all_but_functions(model)
     if settings.gradient_checkpointing:
         with warnings.catch_warnings():  # the new name came after the oldest transformers that is supported
             warnings.simplefilter("ignore", FutureWarning)
@@ -63,6 +66,19 @@ def build(
     chosen = kernels.select(model, settings.kernels, compiled=settings.compile)
     placed.train()
     return Trainable(placed, made, chosen)
+
+
+def freeze_all_but_functions(model: nn.Module) -> None:
+    """Let only the coefficients of learned functions train.
+
+    Raises:
+        UserError: there are none.
+    """
+    functions = kan_coefficient_names(model)
+    if not functions:
+        raise UserError("train.trainable: 'functions', and this model has no learned function; write 'all'")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in functions)
 
 
 def plain_placement(

@@ -79,14 +79,10 @@ def optimizers(
         muon_names.add("kan")
     present = [settings_of(name) for name in GROUPS if groups[name]]
     fused = device.type in ("cuda", "cpu")
-    made: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            [group for group in present if group["name"] not in muon_names],
-            lr=config.learning_rate,
-            eps=config.eps,
-            fused=fused,
-        )
-    ]
+    rest = [group for group in present if group["name"] not in muon_names]
+    made: list[torch.optim.Optimizer] = []
+    if rest:  # where functions alone train, Muon may have them all
+        made.append(torch.optim.AdamW(rest, lr=config.learning_rate, eps=config.eps, fused=fused))
     for_muon = [
         {key: value for key, value in group.items() if key != "betas"}
         for group in present

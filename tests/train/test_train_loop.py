@@ -24,8 +24,10 @@ from kanlm.config import UserError
 from kanlm.data import TokenLoader
 from kanlm.model import KanLMForCausalLM
 from kanlm.model.ffn_kan import KANGLU
+from kanlm.model.kan import kan_coefficient_names
 from kanlm.runs import RunDir, RunRecord
 from kanlm.train import loop, parallel
+from kanlm.train.build import build
 from kanlm.train.checkpoint import load_model, load_tokenizer
 from kanlm.train.faults import Diverged, StopSignal
 from kanlm.train.progress import BusyNotice
@@ -550,3 +552,18 @@ def test_busy_machine_is_told_once():
     told = [busy.step_done(5.0, 2.0) for _ in range(20)]
     assert [line is not None for line in told] == [False] * 3 + [True] + [False] * 16
     assert "40% of the last 20 seconds" in told[3] and "train.num_threads" in told[3]
+
+
+def test_functions_alone_train(run_config):
+    config = run_config("train.trainable=functions")
+    loop.train(config)
+    architecture, after = load_model(config.run_dir)
+    before = build(architecture, config.train, torch.device("cpu"), seed=config.seed).model
+    start = before.state_dict()
+    changed = {name for name, weight in after.items() if not torch.equal(weight, start[name])}
+    assert changed == kan_coefficient_names(before)
+
+
+def test_functions_alone_need_functions(run_config):
+    with pytest.raises(UserError, match="train.trainable.*no learned function"):
+        loop.train(run_config("model.ffn_type=swiglu", "train.trainable=functions"))
