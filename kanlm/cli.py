@@ -119,6 +119,7 @@ def tokenize_verb(config: str, overrides: tuple[str, ...], **settings) -> None:
     "--onnx", is_flag=True, help="Also write OUT/onnx for ONNX Runtime; RUN may be a model's folder."
 )
 @click.option("--int8", is_flag=True, help="With --onnx: also a graph with int8 weights.")
+@click.option("--page", is_flag=True, help="With --onnx: also a page that runs it in a browser; needs npm.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with a model RUN.")
 @click.option("--push-to-hub", "repo", help="Also send it to the Hub as OWNER/NAME, privately.")
 @click.option("--public", is_flag=True, help="For everyone to see.")
@@ -128,6 +129,7 @@ def export_verb(
     out: str | None,
     onnx: bool,
     int8: bool,
+    page: bool,
     trust_remote_code: bool,
     repo: str | None,
     public: bool,
@@ -140,8 +142,8 @@ def export_verb(
     """
     from kanlm.export import export, export_onnx
 
-    if onnx or int8:
-        click.echo(export_onnx(run, out, int8, trust_remote_code))
+    if onnx or int8 or page:
+        click.echo(export_onnx(run, out, int8, page, trust_remote_code))
     elif repo is None:
         click.echo(export(run, out))
     if repo is not None:

@@ -64,6 +64,7 @@ def export_onnx(
     source: str | Path,
     out: str | Path | None = None,
     int8: bool = False,
+    page: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
     """Write the folder `onnx` into the exported model of the run `source`, exporting it first where needed.
@@ -85,7 +86,8 @@ def export_onnx(
     _must_be_new(folder / "onnx")
     model, tokenizer = load_causal_lm(folder, device="cpu", trust_remote_code=trust_remote_code)
     LOG.info("%s: tracing the graph; a model of ten layers takes some minutes", folder)
-    return write_onnx(model, tokenizer, folder / "onnx", int8)
+    title = f"kanlm: {source}" if page else None
+    return write_onnx(model, tokenizer, folder / "onnx", int8, title)
 
 
 def export_model(

@@ -1,6 +1,6 @@
 """A page that runs an exported model in a browser: index.html beside the graphs, libraries in web/.
 
-The libraries come from the npm registry when the page is made; nothing is fetched from elsewhere when it is read.
+The libraries come from the npm registry when the page is made; reading it fetches nothing from elsewhere.
 Legend: P points, C channels, O outputs, I inputs, K basis functions.
 """
 

@@ -9,6 +9,7 @@ genai_config.json   for ONNX Runtime GenAI
 config.json         for transformers.js, which reads the sizes of the cache from it
 tokenizer.json ...  the tokenizer, so that the folder is complete
 SHA256SUMS          checked before the graph is run
+index.html, web/    a page that runs the graphs in a browser (browser.py)
 
 Positions are counted from the attention mask, so padding on the left changes nothing.
 """
@@ -29,6 +30,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from kanlm import checksums
 from kanlm.config import UserError
+from kanlm.edge.browser import add_page
 from kanlm.edge.functions import translations, with_graph_functions
 from kanlm.runs import new_folder, write_json, write_text
 
@@ -69,11 +71,19 @@ class CachedDecoder(nn.Module):
         return (output.logits, *present)
 
 
-def write_onnx(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path, int8: bool) -> Path:
+def write_onnx(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    int8: bool,
+    page_title: str | None = None,
+) -> Path:
     """Write the files of the module docstring to the new folder `folder`, with or without the int8 weights.
 
+    With a `page_title` also the page of browser.py.
+
     Raises:
-        UserError: what `graph` refuses; `folder` exists.
+        UserError: what `graph` and `add_page` refuse; `folder` exists.
     """
     folder = Path(folder)
     if folder.exists():
@@ -90,6 +100,8 @@ def write_onnx(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str
         sizes = model_sizes(model, tokenizer)
         write_json(made / "config.json", transformers_js_config(sizes))
         write_json(made / "genai_config.json", genai_config(sizes))
+        if page_title is not None:
+            add_page(made, model, page_title)
         write_text(made / checksums.NAME, checksums.checksums(made))
     return folder
 

@@ -36,9 +36,7 @@ def test_page_streams_the_model_s_text(onnx_of, tmp_path):
         browser.add_page(site, model, "tiny kan")
     except UserError as error:
         pytest.skip(str(error))
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(site))
-    )
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         for graph in ("model.onnx", "model_int8.onnx"):
