@@ -1,4 +1,4 @@
-"""Does a converted model learn more from its functions? `python scripts/convert_study.py TRAIN VALID --out DIR`.
+"""Does a converted model gain from its functions? `python scripts/convert_study.py TRAIN VALID --out DIR`.
 
 A SwiGLU model of 319k parameters without embeddings is trained on TRAIN and converted to `kan_glu`, which is
 the same model. Both go on for as many tokens again: the functions alone, all of the converted model, and all
