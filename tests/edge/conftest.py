@@ -34,6 +34,11 @@ def tiny(ffn_type: str, **fields) -> KanLMForCausalLM:
 
 
 @pytest.fixture(scope="session")
+def build_tiny():
+    return tiny
+
+
+@pytest.fixture(scope="session")
 def tokenizer():
     from kanlm.data.tokenizer import trained_tokenizer
 

@@ -15,7 +15,6 @@ from kanlm.edge import browser
 from kanlm.edge.runtime import OnnxModel, sampler
 from kanlm.model.kan import KANLinear
 from kanlm.model.learned_function import LearnedFunction
-from tests.edge.conftest import tiny
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -67,7 +66,7 @@ def test_page_streams_the_model_s_text(onnx_of, tmp_path):
         server.shutdown()
 
 
-def test_curves_are_the_functions_of_the_model():
+def test_curves_are_the_functions_of_the_model(build_tiny):
     function, edges = LearnedFunction(6, 3), KANLinear(1, 1)
     found = browser.curves(torch.nn.Sequential(function, edges))
     assert [layer["name"] for layer in found] == ["0", "1"] and len(found[0]["ys"]) == 3
@@ -77,7 +76,7 @@ def test_curves_are_the_functions_of_the_model():
         torch.testing.assert_close(torch.tensor(found[0]["ys"][0]), expected, atol=1e-3, rtol=1e-3)
         x = torch.tensor(found[1]["x"]).unsqueeze(-1)
         torch.testing.assert_close(torch.tensor(found[1]["ys"]).t(), edges(x), atol=1e-3, rtol=1e-3)
-    assert browser.curves(tiny("gelu")) == []
+    assert browser.curves(build_tiny("gelu")) == []
 
 
 def test_missing_npm_is_one_line(tmp_path, monkeypatch):
