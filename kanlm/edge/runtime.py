@@ -110,8 +110,11 @@ class OnnxModel:
                 logits, cache = self.step(np.array([[token]]), cache)
 
 
-def sampler(temperature: float, top_k: int, seed: int) -> Callable[[np.ndarray], int]:
-    """Draws from softmax(logits / temperature) over the `top_k` largest (0: all); temperature 0 is greedy."""
+def sampler(temperature: float, top_k: int, seed: int, top_p: float = 1.0) -> Callable[[np.ndarray], int]:
+    """Draws from softmax(logits / temperature); temperature 0 is greedy.
+
+    Over the `top_k` largest (0: all), and of these the likeliest that have the share `top_p` together.
+    """
     random = np.random.default_rng(seed)
 
     def draw(logits: np.ndarray) -> int:
@@ -121,6 +124,11 @@ def sampler(temperature: float, top_k: int, seed: int) -> Callable[[np.ndarray],
         if 0 < top_k < len(scaled):
             scaled[scaled < np.partition(scaled, -top_k)[-top_k]] = -np.inf
         odds = np.exp(scaled - scaled.max())
+        odds /= odds.sum()
+        if top_p < 1:
+            order = np.argsort(-odds)
+            before = np.cumsum(odds[order]) - odds[order]
+            odds[order[before >= top_p]] = 0
         return int(random.choice(len(odds), p=odds / odds.sum()))
 
     return draw
@@ -156,6 +164,7 @@ def generate(
     temperature: float,
     top_k: int,
     seed: int,
+    top_p: float = 1.0,
     say: Callable[[str], Any] = lambda text: print(text, end="", flush=True),
 ) -> tuple[str, Speed | None]:
     """The prompt and its continuation, said as it comes, and its speed (None: no token).
@@ -178,7 +187,7 @@ def generate(
     new: list[int] = []
     said = ""
     say(prompt)
-    for token in model.tokens(ids, max_new_tokens, sampler(temperature, top_k, seed)):
+    for token in model.tokens(ids, max_new_tokens, sampler(temperature, top_k, seed, top_p)):
         times.append(time.perf_counter() - start)
         new.append(token)
         text = model.tokenizer.decode(ids + new)[len(prompt) :]

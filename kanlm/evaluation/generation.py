@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -24,6 +25,8 @@ from transformers import (
 
 from kanlm import kernels
 from kanlm.config import UserError
+from kanlm.edge.runtime import generate as generate_onnx
+from kanlm.edge.runtime import onnx_file
 from kanlm.evaluation import decoding
 from kanlm.evaluation.loading import load_causal_lm
 from kanlm.kernels.decode import NativeDecoder, Weights
@@ -86,6 +89,9 @@ def generate(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     settings = Sampling(**sampling)
     must_have_text(prompts)
+    if (file := onnx_file(model)) is not None:
+        must_be_plain(device, weights)
+        return [by_onnx(file, prompt, settings, seed, out) for prompt in prompts]
     network, tokenizer = ready(model, device, trust_remote_code)
     decoder = native(network, weights, len(prompts))
     set_seed(seed)
@@ -109,6 +115,12 @@ def converse(
 ) -> None:
     """Continue each of `lines` when it comes; the model is loaded once. A mistake ends no session."""
     settings = Sampling(**sampling)
+    if (file := onnx_file(model)) is not None:
+        must_be_plain(device, weights)
+        for line in lines:
+            if line.strip():
+                by_onnx(file, line, settings, seed, out)
+        return
     network, tokenizer = ready(model, device, trust_remote_code)
     decoder = native(network, weights)
     set_seed(seed)
@@ -119,6 +131,26 @@ def converse(
                 print(speed(tokens, seconds, network, decoder), file=sys.stderr)
             except UserError as error:
                 print(error, file=sys.stderr)
+
+
+def by_onnx(file: Path, prompt: str, settings: Sampling, seed: int, out: TextIO | None) -> str:
+    """`prompt` and its continuation by ONNX Runtime, streamed to `out`."""
+
+    def say(text: str) -> None:
+        print(text, end="", flush=True, file=out)
+
+    drawn = {key: getattr(settings, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
+    text, measured = generate_onnx(file, prompt, seed=seed, say=say, **drawn)
+    print(measured or "no new token", file=sys.stderr)
+    return text
+
+
+def must_be_plain(device: str | None, weights: Weights) -> None:
+    """Raise where options are given that an ONNX file has no use for."""
+    if device not in (None, "cpu"):
+        raise UserError(f"--device: ONNX files run on the CPU here, got {device!r}; leave the option out")
+    if weights != "float32":
+        raise UserError(f"--weights: {weights} is a file of its own in ONNX; give model_int8.onnx instead")
 
 
 def typed_lines() -> Iterator[str]:

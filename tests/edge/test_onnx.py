@@ -106,6 +106,17 @@ def test_greedy_text_is_that_of_torch(onnx_of, tokenizer):
     assert speed.tokens == 12 and speed.tokens_per_second > 0
 
 
+def test_generate_verb_takes_the_folder(onnx_of, capsys):
+    from kanlm.evaluation.generation import generate as by_verb
+
+    _, folder = onnx_of(SAMPLE)
+    (text,) = by_verb(str(folder), "old cats", max_new_tokens=5, temperature=0.0)
+    said = capsys.readouterr()
+    assert said.out == text + "\n" and "5 tokens" in said.err and "tokens/s" in said.err
+    with pytest.raises(UserError, match="model_int8.onnx"):
+        by_verb(str(folder), "old cats", weights="int8")
+
+
 def test_folder_or_file_names_the_graph(onnx_of, tmp_path):
     _, folder = onnx_of(SAMPLE)
     assert onnx_file(folder) == folder / "model.onnx"
@@ -117,6 +128,8 @@ def test_sampler_draws_only_from_the_top():
     draw = sampler(1.0, 2, 0)
     assert {draw(np.array([0.0, 3.0, 2.9, -1.0])) for _ in range(50)} == {1, 2}
     assert sampler(0.0, 0, 0)(np.array([0.0, 3.0, 2.9])) == 1
+    draw = sampler(1.0, 0, 0, top_p=0.5)
+    assert {draw(np.log(np.array([0.1, 0.4, 0.3, 0.2]))) for _ in range(50)} == {1, 2}
 
 
 def test_mistakes_are_one_line(onnx_of, tokenizer, tmp_path, monkeypatch):
