@@ -409,6 +409,7 @@ def bench_layer_verb(**settings) -> None:
     "--size", default="1m", show_default=True, help="Parameters without embeddings: 1m, 10m or 100m."
 )
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile every arm.")
+@click.option("--optimizer", type=click.Choice(["adamw", "muon"]), default="adamw", show_default=True)
 @bench_options(seconds=60.0)
 def bench_train_verb(**settings) -> None:
     """Whole training steps of models with equally many parameters."""

@@ -7,8 +7,8 @@ moment.
 Results are written after each part, so what was measured before an interruption is kept. Parts, in order:
 the tests of the Triton kernels; full-edge forward and backward as a fraction of the matrix product of equal
 FLOPs, in bf16, over tile sizes; phi(a) * u against SiLU(a) * u; training steps of 100M-parameter arms,
-eager and compiled. A dry run goes through the same parts with tiny sizes on the CPU, in Triton's interpreter;
-its timings mean nothing.
+eager and compiled, then each further arm with its MLP. A dry run goes through the same parts with tiny sizes
+on the CPU, in Triton's interpreter; its timings mean nothing.
 """
 
 from __future__ import annotations
@@ -112,13 +112,14 @@ def compiled_silu():
     return silu if DRY else torch.compile(silu)
 
 
-def training(names: tuple[str, ...], compiled: bool, out: Path) -> list[dict]:
+def training(names: tuple[str, ...], compiled: bool, out: Path, label: str | None = None) -> list[dict]:
+    label = label or ("compiled" if compiled else "eager")
     if DRY:
         train.SIZES["dry"] = (128, 344, 1, 2, 1, 8)
     return train.run(
         "dry" if DRY else "100m", names, "triton", DEVICE, compiled=compiled and not DRY,
-        seconds=0.0 if DRY else 60.0, memory=not DRY,
-        out=str(out.with_name(f"{out.stem}-train-{'compiled' if compiled else 'eager'}.json")),
+        seconds=0.0 if DRY else 60.0 if len(names) > 2 else 20.0, memory=not DRY,
+        out=str(out.with_name(f"{out.stem}-train-{label}.json")),
     )  # fmt: skip
 
 
@@ -138,6 +139,8 @@ def main() -> int:
         print("bench_gpu: torch sees no CUDA device", file=sys.stderr)
         return 2
     names = ("swiglu", "kan_glu", "kan_glu_linear", "gelu", "kan_mixed")
+    # Each of the others in a part of its own, with its baseline: what is measured is kept at once.
+    others = [name for name, (baseline, *_) in train.ARMS.items() if name not in names and name != baseline]
     tried = TILES[:1] if DRY else TILES
     parts = {
         "tests": kernel_tests,
@@ -145,6 +148,10 @@ def main() -> int:
         "gate": gate,
         "training eager": lambda: training(names, False, out),
         "training compiled": lambda: training(names[:2] if DRY else names, True, out),
+        **{
+            f"training {name}": (lambda name=name: training((train.ARMS[name][0], name), False, out, name))
+            for name in (others[:1] if DRY else others)
+        },
     }
     start, results = time.monotonic(), {}
     for name, part in parts.items():

@@ -44,6 +44,8 @@ class Arm:
     """Name of the arm whose speed is 1."""
     kernels: str = ""
     details: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, list[float]] = field(default_factory=dict)
+    """Seconds of a part of the steps, by name; `step` adds one a call."""
 
 
 @dataclass
@@ -221,7 +223,10 @@ def summary(
             "tokens_per_second": arm.tokens / median,
             "floor_fraction": floor.seconds(arm) / median if arm.flops or arm.least_bytes else None,
             **arm.details,
+            **{name: statistics.median(part[-len(taken) :]) for name, part in arm.measured.items()},
         }
+        if "optimizer_seconds" in record:
+            record["optimizer_share"] = record["optimizer_seconds"] / median
         if arm.baseline in times:
             base = next(other for other in arms if other.name == arm.baseline)
             ratios = [
@@ -255,9 +260,11 @@ def table(records: list[dict]) -> str:
         "of floor",
         "peak MiB",
         "x mem",
+        "optimizer",
     ]
 
     def cells(record: dict) -> list[str]:
+        share = record.get("optimizer_share")
         low, high = record["seconds_quartiles"]
         ratio, memory = record.get("speed_ratio"), record.get("memory_ratio")
         fraction, peak = record["floor_fraction"], record.get("peak_bytes")
@@ -272,6 +279,7 @@ def table(records: list[dict]) -> str:
             f"{fraction:.2f}" if fraction else "-",
             f"{peak / 2**20:.0f}" if peak else "-",
             f"{memory:.2f}" if memory else "-",
+            f"{share:.0%}" if share else "-",
         ]
 
     rows = [header, *map(cells, records)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -44,6 +45,14 @@ ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "kan_linear": ("gelu", "kan", EDGE | {"kan_basis": "linear"}),
     "kan_mixed": ("gelu", "kan_mixed", EDGE),
     "kan_mixed_linear": ("gelu", "kan_mixed", EDGE | {"kan_basis": "linear"}),
+    "kan_act": ("gelu", "kan_act", GLU),
+    "kan_product": ("swiglu", "kan_product", GLU),
+    "gelu_norm": ("gelu_norm", "gelu", {"hidden_norm": True}),
+    "swiglu_norm": ("swiglu_norm", "swiglu", {"hidden_norm": True}),
+    "kan_act_norm": ("gelu_norm", "kan_act", GLU | {"hidden_norm": True}),
+    "kan_grouped_norm": ("gelu_norm", "kan_grouped", GLU | {"hidden_norm": True}),
+    "kan_glu_norm": ("swiglu_norm", "kan_glu", GLU | {"hidden_norm": True}),
+    "kan_product_norm": ("swiglu_norm", "kan_product", GLU | {"hidden_norm": True}),
 }
 VOCAB_SIZE = 1024
 BATCHES_AT_KNOTS = 8
@@ -71,34 +80,54 @@ def architecture(arm: str, size: str) -> KanLMConfig:
 
 
 def built(
-    arm: str, size: str, backend: str, device: str, compiled: bool = False, seed: int = 0
+    arm: str,
+    size: str,
+    backend: str,
+    device: str,
+    compiled: bool = False,
+    seed: int = 0,
+    optimizer: str = "adamw",
 ) -> tuple[Trainable, str]:
     """The arm's model and optimiser as training builds them, and which kernels it uses."""
     config = architecture(arm, size)
     config._attn_implementation = "sdpa"
     settings = parsed(
         TrainConfig,
-        {"max_tokens": 1, "learning_rate": 1e-4, "kernels": backend, "compile": compiled},
+        {
+            "max_tokens": 1,
+            "learning_rate": 1e-4,
+            "kernels": backend,
+            "compile": compiled,
+            "optimizer": optimizer,
+        },
         "kanlm bench",
     )
     made = build(config, settings, torch.device(device), seed=seed)
     return made, "+".join(sorted(set(made.kernels.values()))) or "-"
 
 
-def training_arm(name: str, size: str, backend: str, device: str = "cpu", compiled: bool = False) -> Arm:
+def training_arm(
+    name: str, size: str, backend: str, device: str = "cpu", compiled: bool = False, optimizer: str = "adamw"
+) -> Arm:
     """One optimizer step on random tokens; bf16 autocast on a GPU."""
-    made, chosen = built(name, size, backend, device, compiled)
-    model, (optimizer,) = made.model, made.optimizers
+    made, chosen = built(name, size, backend, device, compiled, optimizer=optimizer)
+    model = made.model
     *_, sequences, positions = SIZES[size]
     ids = torch.randint(0, VOCAB_SIZE, (sequences, positions), generator=torch.Generator().manual_seed(1))
     ids = ids.to(device)
+    optimizing: list[float] = []
+    """Seconds of the optimisers, a number a step; on a GPU those of starting their kernels."""
 
     def step() -> None:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        start = time.perf_counter()
+        for optimizer in made.optimizers:
+            optimizer.step()
+        optimizing.append(time.perf_counter() - start)
+        for optimizer in made.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     config = architecture(name, size)
     counts = parameter_counts(config)
@@ -114,6 +143,7 @@ def training_arm(name: str, size: str, backend: str, device: str = "cpu", compil
         baseline=ARMS[name][0],
         kernels=chosen,
         details={"intermediate_size": config.intermediate_size},
+        measured={"optimizer_seconds": optimizing},
     )
 
 
@@ -176,6 +206,7 @@ def run(
     backend: str = "auto",
     device: str = "cpu",
     compiled: bool = False,
+    optimizer: str = "adamw",
     seconds: float = 60.0,
     memory: bool = True,
     out: str | None = None,
@@ -184,26 +215,29 @@ def run(
     """Compare training steps of `arms` (default: all); prints a table, writes JSON, returns the records.
 
     Raises:
-        UserError: an unknown size, arm or backend, or a device that is not there.
+        UserError: an unknown size, arm, backend or optimizer, or a device that is not there.
     """
     require_device(device)
     try:
         names, red = passing(list(arms or ARMS), size, backend, device)
     except ValueError as error:
         raise UserError(str(error)) from None
-    built_arms = [training_arm(name, size, backend, device, compiled) for name in names]
+    built_arms = [training_arm(name, size, backend, device, compiled, optimizer) for name in names]
     peaks = {}
     if memory:
         for arm in built_arms:
             on_gpu = device == "cuda"
             peaks[arm.name] = (
-                cuda_peak_memory(arm) if on_gpu else peak_memory(training_arm, arm.name, size, backend)
+                cuda_peak_memory(arm)
+                if on_gpu
+                else peak_memory(training_arm, arm.name, size, backend, "cpu", False, optimizer)
             )
     settings = {
         "size": size,
         "backend": backend,
         "device": device,
         "compiled": compiled,
+        "optimizer": optimizer,
         "vocab_size": VOCAB_SIZE,
     }
     return report(
