@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 THREADS ?= 2
 
-.PHONY: demo smoke test test-slow test-hf check lint types docs clean
+.PHONY: demo smoke test test-slow test-hf test-transformers check lint types docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -34,6 +34,10 @@ test-slow: $(VENV)/installed
 # test-hf     transformers' own model tests on our classes
 test-hf: $(VENV)/installed
 	$(BIN)/python scripts/test_hf.py
+
+# test-transformers   tests/hf under the oldest and the newest transformers that pyproject.toml allows
+test-transformers: $(VENV)/installed
+	$(BIN)/python scripts/test_transformers.py
 
 # check       format, lint, types and tests
 check: lint types test

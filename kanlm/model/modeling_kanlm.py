@@ -80,6 +80,10 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
 
 
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What this transformers calls the keys and values seen: it was renamed in 5.24, and both names are taken."""
+
+
 def eager_attention_forward(
     module: "KanLMAttention",
     query: torch.Tensor,
@@ -222,7 +226,7 @@ class KanLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["KanLMDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -338,6 +342,7 @@ class KanLMModel(KanLMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Hidden states after the final norm.
@@ -348,6 +353,7 @@ class KanLMModel(KanLMPreTrainedModel):
         Raises:
             ValueError: both inputs, neither of them, or no token.
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: give exactly one of the two")
         if inputs_embeds is None:
@@ -360,13 +366,8 @@ class KanLMModel(KanLMPreTrainedModel):
                 torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
             ).unsqueeze(0)
 
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        # By position: what transformers 5.17 calls `past_key_values`, 5.24 calls `cache`.
+        mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         if use_cache and past_key_values is None:  # after the mask, which sees packed documents without one
             past_key_values = DynamicCache(config=self.config)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
@@ -381,7 +382,8 @@ class KanLMModel(KanLMPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+            self.norm(hidden_states),
+            past_key_values,  # by position, for its two names
         )
 
 
@@ -427,6 +429,7 @@ class KanLMForCausalLM(KanLMPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Logits, and with `labels` [B, T] (-100 = not scored) the loss in nats/token.
@@ -438,7 +441,7 @@ class KanLMForCausalLM(KanLMPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=cache if past_key_values is None else past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -450,11 +453,7 @@ class KanLMForCausalLM(KanLMPreTrainedModel, GenerationMixin):
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            loss, logits, getattr(outputs, CACHE), outputs.hidden_states, outputs.attentions
         )
 
 
