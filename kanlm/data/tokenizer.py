@@ -89,7 +89,9 @@ def loaded_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except UserError:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        if not isinstance(error, (OSError, ValueError)) and type(error) is not Exception:
+            raise  # the tokenizers library has no class of its own for a file that it cannot read
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"tokenizer.path: no tokenizer could be loaded from {str(path)!r}: {reason}; give a folder with "

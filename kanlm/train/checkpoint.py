@@ -344,4 +344,11 @@ def load_tokenizer(run_dir: str | Path) -> PreTrainedTokenizerFast:
     folder = RunDir(run_dir).tokenizer
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder}: no tokenizer.json; {run_dir} is not the folder of a run that has started")
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        # The tokenizers library has no class of its own for a file that it cannot read.
+        file = folder / "tokenizer.json"
+        raise UserError(f"{file}: cannot be read ({error}); run the same command again") from None

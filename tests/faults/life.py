@@ -108,6 +108,7 @@ class Life:
         self.log = self.root / "log"
         self.stages: list[Stage] = []
         self.expected: dict[str, dict] = {}
+        self.calls: dict[str, list[int]] = {}
         self.work.mkdir()
         rng = random.Random(0)
         texts = [" ".join(rng.choices(WORDS, k=rng.randint(5, 20))) + "." for _ in range(120)]
@@ -137,8 +138,9 @@ class Life:
 
     def _stage(self, name: str, *command: str) -> None:
         self.stages.append(Stage(name, command, self._kept(name)))
-        status, told = self.ran(command)
+        status, told = self.ran(command, count=True)
         assert status == 0, told
+        self.calls[name] = json.loads((self.root / "counts").read_text())
         self.expected[name] = self.result(name)
 
     def _kept(self, name: str) -> Path:
@@ -231,18 +233,14 @@ class Life:
             time.sleep(0.005)
 
     def faults(self) -> list[Fault]:
-        """Every fault there is: a stage's calls are counted in a run without one."""
-        found = []
-        for stage in self.stages:
-            self._restored(stage.base)
-            status, told = self.ran(stage.command, count=True)
-            assert status == 0, told
-            numbers = json.loads((self.root / "counts").read_text())
-            for kind, calls in zip(CLASSES, numbers, strict=True):
-                found += [
-                    Fault(stage, kind, number, *each) for number in range(calls) for each in KINDS[kind]
-                ]
-        return found
+        """Every fault there is, by the calls of a life without one."""
+        return [
+            Fault(stage, kind, number, *each)
+            for stage in self.stages
+            for kind, calls in zip(CLASSES, self.calls[stage.name], strict=True)
+            for number in range(calls)
+            for each in KINDS[kind]
+        ]
 
     def outcome(self, fault: Fault) -> tuple[str, str]:
         """(what became of it, what was said): "finished", "told", or what went wrong."""

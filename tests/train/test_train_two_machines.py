@@ -101,7 +101,7 @@ def test_cut_link_is_told_on_both_machines_and_one_of_them_goes_on(
 
     launchers = [launched(machines, rank, path, log) for rank, log in enumerate(logs)]
     try:
-        waited_for(lambda: len(run.checkpoint_folders()) >= 2, 400)
+        waited_for(lambda: len(run.checkpoint_folders()) >= 2, 900)  # a busy machine takes long to import
         record = json.loads(run.record.read_text())
         assert (record["provenance"]["processes"], record["provenance"]["wrapper"]) == (2, "ddp")
         ip("-n", machines[1], "link", "set", "eth0", "down")
