@@ -256,9 +256,15 @@ class RunConfig(Section):
     @field_validator("model")
     @classmethod
     def finite_numbers(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for key, number in value.items():
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ValueError(f"{key}: {number} is not a finite number")
+        def check(key: str, part: Any) -> None:
+            if isinstance(part, float) and not math.isfinite(part):
+                raise ValueError(f"{key}: {part} is not a finite number")
+            if isinstance(part, (dict, list)):
+                for name, inner in part.items() if isinstance(part, dict) else enumerate(part):
+                    check(f"{key}.{name}", inner)
+
+        for key, part in value.items():
+            check(key, part)
         return value
 
     @property

@@ -127,3 +127,10 @@ def test_weights_must_sum_to_a_positive_number(tmp_path):
     with pytest.raises(UserError, match="data.mixture: the weights sum to 0") as caught:
         load_run_config(path)
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_that_are_not_finite_are_refused_at_any_depth():
+    for override in ("train.betas=[nan, 0.9]", "model.kan_grid_max=inf", "model.rope_parameters={theta=inf}"):
+        table = {"name": "x", "model": {}, "train": {"max_tokens": 1000}}
+        with pytest.raises(UserError, match="finite number"):
+            parsed(RunConfig, with_overrides(table, [override]), "file", [override])

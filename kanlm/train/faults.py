@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterable
 from types import FrameType
@@ -189,6 +190,17 @@ def nonfinite_error(
         f"{config.name}: loss or gradient not finite in {MAX_NONFINITE_STEPS} steps in a row, up to step "
         f"{step + 1}; first in {layer}; see {path}; lower train.learning_rate (now "
         f"{config.train.learning_rate:g}) or train in fp32"
+    )
+
+
+def blind_notice(loss: float, vocab_size: int) -> str | None:
+    """What to say of a run that finished with a held-out `loss` [nats/token] above that of a blind guess."""
+    guess = math.log(vocab_size)
+    if loss <= guess:
+        return None
+    return (
+        f"held-out loss {loss:.2f} is above ln(vocabulary) = {guess:.2f}, which a model that knows nothing has: "
+        "this run has learned nothing; lower train.learning_rate or train longer"
     )
 
 

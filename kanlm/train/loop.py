@@ -30,6 +30,7 @@ from kanlm.train.faults import (
     MAX_NONFINITE_STEPS,
     Stopped,
     StopSignal,
+    blind_notice,
     high_loss_error,
     nonfinite_error,
 )
@@ -374,6 +375,8 @@ def finish(session: Session) -> None:
         record_final_validation(session, values)
     record.state = "finished"
     assert record.final_validation is not None
+    if notice := blind_notice(record.final_validation["loss"], session.model_config.vocab_size):
+        session.progress.say(notice)
     session.progress.say(
         f"finished: {state.tokens:,} tokens in {timedelta(seconds=round(state.seconds))}, validation "
         f"{record.final_validation['bits_per_byte']:.4f} bits/byte; next: kanlm export {run.root}"

@@ -221,7 +221,7 @@ class Life:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(status)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 500
         while True:
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
@@ -229,7 +229,7 @@ class Life:
             if time.monotonic() > deadline:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-                return 98, "did not end within 120 seconds"
+                return 98, "did not end within 500 seconds"
             time.sleep(0.005)
 
     def faults(self) -> list[Fault]:
