@@ -199,8 +199,8 @@ def blind_notice(loss: float, vocab_size: int) -> str | None:
     if loss <= guess:
         return None
     return (
-        f"held-out loss {loss:.2f} is above ln(vocabulary) = {guess:.2f}, which a model that knows nothing has: "
-        "this run has learned nothing; lower train.learning_rate or train longer"
+        f"held-out loss {loss:.2f} is above ln(vocabulary) = {guess:.2f}, which a model that knows nothing "
+        "has: this run has learned nothing; lower train.learning_rate or train longer"
     )
 
 

@@ -31,6 +31,7 @@ def ran(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_sampled_faults_end_in_one_line_and_lose_nothing():
     assert "6 faults injected: " in ran("--no-report", "--sample", "6", "--seed", "3")
 
