@@ -219,8 +219,14 @@ def pairs_verb(model: str, file: str, **settings) -> None:
 @verb("compare", "kanlm compare demo")
 @click.argument("config", type=click.Path())
 @click.argument("overrides", nargs=-1)
-def compare_verb(config: str, overrides: tuple[str, ...]) -> None:
+@click.option("--dry-run", is_flag=True, help="Runs, tokens, hours, detectable difference; trains nothing.")
+def compare_verb(config: str, overrides: tuple[str, ...], dry_run: bool) -> None:
     """Plan the arms of CONFIG, train, export and evaluate them, write the report; resumable."""
+    if dry_run:
+        from kanlm.compare.estimate import estimate
+
+        click.echo(estimate(config, overrides))
+        return
     from kanlm.compare.run import compare
 
     compare(config, overrides)
@@ -228,20 +234,33 @@ def compare_verb(config: str, overrides: tuple[str, ...]) -> None:
 
 @verb("report", "kanlm report runs/demo")
 @click.argument("directory", type=click.Path())
-def report_verb(directory: str) -> None:
-    """Rebuild the report of a comparison from its artifacts alone."""
-    from kanlm.compare.report import report
+@click.argument("other", type=click.Path(), required=False)
+@click.option(
+    "--bundle", type=click.Path(), help="Folder for bundle.json: what the report is made of, to commit."
+)
+def report_verb(directory: str, other: str | None, bundle: str | None) -> None:
+    """Rebuild the report of a comparison from its artifacts, or its bundle.json, alone.
 
-    click.echo(report(directory))
+    With OTHER, a second comparison: both side by side.
+    """
+    from kanlm.compare import artifacts, beside, report
+
+    if other is not None:
+        click.echo(beside.side_by_side(directory, other))
+    elif bundle is not None:
+        click.echo(artifacts.write_bundle(directory, bundle))
+    else:
+        click.echo(report.report(directory))
 
 
 @verb("status", "kanlm status runs/tiny-kan_glu")
 @click.argument("run", type=click.Path())
 def status_verb(run: str) -> None:
-    """Where a RUN stands, also while it runs."""
+    """Where a RUN, or a comparison, stands, also while it runs."""
+    from kanlm.compare import status as comparison
     from kanlm.train.status import status
 
-    click.echo(status(run))
+    click.echo(comparison.status(run) if comparison.is_comparison(run) else status(run))
 
 
 @verb("generate", 'kanlm generate runs/tiny-kan_glu/hf --prompt "def main("')

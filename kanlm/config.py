@@ -404,5 +404,8 @@ def load_run_config(path: str | Path, overrides: tuple[str, ...] | list[str] = (
     """The run configuration in the TOML file `path`, or shipped under that name, with `overrides` applied."""
     table = toml_table(path)
     if "arms" in table:
-        raise UserError(f"{path}: a comparison, not one run: it has [[arms]]; see kanlm compare {path}")
+        raise UserError(
+            f"{path}: a comparison, not one run: it has [[arms]]; `kanlm compare {path}` runs it, "
+            "with --dry-run it shows sizes, tokens and hours"
+        )
     return parsed(RunConfig, with_overrides(table, overrides), str(path), overrides)

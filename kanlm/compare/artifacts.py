@@ -3,7 +3,7 @@
 runs/NAME/
   compare.json           the resolved CompareConfig, provenance, hashes of the data
   plan.json              PlannedArm for every matching and size, the trials, the sweep's choices
-  configs/TRIAL.toml     the run configuration that `accelerate launch -m kanlm train` got
+  configs/TRIAL.json     the run configuration that `accelerate launch -m kanlm train` got
   arms/TRIAL/            a run directory (kanlm.runs), and beside it
     eval/heldout.json      EvalReport of the exported folder
     samples.json           [{"prompt", "text"}]
@@ -13,20 +13,27 @@ runs/NAME/
   speed.json             training-step times of all arms, measured in turns
   baselines.json         n-gram and compressor on the same held-out text
   report.md, report.html, report.json, plots/*.svg
+  bundle.json            instead of all but the reports: what `kanlm report` reads, by relative path
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from kanlm.compare.schema import CompareConfig, PlannedArm, Trial
-from kanlm.config import UserError, parsed
-from kanlm.runs import EvalReport, RunDir, RunRecord, read_json
+from pydantic import ValidationError
 
-State = Literal["finished", "diverged", "crashed", "interrupted", "not run"]
+from kanlm.compare.schema import CompareConfig, Family, PlannedArm, Trial
+from kanlm.config import UserError, parsed
+from kanlm.runs import EvalReport, RunDir, RunRecord, read_json, write_json
+from kanlm.train.status import last_metrics
+
+State = Literal["finished", "diverged", "mistaken", "crashed", "interrupted", "not run"]
+BUNDLED = ("run.json", "eval/heldout.json", "samples.json", "functions.json", "failure.json", "metrics.jsonl")
+"""Files of a trial's folder that a report is made of."""
 
 
 class CompareDir:
@@ -44,9 +51,10 @@ class CompareDir:
         self.report_json = self.root / "report.json"
         self.report_md = self.root / "report.md"
         self.report_html = self.root / "report.html"
+        self.bundle = self.root / "bundle.json"
 
     def config(self, trial: str) -> Path:
-        return self.configs / f"{trial}.toml"
+        return self.configs / f"{trial}.json"
 
     def run(self, trial: str) -> TrialDir:
         return TrialDir(self.arms / trial)
@@ -109,50 +117,115 @@ class Artifacts:
     def sweep_ran(self) -> bool:
         return any(len(row["trials"]) > 1 for row in self.sweep)
 
+    def family(self, arm: str) -> Family:
+        return next(planned.family for planned in self.arms if planned.arm == arm)
+
     def planned(self, matching: str, size: str, arm: str) -> PlannedArm:
         return next(p for p in self.arms if (p.matching, p.size, p.arm) == (matching, size, arm))
 
     def at(self, matching: str, size: str, arm: str | None = None) -> list[Result]:
-        """Results by seed; the reference's runs of equal parameters serve as its wall-clock runs too."""
-        found = []
-        for result in self.results:
-            trial = result.trial
-            borrowed = matching == "wallclock" and trial.arm == self.config.reference
-            if trial.matching == ("parameters" if borrowed else matching) and trial.size == size:
-                if arm in (None, trial.arm):
-                    found.append(result)
+        """Results by seed."""
+        found = [
+            result
+            for result in self.results
+            if (result.trial.matching, result.trial.size) == (matching, size)
+            and arm in (None, result.trial.arm)
+        ]
         return sorted(found, key=lambda result: result.trial.seed)
 
 
-def state_of(run: TrialDir) -> tuple[State, str]:
+class Files:
+    """The files of a comparison: those of its folder, or, where it has none, those in its bundle.json."""
+
+    def __init__(self, directory: CompareDir):
+        self._root = directory.root
+        bundled = directory.bundle.is_file() and not directory.compare.is_file()
+        self._bundle: dict[str, Any] | None = read_json(directory.bundle) if bundled else None
+
+    def text(self, path: Path) -> str | None:
+        """None where there is no such file."""
+        if self._bundle is None:
+            return path.read_text(encoding="utf-8") if path.is_file() else None
+        return self._bundle.get(path.relative_to(self._root).as_posix())
+
+    def json(self, path: Path) -> Any:
+        """None where there is no such file."""
+        text = self.text(path)
+        return None if text is None else json.loads(text)
+
+
+def write_bundle(root: str | Path, out: str | Path) -> Path:
+    """bundle.json in the folder `out`: every file that the report of `root` is made of, in one to commit.
+
+    `kanlm report OUT` gives the same files from it. Of metrics.jsonl the losses are kept.
+    """
+    directory = CompareDir(root)
+    load(root)  # a folder that gives no report gives no bundle
+    names = {row["run"]["name"] for row in read_json(directory.plan)["trials"]}
+    paths = [directory.compare, directory.plan, directory.speed, directory.baselines]
+    paths += [directory.run(name).root / file for name in sorted(names) for file in BUNDLED]
+    files = Files(directory)
+    texts = {
+        path.relative_to(directory.root).as_posix(): losses_alone(text) if path.suffix == ".jsonl" else text
+        for path in paths
+        if (text := files.text(path)) is not None
+    }
+    target = CompareDir(out).bundle
+    write_json(target, texts)
+    return target
+
+
+def losses_alone(metrics: str) -> str:
+    """The lines of a metrics.jsonl with what `load_curve` reads."""
+    kept = ("tokens", "seconds", "loss", "validation_loss")
+    rows = ({key: row[key] for key in kept if key in row} for row in metrics_rows(metrics))
+    return "".join(json.dumps(row) + "\n" for row in rows if "loss" in row or "validation_loss" in row)
+
+
+def state_of(run: TrialDir, files: Files | None = None) -> tuple[State, str]:
     """How far the trial in `run` came, and why it ended where it did not finish.
 
     A run that stopped itself because its loss was no number is a result. Any other failure (a full disk, a
     killed process) is shown too, and tried again by the next `kanlm compare`.
     """
-    record = read_json(run.record) if run.record.is_file() else None
+    files = files or Files(CompareDir(run.root.parent.parent))
+    record = files.json(run.record)
     if record is not None and record["state"] == "finished":
         return "finished", ""
     if record is not None and record["state"] == "failed":
         reason = str(record["failure"])
-        diverged = reason.startswith("Diverged: ")
-        return ("diverged", reason.removeprefix("Diverged: ")) if diverged else ("crashed", reason)
-    if run.failure.is_file():
-        failure = read_json(run.failure)
+        states: dict[str, State] = {"diverged": "diverged", "user_error": "mistaken"}
+        return states.get(record.get("failure_kind"), "crashed"), reason
+    failure = files.json(run.failure)
+    if failure is not None:
         return "crashed", f"exit status {failure['returncode']}: {failure['message']}"
     return ("interrupted", "") if record else ("not run", "")
 
 
-def load_curve(path: Path) -> Curve:
-    """The losses in a run's metrics.jsonl; a torn last line, as a killed process leaves it, is left out."""
-    curve = Curve()
-    if not path.is_file():
-        return curve
-    for line in path.read_text(encoding="utf-8").splitlines():
+def fraction_done(run: TrialDir) -> float:
+    """The part of a run's training that is done, read while it trains."""
+    if not run.record.is_file():
+        return 0.0
+    record = read_json(run.record)
+    if record["state"] in ("finished", "failed"):
+        return 1.0
+    step = max(record["step"], last_metrics(run).get("step", 0))
+    return step / record["total_steps"] if record["total_steps"] else 0.0
+
+
+def metrics_rows(metrics: str) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a torn last line, as a killed process leaves it, is left out."""
+    for line in metrics.splitlines():
         try:
-            row = json.loads(line)
+            yield json.loads(line)
         except json.JSONDecodeError:
             continue
+
+
+def load_curve(metrics: str) -> Curve:
+    """The losses in the text of a run's metrics.jsonl."""
+    curve = Curve()
+    for row in metrics_rows(metrics):
         if "loss" in row:
             curve.tokens.append(row["tokens"])
             curve.seconds.append(row["seconds"])
@@ -164,35 +237,42 @@ def load_curve(path: Path) -> Curve:
     return curve
 
 
-def load_result(directory: CompareDir, trial: Trial, arm: PlannedArm) -> Result:
+def load_result(directory: CompareDir, files: Files, trial: Trial, arm: PlannedArm) -> Result:
     run = directory.run(trial.name)
-    state, reason = state_of(run)
+    state, reason = state_of(run, files)
+    record, report = files.json(run.record), files.json(run.heldout)
     return Result(
         trial=trial,
         arm=arm,
         state=state,
         reason=reason,
-        record=RunRecord.model_validate(read_json(run.record)) if run.record.is_file() else None,
-        eval=EvalReport.model_validate(read_json(run.heldout)) if run.heldout.is_file() else None,
-        curve=load_curve(run.metrics),
-        samples=read_json(run.samples) if run.samples.is_file() else [],
-        functions=read_json(run.functions) if run.functions.is_file() else None,
+        record=RunRecord.model_validate(record) if record else None,
+        eval=EvalReport.model_validate(report) if report else None,
+        curve=load_curve(files.text(run.metrics) or ""),
+        samples=files.json(run.samples) or [],
+        functions=files.json(run.functions),
     )
 
 
 def load(root: str | Path) -> Artifacts:
     """Read a comparison's folder; `UserError` where it holds none."""
     directory = CompareDir(root)
-    for path in (directory.compare, directory.plan):
-        if not path.is_file():
+    files = Files(directory)
+    stored, plan = files.json(directory.compare), files.json(directory.plan)
+    for path, content in ((directory.compare, stored), (directory.plan, plan)):
+        if content is None:
             raise UserError(
                 f"{path}: no such file; {directory.root} holds no comparison, run `kanlm compare` first"
             )
-    stored = read_json(directory.compare)
-    plan = read_json(directory.plan)
-    arms = [PlannedArm.model_validate(row) for row in plan["arms"]]
+    try:
+        arms = [PlannedArm.model_validate(row) for row in plan["arms"]]
+        trials = [Trial.model_validate(row) for row in plan["trials"] if row["kind"] == "final"]
+    except ValidationError as error:
+        raise UserError(
+            f"{directory.plan}: not of this version of kanlm ({error.errors()[0]['msg']}); run `kanlm "
+            "compare` again"
+        ) from None
     by_key = {(arm.matching, arm.size, arm.arm): arm for arm in arms}
-    trials = [Trial.model_validate(row) for row in plan["trials"]]
     return Artifacts(
         directory=directory,
         config=parsed(CompareConfig, stored["config"], str(directory.compare)),
@@ -201,8 +281,9 @@ def load(root: str | Path) -> Artifacts:
         arms=arms,
         sweep=plan["sweep"],
         results=[
-            load_result(directory, trial, by_key[trial.matching, trial.size, trial.arm]) for trial in trials
+            load_result(directory, files, trial, by_key[trial.matching, trial.size, trial.arm])
+            for trial in trials
         ],
-        speed=read_json(directory.speed) if directory.speed.is_file() else None,
-        baselines=read_json(directory.baselines) if directory.baselines.is_file() else [],
+        speed=files.json(directory.speed),
+        baselines=files.json(directory.baselines) or [],
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 from kanlm.compare.artifacts import Artifacts
 from kanlm.compare.judgement import Judgement, mean
+from kanlm.compare.schema import MATCHINGS
 from kanlm.compare.verdict import best_mlp, finished, learned_nothing, tokens_to_loss
 from kanlm.runs import EvalReport
 from kanlm.stats import Rung, median_interval, paired_difference, size_ratio
@@ -78,7 +79,7 @@ def claims(artifacts: Artifacts, judged: list[Judgement]) -> list[dict[str, Any]
     size = config.sizes[-1].name
     baseline = best_mlp(artifacts.at(config.matching[0], size))
     rows = []
-    for arm in [arm.name for arm in config.arms if arm.family == "kan"]:
+    for arm in [arm.name for arm in config.arms if artifacts.family(arm.name) == "kan"]:
         rows += [
             parameters_claim(artifacts, arm, baseline, judged),
             step_time_claim(artifacts, size, arm, baseline),
@@ -167,7 +168,11 @@ def parameters_claim(
 def step_rows(artifacts: Artifacts, size: str) -> dict[str, dict[str, Any]]:
     """Rows of speed.json at the parameter matching by arm."""
     rows = artifacts.speed["arms"] if artifacts.speed else []
-    return {row["arm"]: row for row in rows if row["matching"] != "flops" and row["size"] == size}
+    return {
+        row["arm"]: row
+        for row in rows
+        if MATCHINGS[row["matching"]].width == "parameters" and row["size"] == size
+    }
 
 
 def step_time_claim(artifacts: Artifacts, size: str, arm: str, baseline: str | None) -> dict[str, Any]:
@@ -200,7 +205,7 @@ def time_to_loss_claim(artifacts: Artifacts, size: str, arm: str, baseline: str 
     matching = artifacts.config.matching[0]
     own = {r.trial.seed: r for r in artifacts.at(matching, size, arm) if r.curve.validation_loss}
     other = {r.trial.seed: r for r in artifacts.at(matching, size, baseline) if r.curve.validation_loss}
-    steps = step_rows(artifacts, size) if matching != "flops" else {}
+    steps = step_rows(artifacts, size) if MATCHINGS[matching].width == "parameters" else {}
     ratios = []
     for seed in sorted(set(own) & set(other)):
         finals = (own[seed].curve.validation_loss[-1], other[seed].curve.validation_loss[-1])

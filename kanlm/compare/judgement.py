@@ -171,9 +171,11 @@ def judge(
     matching: str = "parameters",
     size: str = "base",
     learned_nothing: Collection[str] = (),
+    broken_rule: str = "",
 ) -> list[Judgement]:
     """A judgement for each arm that is no MLP, by the rules of this module.
 
+    broken_rule: what makes the arms incomparable; nothing is judged then, and the sentence names it.
     Order: KANs, then controls; within a family the best on the test text first. UserError for a loss that is
     no number, and for an MLP that finished a seed without a validation loss.
     """
@@ -196,6 +198,8 @@ def judge(
             _decided(judgement, arm, arms, level, margin, learned_nothing)
             for judgement, arm, level in zip(_adjusted(first), own, _levels(first), strict=True)
         ]
+        if broken_rule:
+            decided = [replace(one, outcome="no result", reason=broken_rule) for one in decided]
         judged += sorted(decided, key=lambda judgement: judgement.arm_nats or math.inf)
     return judged
 

@@ -1,13 +1,12 @@
-"""From a comparison's file to work: solved widths, the trials of the sweep and of every seed, their run
-files."""
+"""From a comparison's file to work: the arms' solved widths, and the trials with their resolved runs."""
 
 from __future__ import annotations
 
-import json
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from kanlm.compare.schema import (
-    TOLERANCE,
+    MATCHINGS,
     ArmConfig,
     CompareConfig,
     Matching,
@@ -18,7 +17,11 @@ from kanlm.compare.schema import (
 )
 from kanlm.config import RunConfig, UserError
 from kanlm.model import KanLMConfig
+from kanlm.model.ffn import find_arm
 from kanlm.sizing import architecture, matched_width, parameter_counts, training_flops_per_token
+
+Rates = dict[str, float]
+"""`learning_rate` and, where the sweep chose one, `kan_learning_rate`: keys of `[train]`."""
 
 
 def planned_arms(config: CompareConfig, vocab_size: int) -> list[PlannedArm]:
@@ -34,10 +37,10 @@ def _matched(
     config: CompareConfig, matching: Matching, size: SizeConfig, vocab_size: int
 ) -> list[PlannedArm]:
     block_size = run_config(config, size, {}, config.name).data.block_size
-    measured: Literal["parameters", "flops"] = "flops" if matching == "flops" else "parameters"
+    rule = MATCHINGS[matching]
 
     def amount(model: KanLMConfig) -> float:
-        if measured == "flops":
+        if rule.width == "flops":
             return training_flops_per_token(model, block_size)
         return parameter_counts(model).non_embedding
 
@@ -55,21 +58,22 @@ def _matched(
     for arm in config.arms:
         run, model = built(arm)
         if arm.name != config.reference:
-            model, _ = matched_width(model, arm.ffn_type, target, measured, block_size)
+            model, _ = matched_width(model, arm.ffn_type, target, rule.width, block_size)
         counts = parameter_counts(model)
         mismatch = amount(model) / target - 1
-        if abs(mismatch) > TOLERANCE[matching]:
+        if abs(mismatch) > rule.tolerance:
             raise UserError(
-                f"arm {arm.name}: nearest width {model.intermediate_size} misses the reference's {measured} "
-                f"by {mismatch:+.2%}, allowed {TOLERANCE[matching]:.1%}; make the arm with the coarsest "
-                "widths the reference"
+                f"arm {arm.name}: nearest width {model.intermediate_size} misses the reference's "
+                f"{rule.width} by {mismatch:+.2%}, allowed {rule.tolerance:.1%}; make the arm with the "
+                "coarsest widths the reference"
             )
+        block = find_arm(arm.ffn_type)
         planned.append(
             PlannedArm(
                 matching=matching,
                 size=size.name,
                 arm=arm.name,
-                family=arm.family,
+                family=block.family,
                 ffn_type=arm.ffn_type,
                 intermediate_size=model.intermediate_size,
                 model={**run.model, "intermediate_size": model.intermediate_size},
@@ -78,6 +82,7 @@ def _matched(
                 embedding_parameters=counts.embedding,
                 non_embedding_parameters=counts.non_embedding,
                 ffn_parameters=counts.ffn,
+                coefficients=block.count_coefficients(model),
                 flops_per_token=float(training_flops_per_token(model, block_size)),
                 mismatch=mismatch,
             )
@@ -85,109 +90,85 @@ def _matched(
     return planned
 
 
-def sweep_trials(config: CompareConfig) -> list[Trial]:
-    """Learning-rate trials of all arms at the first matching, arms in turns."""
-    matching = config.matching[0]
-    trials = []
-    for size in config.sizes:
-        base = run_config(config, size, {}, config.name)
-        tokens = min(config.sweep.max_tokens or base.train.max_tokens, base.train.max_tokens)
-        for index in range(len(config.learning_rates(config.arms[0]))):
-            for arm in config.arms:
-                rate = sorted(config.learning_rates(arm))[index]
-                trials.append(
-                    Trial(
-                        name=f"sweep-{size.name}-{arm.name}-lr{rate:g}",
-                        kind="sweep",
-                        matching=matching,
-                        size=size.name,
-                        arm=arm.name,
-                        seed=config.sweep.seed,
-                        learning_rate=rate,
-                        max_tokens=tokens,
-                    )
-                )
-    return trials
+def planned_trial(
+    config: CompareConfig,
+    arm: PlannedArm,
+    kind: Literal["sweep", "final"],
+    name: str,
+    seed: int,
+    rates: Mapping[str, float],
+    max_tokens: int,
+) -> Trial:
+    """A trial of `arm` with its run; seed and data order are the same for all arms of one seed."""
+    size = next(size for size in config.sizes if size.name == arm.size)
+    changes = {
+        "name": name,
+        "seed": seed,
+        "data_seed": seed,
+        "model": arm.model,
+        "train": {**arm.train, **rates, "max_tokens": max_tokens},
+    }
+    run = run_config(config, size, changes, f"trial {name}")
+    return Trial(kind=kind, matching=arm.matching, size=arm.size, arm=arm.arm, run=run)
+
+
+def token_budget(config: CompareConfig, size: str) -> int:
+    """The training tokens that `[base]` gives a run of `size`."""
+    chosen = next(one for one in config.sizes if one.name == size)
+    return run_config(config, chosen, {}, config.name).train.max_tokens
+
+
+def sweep_trial(config: CompareConfig, arm: PlannedArm, rates: Rates) -> Trial:
+    """One trial of the sweep."""
+    tokens = token_budget(config, arm.size)
+    name = f"sweep-{arm.size}-{arm.arm}-lr{rates['learning_rate']:g}"
+    if "kan_learning_rate" in rates:
+        name += f"-kan{rates['kan_learning_rate']:g}"
+    tokens = min(config.sweep.max_tokens or tokens, tokens)
+    return planned_trial(config, arm, "sweep", name, config.sweep.seed, rates, tokens)
 
 
 def final_trials(
     config: CompareConfig,
-    learning_rates: dict[tuple[str, str], float],
-    tokens_per_second: dict[tuple[str, str], float] | None = None,
+    arms: Sequence[PlannedArm],
+    rates: Mapping[tuple[str, str], Rates],
+    tokens_per_second: Mapping[tuple[str, str, str], float] | None = None,
 ) -> list[Trial]:
     """The trials that are reported, seed by seed with the arms' order rotated, so that a machine that slows
     down hits no arm more than another.
 
     Args:
-        learning_rates: by (size, arm): the sweep's choice, or the configured one.
-        tokens_per_second: by (size, arm): step-time measurement; needed for matching "wallclock", where an
-            arm's token budget is the reference's times the ratio of their speeds.
+        arms: as `planned_arms` gives them.
+        rates: by (size, arm): the sweep's choice; nothing for what is configured.
+        tokens_per_second: by (rule of widths, size, arm): measured step times; needed where the budget is
+            time, which then are the tokens that take as long as the reference takes for its own.
     """
+    by_key = {(arm.matching, arm.size, arm.arm): arm for arm in arms}
+    names = [arm.name for arm in config.arms]
+    found: dict[str, Trial] = {}
     trials = []
     for matching in config.matching:
+        rule = MATCHINGS[matching]
         for size in config.sizes:
-            budget = run_config(config, size, {}, config.name).train.max_tokens
             for turn, seed in enumerate(config.seeds):
-                shift = turn % len(config.arms)
-                for arm in config.arms[shift:] + config.arms[:shift]:
-                    if matching == "wallclock" and arm.name == config.reference:
-                        continue
-                    tokens = budget
-                    if matching == "wallclock":
+                shift = turn % len(names)
+                for name in names[shift:] + names[:shift]:
+                    tokens = token_budget(config, size.name)
+                    if rule.budget == "time":
                         assert tokens_per_second is not None
-                        speed = tokens_per_second[size.name, arm.name]
-                        tokens = round(budget * speed / tokens_per_second[size.name, config.reference])
-                    trials.append(
-                        Trial(
-                            name=f"{matching}-{size.name}-{arm.name}-seed{seed}",
-                            kind="final",
-                            matching=matching,
-                            size=size.name,
-                            arm=arm.name,
-                            seed=seed,
-                            learning_rate=learning_rates[size.name, arm.name],
-                            max_tokens=tokens,
+                        own, reference = (
+                            tokens_per_second[rule.width, size.name, one] for one in (name, config.reference)
                         )
+                        tokens = round(tokens * own / reference)
+                    trial = planned_trial(
+                        config,
+                        by_key[matching, size.name, name],
+                        "final",
+                        f"{matching}-{size.name}-{name}-seed{seed}",
+                        seed,
+                        rates.get((size.name, name), {}),
+                        tokens,
                     )
+                    same = found.setdefault(trial.run.model_dump_json(exclude={"name"}), trial)
+                    trials.append(trial.model_copy(update={"run": same.run}))
     return trials
-
-
-def trial_config(config: CompareConfig, planned: PlannedArm, trial: Trial) -> RunConfig:
-    """The run configuration of `trial`; seed and data order are the same for all arms of one seed."""
-    size = next(size for size in config.sizes if size.name == trial.size)
-    train = {**planned.train, "learning_rate": trial.learning_rate, "max_tokens": trial.max_tokens}
-    changes = {
-        "name": trial.name,
-        "seed": trial.seed,
-        "data_seed": trial.seed,
-        "model": planned.model,
-        "train": train,
-    }
-    return run_config(config, size, changes, f"trial {trial.name}")
-
-
-def toml_text(table: dict[str, Any], prefix: str = "") -> str:
-    """`table` as TOML: values first, then tables; None is left out."""
-    lines, tables = [], []
-    for key, value in table.items():
-        if isinstance(value, dict):
-            tables.append((key, value))
-        elif value is not None:
-            lines.append(f"{key} = {_toml_value(value)}")
-    for key, value in tables:
-        path = f"{prefix}{key}"
-        lines.append(f"\n[{path}]\n{toml_text(value, path + '.')}".rstrip())
-    return "\n".join(lines).strip("\n") + "\n"
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, dict):
-        pairs = ", ".join(f"{key} = {_toml_value(item)}" for key, item in value.items() if item is not None)
-        return f"{{{pairs}}}"
-    return f"[{', '.join(_toml_value(item) for item in value)}]"

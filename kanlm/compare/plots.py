@@ -159,22 +159,26 @@ def throughput(rows: Sequence[dict[str, Any]], colour: dict[str, str], name: str
     return output[0]
 
 
-def sweep(rows: Sequence[dict[str, Any]], colour: dict[str, str], name: str) -> str:
-    """Validation loss against learning rate for every arm; the chosen one is filled."""
+def sweep(rows: Sequence[dict[str, Any]], colour: dict[str, str], name: str, axis: str) -> str:
+    """Validation loss against the rate `axis`, the lowest of each value; an arm's chosen one is filled."""
     with figure_svg(name, 2.9) as (figure, output):
         axes = figure.add_subplot()
         for row in rows:
-            points = [(p["learning_rate"], p["loss"]) for p in row["trials"] if p["loss"] is not None]
-            if not points:
+            lowest: dict[float, float] = {}
+            for trial in row["trials"]:
+                if trial["loss"] is not None and trial.get(axis) is not None:
+                    lowest[trial[axis]] = min(trial["loss"], lowest.get(trial[axis], np.inf))
+            if not lowest:
                 continue
-            rates, losses = zip(*points, strict=True)
+            rates = sorted(lowest)
+            losses = [lowest[rate] for rate in rates]
             axes.plot(
                 rates, losses, "o-", color=colour[row["arm"]], label=row["arm"], markerfacecolor="white"
             )
-            chosen = dict(points)[row["learning_rate"]]
-            axes.plot([row["learning_rate"]], [chosen], "o", color=colour[row["arm"]])
+            if row[axis] in lowest:
+                axes.plot([row[axis]], [lowest[row[axis]]], "o", color=colour[row["arm"]])
         axes.set_xscale("log")
-        axes.set_xlabel("peak learning rate")
+        axes.set_xlabel(f"peak {axis.replace('_', ' ')}".replace("kan learning rate", "rate of coefficients"))
         axes.set_ylabel("validation loss, nats per token")
         axes.legend()
     return output[0]

@@ -17,7 +17,7 @@ from kanlm.compare import plots
 from kanlm.compare.artifacts import Artifacts, Result, load
 from kanlm.compare.claims import claims, size_points
 from kanlm.compare.judgement import MATCHED, Judgement, mean, sentence
-from kanlm.compare.schema import TOLERANCE, PlannedArm
+from kanlm.compare.schema import MATCHINGS, PlannedArm
 from kanlm.compare.verdict import judgements, learned_nothing, mean_bits
 from kanlm.interpret.pictures import learned_functions_svg, spread, standalone_svg
 from kanlm.runs import EvalReport, write_json, write_text
@@ -62,7 +62,7 @@ def report_content(artifacts: Artifacts) -> dict[str, Any]:
                 {
                     "matching": matching,
                     "size": size.name,
-                    "tolerance": TOLERANCE[matching],
+                    "tolerance": MATCHINGS[matching].tolerance,
                     "rows": [
                         arm_row(artifacts, artifacts.planned(matching, size.name, arm.name))
                         for arm in config.arms
@@ -112,8 +112,12 @@ def counting_beats_both(artifacts: Artifacts, judgement: Judgement) -> str:
 
 
 def run_entry(result: Result) -> dict[str, Any]:
+    trial = result.trial
     return {
-        **result.trial.model_dump(mode="json"),
+        **{key: getattr(trial, key) for key in ("name", "kind", "matching", "size", "arm", "seed")},
+        "learning_rate": trial.learning_rate,
+        "kan_learning_rate": trial.run.train.kan_learning_rate,
+        "max_tokens": trial.max_tokens,
         "state": result.state,
         "reason": result.reason,
         "eval": result.eval.model_dump(mode="json") if result.eval else None,
@@ -187,10 +191,11 @@ def geometric_mean(values: Sequence[float]) -> float | None:
 
 
 def speed_row(artifacts: Artifacts, planned: PlannedArm) -> dict[str, Any] | None:
-    """The arm's entry in speed.json; wall-clock runs have the parameter-matched widths."""
-    matching = "parameters" if planned.matching == "wallclock" else planned.matching
+    """The arm's entry in speed.json, of the same rule of widths."""
+    rule = MATCHINGS[planned.matching]
     for row in artifacts.speed["arms"] if artifacts.speed else []:
-        if (row["matching"], row["size"], row["arm"]) == (matching, planned.size, planned.arm):
+        same_width = MATCHINGS[row["matching"]].width == rule.width
+        if same_width and (row["size"], row["arm"]) == (planned.size, planned.arm):
             return row
     return None
 
@@ -213,12 +218,12 @@ def notes(artifacts: Artifacts) -> list[str]:
     if not artifacts.sweep_ran:
         found.append("Learning rates are as configured; none was tuned in this comparison.")
     for row in artifacts.sweep:
-        if row["on_edge"]:
+        for axis in row["on_edge"]:
             found.append(
-                f"{row['arm']}: the best learning rate, {row['learning_rate']:g}, lies on the edge of those "
+                f"{row['arm']}: the best {axis.replace('_', ' ')}, {row[axis]:g}, lies on the edge of those "
                 "tried; a better one may lie outside."
             )
-    mlps = sorted(arm.name for arm in config.arms if arm.family == "mlp")
+    mlps = sorted(arm.name for arm in config.arms if artifacts.family(arm.name) == "mlp")
     if len(mlps) == 1:
         found.append(f"The only MLP arm is {mlps[0]}; another MLP might have done better.")
     for result in artifacts.results:
@@ -257,7 +262,7 @@ def text_notes(judged: Sequence[Judgement]) -> list[str]:
 def report_pictures(artifacts: Artifacts) -> dict[str, dict[str, str]]:
     """`{name: {"svg", "caption", "section"}}`; a picture without data is left out."""
     config = artifacts.config
-    colour = plots.colours([(arm.name, arm.family) for arm in config.arms])
+    colour = plots.colours([(arm.name, artifacts.family(arm.name)) for arm in config.arms])
     matching, size = config.matching[0], config.sizes[-1].name
     results = artifacts.at(matching, size)
     order = {arm.name: place for place, arm in enumerate(config.arms)}
@@ -319,8 +324,15 @@ def report_pictures(artifacts: Artifacts) -> dict[str, dict[str, str]]:
         add(
             "sweep",
             "curves",
-            plots.sweep(tried, colour, "sweep"),
-            "Learning rates tried; the filled point was chosen.",
+            plots.sweep(tried, colour, "sweep", "learning_rate"),
+            "Learning rates tried, each with the best rate of the coefficients; the filled point was chosen.",
+        )
+    if any(trial["kan_learning_rate"] for row in tried for trial in row["trials"]):
+        add(
+            "sweep-coefficients",
+            "curves",
+            plots.sweep(tried, colour, "sweep-coefficients", "kan_learning_rate"),
+            "Rates of the KAN coefficients tried; the filled point was chosen.",
         )
     series = {arm.name: list(zip(*size_points(artifacts, arm.name), strict=True)) for arm in config.arms}
     series = {arm: points for arm, points in series.items() if len(points) > 1}
@@ -354,7 +366,7 @@ def template_values(
         result = next((r for r in first if r.trial.arm == arm.name), None)
         for sample in result.samples if result else []:
             prompts.setdefault(sample["prompt"], []).append({"arm": arm.name, "text": sample["text"]})
-    colour = plots.colours([(arm.name, arm.family) for arm in config.arms])
+    colour = plots.colours([(arm.name, artifacts.family(arm.name)) for arm in config.arms])
     held_out = next((result.eval for result in artifacts.results if result.eval), None)
     return {
         **content,

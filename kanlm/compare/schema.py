@@ -7,22 +7,36 @@
     seeds                paired: every arm sees the same data order for one seed
     [[arms]]             name, ffn_type, [arms.model] hidden_norm and kan_*, [arms.train] optimiser keys
     [[sizes]]            optional: the same comparison at several sizes (for the parameters claim)
-    [sweep]              learning rates tried for every arm, the same number for each
+    jobs                 runs that are trained at once
+    [sweep]              rates tried for every arm, the same number for each
     [evaluation], [speed]
+
+A matching has two sides, what widths are solved to and what a run may spend, and everything reads those sides
+in MATCHINGS: "wallclock" is the widths of "parameters" with a budget of time.
 
 Only the feed-forward block may differ between arms, so an arm that changes another part is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from kanlm.compare.judgement import Family
-from kanlm.config import RunConfig, Section, SourceConfig, config_file, parsed, toml_table, with_overrides
+from kanlm.config import (
+    RunConfig,
+    Section,
+    SourceConfig,
+    UserError,
+    config_file,
+    parsed,
+    toml_table,
+    with_overrides,
+)
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 ARM_TRAIN_KEYS = (
@@ -33,10 +47,26 @@ ARM_TRAIN_KEYS = (
     "kan_optimizer",
     "kernels",
 )
-TOLERANCE = {"parameters": 0.005, "flops": 0.01, "wallclock": 0.005}
-"""Largest relative mismatch; wall-clock arms have the parameter-matched widths."""
-
 Matching = Literal["parameters", "flops", "wallclock"]
+
+
+@dataclass(frozen=True)
+class MatchingRule:
+    """What is made equal: the rule of widths and the rule of budgets."""
+
+    width: Literal["parameters", "flops"]
+    """Solved to the reference's: non-embedding parameters, or training FLOPs of a token."""
+    budget: Literal["tokens", "time"]
+    """The same tokens, or the tokens that take the reference's time by measured step times."""
+    tolerance: float
+    """Largest relative mismatch of widths."""
+
+
+MATCHINGS: dict[Matching, MatchingRule] = {
+    "parameters": MatchingRule("parameters", "tokens", 0.005),
+    "flops": MatchingRule("flops", "tokens", 0.01),
+    "wallclock": MatchingRule("parameters", "time", 0.005),
+}
 
 
 class ArmConfig(Section):
@@ -50,12 +80,8 @@ class ArmConfig(Section):
     """Of `TrainConfig`: the keys in ARM_TRAIN_KEYS."""
     learning_rates: tuple[float, ...] = Field((), strict=False)
     """Sweep of this arm instead of `sweep.learning_rates`, with the same number of trials."""
-
-    @property
-    def family(self) -> Family:
-        from kanlm.model.ffn import find_arm  # here, so that a report needs no torch
-
-        return find_arm(self.ffn_type).family
+    kan_learning_rates: tuple[float, ...] = Field((), strict=False)
+    """Sweep of this arm instead of `sweep.kan_learning_rates`."""
 
     @model_validator(mode="after")
     def only_the_ffn_differs(self) -> ArmConfig:
@@ -83,9 +109,18 @@ class SizeConfig(Section):
 
 
 class SweepConfig(Section):
-    """Learning-rate trials of every arm before the seeds are run; none without `learning_rates`."""
+    """Trials of every arm before the seeds are run, the same number for each; none without `learning_rates`.
+
+    Learning rates come first, then, at the best of them, the rates of KAN coefficients. While the best value
+    of an axis is its smallest or largest, the axis grows. Arms that need fewer trials try more learning rates
+    beside their best one, until all have the same number.
+    """
 
     learning_rates: tuple[float, ...] = Field((), strict=False)
+    kan_learning_rates: tuple[float, ...] = Field((), strict=False)
+    """Absolute rates (`train.kan_learning_rate`), tried by the arms that have KAN coefficients."""
+    extend: int = Field(3, ge=0)
+    """Values by which an axis may grow."""
     max_tokens: int | None = Field(None, ge=1)
     """Training tokens of a trial; default: the full budget."""
     seed: int = Field(1000, ge=0)
@@ -114,6 +149,8 @@ class EvaluationConfig(Section):
     top_k: int = Field(40, ge=0)
     functions_per_module: int = Field(3, ge=0)
     """Learned functions drawn for each KAN layer."""
+    seed_spread_nats: float = Field(0.01, gt=0)
+    """Standard deviation of paired differences that `--dry-run` assumes until runs have measured it."""
 
 
 class SpeedConfig(Section):
@@ -138,6 +175,8 @@ class CompareConfig(Section):
     sweep: SweepConfig = SweepConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     speed: SpeedConfig = SpeedConfig()
+    jobs: int = Field(1, ge=1)
+    """Runs that are trained at once, each with its share of the cores."""
     launch: tuple[str, ...] = Field((), strict=False)
     """Arguments of `accelerate launch`, e.g. ["--config_file", "configs/accelerate/8-gpus-ddp.yaml"]."""
 
@@ -150,6 +189,9 @@ class CompareConfig(Section):
 
     def learning_rates(self, arm: ArmConfig) -> tuple[float, ...]:
         return arm.learning_rates or self.sweep.learning_rates
+
+    def kan_learning_rates(self, arm: ArmConfig) -> tuple[float, ...]:
+        return arm.kan_learning_rates or self.sweep.kan_learning_rates
 
     @field_validator("matching", "seeds", "sizes", "arms")
     @classmethod
@@ -175,10 +217,22 @@ class CompareConfig(Section):
         if len(set(trials.values())) > 1:
             listed = ", ".join(f"{name} {count}" for name, count in trials.items())
             raise ValueError(f"every arm gets the same number of learning-rate trials, got {listed}")
-        if "wallclock" in self.matching and "parameters" not in self.matching:
-            raise ValueError('matching "wallclock" trains the parameter-matched widths; add "parameters"')
-        if "wallclock" in self.matching and not self.speed.rounds:
-            raise ValueError('matching "wallclock" needs measured step times; set speed.rounds to 5 or more')
+        for arm in self.arms:
+            if self.kan_learning_rates(arm) and not self.learning_rates(arm):
+                raise ValueError(
+                    f"arm {arm.name!r} has kan_learning_rates but no learning_rates, which come first; give "
+                    "sweep.learning_rates"
+                )
+        rules = {matching: MATCHINGS[matching] for matching in self.matching}
+        for matching, rule in rules.items():
+            if rule.budget == "tokens":
+                continue
+            if not any(other.width == rule.width and other.budget == "tokens" for other in rules.values()):
+                raise ValueError(f'matching "{matching}" trains the widths of another; add "{rule.width}"')
+            if not self.speed.rounds:
+                raise ValueError(
+                    f'matching "{matching}" needs measured step times; set speed.rounds to 5 or more'
+                )
         return self
 
 
@@ -197,6 +251,8 @@ class PlannedArm(Section):
     embedding_parameters: int
     non_embedding_parameters: int
     ffn_parameters: int
+    coefficients: int
+    """Of its KAN functions; they may have a rate of their own."""
     flops_per_token: float
     """Training FLOPs: forward and backward."""
     mismatch: float
@@ -204,21 +260,42 @@ class PlannedArm(Section):
 
 
 class Trial(Section):
-    """One training run of the comparison."""
+    """One training run of the comparison, with its resolved configuration.
 
-    name: str
+    Two trials that train the same (the reference with a budget of time) have one run between them.
+    """
+
     kind: Literal["sweep", "final"]
     matching: Matching
     size: str
     arm: str
-    seed: int
-    learning_rate: float
-    max_tokens: int
+    run: RunConfig
+
+    @property
+    def name(self) -> str:
+        return self.run.name
+
+    @property
+    def seed(self) -> int:
+        return self.run.seed
+
+    @property
+    def learning_rate(self) -> float:
+        return self.run.train.learning_rate
+
+    @property
+    def max_tokens(self) -> int:
+        return self.run.train.max_tokens
 
 
 def load_compare_config(path: str | Path, overrides: Iterable[str] = ()) -> CompareConfig:
     """The comparison in the TOML file at `path`; a `base` path is read relative to that file."""
     table = toml_table(path)
+    if "arms" not in table and "train" in table:
+        raise UserError(
+            f"{path}: the file of one run, not of a comparison; `kanlm train {path}` trains it, `kanlm plan "
+            f"{path}` shows its sizes"
+        )
     overrides = list(overrides)
     if isinstance(table.get("base"), str):
         table["base"] = toml_table(config_file(path).parent / table["base"])
@@ -244,3 +321,15 @@ def run_config(config: CompareConfig, size: SizeConfig, changes: dict[str, Any],
     together = {"tracking": {"group": config.name}}
     table = merged(together, config.base, {"model": size.model, "train": size.train}, fixed, changes)
     return parsed(RunConfig, table, where)
+
+
+def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`section.key: old, now new` of every value that differs between two runs' dumps."""
+    changes = []
+    for key in dict.fromkeys([*before, *after]):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changes += changed_keys(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changes.append(f"{prefix}{key}: {old}, now {new}")
+    return changes

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from kanlm.bench.measure import take_turns
-from kanlm.compare.plan import trial_config
-from kanlm.compare.schema import CompareConfig, PlannedArm, Trial
+from kanlm.compare.plan import planned_trial
+from kanlm.compare.schema import CompareConfig, PlannedArm
 from kanlm.config import RunConfig
 from kanlm.sizing import architecture
 from kanlm.train.build import build
@@ -19,7 +19,9 @@ from kanlm.train.parallel import clip_gradients, gradient_norm, mixed_precision
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def measured_speed(config: CompareConfig, arms: Sequence[PlannedArm], vocab_size: int) -> dict[str, Any]:
+def measured_speed(
+    config: CompareConfig, arms: Sequence[PlannedArm], vocab_size: int, rounds: int, warmup: int
+) -> dict[str, Any]:
     """speed.json: `rounds` training steps of every arm, one arm after the other in each round.
 
     A step is forward, backward, clipping and optimiser on one micro-batch of random tokens, on one device,
@@ -30,15 +32,14 @@ def measured_speed(config: CompareConfig, arms: Sequence[PlannedArm], vocab_size
     rows = []
     first = None
     for size in config.sizes:
-        group = [arm for arm in arms if arm.size == size.name and arm.matching != "wallclock"]
-        runs = [trial_config(config, arm, _trial(config, arm)) for arm in group]
+        group = [arm for arm in arms if arm.size == size.name]
+        runs = [planned_trial(config, arm, "final", "speed", 0, {}, 1).run for arm in group]
         first = first or runs[0]
         if device.type == "cpu" and runs[0].train.num_threads:
             torch.set_num_threads(runs[0].train.num_threads)
         steps = [training_step(run, vocab_size, device) for run in runs]
-        rounds = range(config.speed.warmup + config.speed.rounds)
-        turns = take_turns(steps, rounds.__contains__, device.type)
-        seconds = [taken[config.speed.warmup :] for taken in turns]
+        turns = take_turns(steps, range(warmup + rounds).__contains__, device.type)
+        seconds = [taken[warmup:] for taken in turns]
         tokens = step_sequences(runs[0]) * runs[0].data.block_size
         for arm, times in zip(group, seconds, strict=True):
             low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
@@ -57,7 +58,7 @@ def measured_speed(config: CompareConfig, arms: Sequence[PlannedArm], vocab_size
             )
     assert first is not None
     return {
-        "rounds": config.speed.rounds,
+        "rounds": rounds,
         "arms": rows,
         "tokens_per_step": step_sequences(first) * first.data.block_size,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
@@ -65,19 +66,6 @@ def measured_speed(config: CompareConfig, arms: Sequence[PlannedArm], vocab_size
         "dtype": str(DTYPES[mixed_precision(first.train, device)]).removeprefix("torch."),
         "compiled": first.train.compile,
     }
-
-
-def _trial(config: CompareConfig, arm: PlannedArm) -> Trial:
-    return Trial(
-        name="speed",
-        kind="sweep",
-        matching=arm.matching,
-        size=arm.size,
-        arm=arm.arm,
-        seed=0,
-        learning_rate=1e-4,
-        max_tokens=1,
-    )
 
 
 def step_sequences(run: RunConfig) -> int:

@@ -44,7 +44,7 @@ def table_rows(content: dict[str, Any]) -> list[list[Any]]:
 
 def pictures(artifacts: Artifacts) -> dict[str, np.ndarray]:
     """Learned functions by arm, of the first seed that has some: pixels [height, width, RGB]."""
-    colour = colours([(arm.name, arm.family) for arm in artifacts.config.arms])
+    colour = colours([(arm.name, artifacts.family(arm.name)) for arm in artifacts.config.arms])
     found: dict[str, np.ndarray] = {}
     for result in artifacts.at(artifacts.config.matching[0], artifacts.config.sizes[-1].name):
         arm = result.trial.arm

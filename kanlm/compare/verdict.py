@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from kanlm.compare.artifacts import Artifacts, Result
 from kanlm.compare.judgement import ArmLosses, Judgement, best_baseline, judge, mean
+from kanlm.compare.schema import MATCHINGS, MatchingRule
 from kanlm.runs import EvalReport
 from kanlm.stats import standard_error
 
@@ -70,8 +71,37 @@ def judgements(artifacts: Artifacts, matching: str, size: str) -> list[Judgement
         if arm.bits_per_byte and learned_nothing(mean([*arm.bits_per_byte.values()]), artifacts.baselines)
     }
     margin = artifacts.config.evaluation.equivalence_margin_nats
-    judged = judge(losses, margin, matching=matching, size=size, learned_nothing=idle)
+    judged = judge(
+        losses,
+        margin,
+        matching=matching,
+        size=size,
+        learned_nothing=idle,
+        broken_rule=broken_rule(results, MATCHINGS[results[0].trial.matching]) if results else "",
+    )
     return [replace(one, text_error_nats=text_error(results, one)) for one in judged]
+
+
+def broken_rule(results: Sequence[Result], rule: MatchingRule) -> str:
+    """The first rule of the protocol that finished runs of one matching and size break; empty where none."""
+    done = [result for result in results if result.eval is not None and result.record is not None]
+    rules: dict[str, Callable[[Any], Any]] = {
+        "equal data": lambda result: result.trial.run.data.model_dump_json(),
+        "equal tokenizer": lambda result: result.trial.run.tokenizer.model_dump_json(),
+        "one test text": lambda result: (result.eval.data_sha256, result.eval.bytes),
+        "one tokenizer of the test text": lambda result: result.eval.tokens,
+        "equal context and stride": lambda result: (result.eval.context_length, result.eval.stride),
+    }
+    if rule.budget == "tokens":
+        rules["equal training tokens"] = lambda result: result.record.tokens
+    for name, value in rules.items():
+        if len({value(result) for result in done}) > 1:
+            arms = {value(result): result.trial.arm for result in done}
+            return f"the rule of {name} is broken ({' and '.join(arms.values())} differ)"
+    unmatched = [result.trial.arm for result in done if abs(result.arm.mismatch) > rule.tolerance]
+    if unmatched:
+        return f"the rule of equal {rule.width} is broken ({unmatched[0]} is not within {rule.tolerance:.1%})"
+    return ""
 
 
 def text_error(results: Sequence[Result], judgement: Judgement) -> float | None:

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from kanlm.compare.artifacts import CompareDir
+from kanlm.compare.plan import planned_trial
 from kanlm.compare.schema import CompareConfig, PlannedArm, Trial
+from kanlm.model.ffn import find_arm
 from kanlm.runs import write_json, write_text
 
 BYTES, WORDS, TOKENS, DOCUMENTS = 571_234, 60_123, 171_000, 37
@@ -30,12 +32,13 @@ def config(name: str = "study", **changes) -> CompareConfig:
 
 def planned(config: CompareConfig, matching: str, size: str, arm: str, number: int) -> PlannedArm:
     chosen = config.arm(arm)
+    block = find_arm(chosen.ffn_type)
     count = 1_003_776 * 4**number + 97 * len(arm)
     return PlannedArm(
         matching=matching,
         size=size,
         arm=arm,
-        family=chosen.family,
+        family=block.family,
         ffn_type=chosen.ffn_type,
         intermediate_size=WIDTHS[chosen.ffn_type],
         model={
@@ -48,22 +51,15 @@ def planned(config: CompareConfig, matching: str, size: str, arm: str, number: i
         embedding_parameters=262_144,
         non_embedding_parameters=count,
         ffn_parameters=count - 300_000,
+        coefficients=0 if block.family == "mlp" else 400,
         flops_per_token=7.7e6 * 4**number,
         mismatch=0.0012 * (len(arm) - 3) / 4,
     )
 
 
-def trial(matching: str, size: str, arm: str, seed: int) -> Trial:
-    return Trial(
-        name=f"{matching}-{size}-{arm}-seed{seed}",
-        kind="final",
-        matching=matching,
-        size=size,
-        arm=arm,
-        seed=seed,
-        learning_rate=2e-3,
-        max_tokens=400_000,
-    )
+def trial(config: CompareConfig, arm: PlannedArm, seed: int) -> Trial:
+    name = f"{arm.matching}-{arm.size}-{arm.arm}-seed{seed}"
+    return planned_trial(config, arm, "final", name, seed, {"learning_rate": 2e-3}, 400_000)
 
 
 def eval_report(loss: float, model: str, parameters: int) -> dict:
@@ -196,7 +192,7 @@ def write(
                 for s in compared.seeds:
                     if (arm.name, s) not in losses:
                         continue
-                    one = trial(matching, size, arm.name, s)
+                    one = trial(compared, arms[-1], s)
                     trials.append(one)
                     loss = losses[arm.name, s]
                     if not isinstance(loss, str):
@@ -221,7 +217,14 @@ def write(
     ]
     write_json(directory.baselines, rows)
     sweep = [
-        {"size": size, "arm": arm.name, "learning_rate": 2e-3, "on_edge": False, "trials": []}
+        {
+            "size": size,
+            "arm": arm.name,
+            "learning_rate": 2e-3,
+            "kan_learning_rate": None,
+            "on_edge": [],
+            "trials": [],
+        }
         for size in sizes
         for arm in compared.arms
     ]
@@ -279,8 +282,8 @@ def write_run(
 ) -> None:
     run = directory.run(one.name)
     if loss == "diverged":
-        failure = f"Diverged: {one.name}: loss not finite in 3 steps in a row"
-        write_json(run.record, run_record("failed", 9.0, arm.non_embedding_parameters, failure=failure))
+        failure = {"failure": f"Diverged: {one.name}: loss not finite in 3 steps", "failure_kind": "diverged"}
+        write_json(run.record, run_record("failed", 9.0, arm.non_embedding_parameters, **failure))
         return
     if loss == "crashed":
         write_json(run.failure, {"returncode": -9, "message": "killed", "lines": ["step 3", "killed"]})

@@ -13,7 +13,7 @@ import pytest
 import synthetic
 
 from kanlm import runs
-from kanlm.compare.artifacts import load, load_curve
+from kanlm.compare.artifacts import load, load_curve, write_bundle
 from kanlm.compare.report import report, report_content, report_pictures, summary
 from kanlm.config import UserError
 
@@ -313,23 +313,30 @@ def test_a_folder_without_a_comparison_is_a_users_mistake(tmp_path):
 
 
 def test_a_torn_last_line_of_metrics_is_left_out(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "tokens": 10, "seconds": 0.5, "loss": 3.0}\n{"step": 2, "tok')
-    assert load_curve(path).loss == [3.0]
+    text = '{"step": 1, "tokens": 10, "seconds": 0.5, "loss": 3.0}\n{"step": 2, "tok'
+    assert load_curve(text).loss == [3.0]
 
 
-def test_wall_clock_table_reuses_the_references_runs(tmp_path):
-    settings = {"matching": ["parameters", "wallclock"], "seeds": [0, 1]}
-    values = losses(seeds=(0, 1), kan=4.1, kan_glu=3.8, swiglu=3.9)
-    synthetic.write(tmp_path, values, **settings)
+def test_a_bundle_gives_the_same_files(tmp_path):
+    values = losses(kan=4.1, kan_glu=3.8, swiglu=3.9) | {("kan", 1): "diverged", ("kan", 2): "crashed"}
+    content(tmp_path / "study", values)
+    report(tmp_path / "study")
+    assert write_bundle(tmp_path / "study", tmp_path / "committed") == tmp_path / "committed/bundle.json"
+    report(tmp_path / "committed")
+    written = sorted(path.relative_to(tmp_path / "committed") for path in tmp_path.glob("committed/**/*.*"))
+    assert len(written) > 8
+    for name in written:
+        if name.name != "bundle.json":
+            assert (tmp_path / "committed" / name).read_bytes() == (tmp_path / "study" / name).read_bytes()
+
+
+def test_a_folder_of_an_older_version_is_told_so(tmp_path):
+    content(tmp_path, losses(kan=4.1, swiglu=3.9), arms=ARMS)
     plan = json.loads((tmp_path / "plan.json").read_text())
-    plan["trials"] = [t for t in plan["trials"] if not (t["matching"] == "wallclock" and t["arm"] == "kan")]
+    del plan["trials"][0]["run"]
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    found = load(tmp_path).at("wallclock", "base", "kan")
-    assert [result.trial.name for result in found] == [
-        "parameters-base-kan-seed0",
-        "parameters-base-kan-seed1",
-    ]
+    with pytest.raises(UserError, match="not of this version of kanlm"):
+        load(tmp_path)
 
 
 def test_a_report_from_an_installed_package_names_no_commit(tmp_path, monkeypatch):

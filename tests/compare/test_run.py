@@ -1,29 +1,19 @@
 """Running a comparison: what is skipped, retried, refused and passed on; training is a stand-in."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 
+import numpy as np
 import pytest
 import synthetic
 
 from kanlm.compare import run as running
 from kanlm.compare.artifacts import CompareDir, state_of
-from kanlm.compare.plan import final_trials, sweep_trials
-from kanlm.compare.run import (
-    check_same_trials,
-    config_text,
-    launch_command,
-    run_process,
-    sweep_choices,
-    train_trial,
-)
+from kanlm.compare.jobs import Processes, launch_command
+from kanlm.compare.run import Study, refuse_changed, run_sweep, train_trial
 from kanlm.config import UserError, load_run_config
-from kanlm.runs import write_json, write_text
+from kanlm.runs import read_json, write_json
 
 RECORD = (
     "import json, sys, pathlib; root = pathlib.Path(sys.argv[1]); root.mkdir(parents=True, exist_ok=True)\n"
@@ -31,22 +21,28 @@ RECORD = (
 
 
 @pytest.fixture
-def study(tmp_path, monkeypatch):
-    """(config, directory, planned arm, trial) of a comparison in `tmp_path`, nothing trained."""
+def study(tmp_path):
+    """A comparison in `tmp_path`, nothing trained."""
     config = synthetic.config(output_dir=str(tmp_path), seeds=[0])
-    directory = CompareDir(config.directory)
-    arm = synthetic.planned(config, "parameters", "base", "kan", 0)
-    trial = final_trials(config, {("base", a.name): 2e-3 for a in config.arms})[0]
-    return config, directory, arm, trial
+    arms = [
+        synthetic.planned(config, "parameters", "base", arm.name, number)
+        for number, arm in enumerate(config.arms)
+    ]
+    return Study(config, CompareDir(config.directory), None, 512, arms)
 
 
-def stand_in(monkeypatch, directory, trial, code: str) -> list[str]:
-    """`train` runs `code` with the run's folder as argument; the list of config files that it was given."""
+@pytest.fixture
+def trial(study):
+    return synthetic.trial(study.config, study.arms[0], 0)
+
+
+def stand_in(monkeypatch, study, trial, code: str) -> list[str]:
+    """Training runs `code` with the run's folder as argument; the list of config files that it was given."""
     given = []
 
-    def command(_launch, path):
+    def command(_launch, path, _jobs):
         given.append(path.read_text())
-        return [sys.executable, "-c", RECORD + code, str(directory.run(trial.name).root)]
+        return [sys.executable, "-c", RECORD + code, str(study.directory.run(trial.name).root)]
 
     monkeypatch.setattr(running, "launch_command", command)
     return given
@@ -57,71 +53,76 @@ def record(state: str, **more) -> str:
     return f"(root / 'run.json').write_text({json.dumps(json.dumps(values))})\n"
 
 
-def test_a_finished_trial_is_not_trained_again(study, monkeypatch):
-    config, directory, arm, trial = study
-    given = stand_in(monkeypatch, directory, trial, record("finished") + "print('step 1 of 1')")
-    assert train_trial(config, directory, arm, trial, "run 1/1")
-    assert train_trial(config, directory, arm, trial, "run 1/1")
+def trained(study, trial) -> bool:
+    with Processes() as processes:
+        return train_trial(study, processes, trial, "final 1/1")
+
+
+DIVERGED = {"failure": "Diverged: loss not finite", "failure_kind": "diverged"}
+
+
+def test_a_finished_trial_is_not_trained_again(study, trial, monkeypatch):
+    given = stand_in(monkeypatch, study, trial, record("finished") + "print('step 1 of 1')")
+    assert trained(study, trial) and trained(study, trial)
     assert len(given) == 1
-    assert "step 1 of 1" in directory.run(trial.name).log.read_text()
+    assert "step 1 of 1" in study.directory.run(trial.name).log.read_text()
 
 
-def test_the_training_process_reads_the_resolved_configuration(study):
-    config, directory, arm, trial = study
-    write_text(directory.config(trial.name), config_text(config, arm, trial))
-    run = load_run_config(directory.config(trial.name))
-    assert run.run_dir == directory.run(trial.name).root
-    assert run.model["intermediate_size"] == arm.intermediate_size and run.train.learning_rate == 2e-3
-    command = launch_command((), directory.config(trial.name))
+def test_the_training_process_reads_the_resolved_configuration(study, trial):
+    path = study.directory.config(trial.name)
+    write_json(path, trial.run)
+    run = load_run_config(path)
+    assert run == trial.run and run.run_dir == study.directory.run(trial.name).root
+    assert run.model["intermediate_size"] == study.arms[0].intermediate_size
+    command = launch_command((), path)
     assert command[1:3] == ["-m", "accelerate.commands.launch"] and command[-4:-1] == ["-m", "kanlm", "train"]
-    assert launch_command(("--config_file", "x.yaml"), directory.config(trial.name))[3:5] == [
-        "--config_file",
-        "x.yaml",
-    ]
+    assert launch_command(("--config_file", "x.yaml"), path)[3:5] == ["--config_file", "x.yaml"]
 
 
-def test_a_crash_is_recorded_shown_and_tried_again(study, monkeypatch):
-    config, directory, arm, trial = study
-    given = stand_in(monkeypatch, directory, trial, "print('step 3'); raise SystemExit('out of memory')")
-    assert not train_trial(config, directory, arm, trial, "run 1/1")
-    assert state_of(directory.run(trial.name)) == ("crashed", "exit status 1: out of memory")
-    stand_in(monkeypatch, directory, trial, record("finished"))
-    assert train_trial(config, directory, arm, trial, "run 1/1")
-    assert state_of(directory.run(trial.name)) == ("finished", "") and len(given) == 1
+def test_a_crash_is_recorded_shown_and_tried_again(study, trial, monkeypatch):
+    code = record("running") + "print('step 3'); raise SystemExit('out of memory')"
+    given = stand_in(monkeypatch, study, trial, code)
+    assert not trained(study, trial)
+    run = study.directory.run(trial.name)
+    assert read_json(run.failure)["message"] == "out of memory"
+    assert state_of(run) == ("crashed", "exit status 1: out of memory")
+    stand_in(monkeypatch, study, trial, record("finished"))
+    assert trained(study, trial)
+    assert state_of(run) == ("finished", "") and len(given) == 1
 
 
-def test_a_diverged_run_is_a_result_and_not_tried_again(study, monkeypatch):
-    config, directory, arm, trial = study
-    code = record("failed", failure="Diverged: loss not finite") + "raise SystemExit(1)"
-    given = stand_in(monkeypatch, directory, trial, code)
-    assert not train_trial(config, directory, arm, trial, "run 1/1")
-    assert not train_trial(config, directory, arm, trial, "run 1/1")
-    assert len(given) == 1 and state_of(directory.run(trial.name)) == ("diverged", "loss not finite")
+def test_a_diverged_run_is_a_result_and_not_tried_again(study, trial, monkeypatch):
+    code = record("failed", **DIVERGED) + "raise SystemExit(1)"
+    given = stand_in(monkeypatch, study, trial, code)
+    assert not trained(study, trial) and not trained(study, trial)
+    assert len(given) == 1
+    assert state_of(study.directory.run(trial.name)) == ("diverged", "Diverged: loss not finite")
 
 
-def test_a_users_mistake_in_training_ends_the_comparison(study, monkeypatch):
-    config, directory, arm, trial = study
-    code = "print('kanlm: error: data.source: none'); raise RuntimeError('the launcher: returned 2')"
-    stand_in(monkeypatch, directory, trial, code)
+def test_a_users_mistake_in_training_ends_the_comparison(study, trial, monkeypatch):
+    """By the record's typed field; of a run that has not begun, by there being no record."""
+    mistake = {"failure": "data.source: none", "failure_kind": "user_error"}
+    stand_in(monkeypatch, study, trial, record("failed", **mistake) + "sys.exit(1)")
     with pytest.raises(UserError, match=f"{trial.name}: data.source: none"):
-        train_trial(config, directory, arm, trial, "run 1/1")
-    code = record("failed", failure="Diverged: loss not finite") + "print('kanlm: error: x'); sys.exit(1)"
-    stand_in(monkeypatch, directory, trial, code)
-    assert not train_trial(config, directory, arm, trial, "run 1/1"), "a result, not a mistake"
+        trained(study, trial)
+    (study.directory.run(trial.name).record).unlink()
+    code = "print('kanlm: error: x: y'); print('Traceback (most recent call last)\\n  z'); sys.exit(1)"
+    stand_in(monkeypatch, study, trial, code)
+    with pytest.raises(UserError, match="training did not begin: kanlm: error: x: y "):
+        trained(study, trial)
 
 
-def test_a_finished_trial_of_another_configuration_is_refused(study, monkeypatch):
-    config, directory, arm, trial = study
-    stand_in(monkeypatch, directory, trial, record("finished"))
-    assert train_trial(config, directory, arm, trial, "run 1/1")
-    other = trial.model_copy(update={"learning_rate": 5e-3})
-    with pytest.raises(UserError, match="trained with another configuration"):
-        train_trial(config, directory, arm, other, "run 1/1")
+def test_a_run_of_another_configuration_is_refused_and_the_key_named(study, trial):
+    write_json(study.directory.run(trial.name).config, trial.run)
+    refuse_changed(study, [trial])
+    train = trial.run.train.model_copy(update={"max_tokens": 800_000})
+    longer = trial.model_copy(update={"run": trial.run.model_copy(update={"train": train})})
+    with pytest.raises(UserError, match="train.max_tokens: 400000, now 800000; choose another name"):
+        refuse_changed(study, [longer])
 
 
-def test_a_process_left_by_a_killed_comparison_is_waited_for(study, monkeypatch, capsys):
-    config, directory, arm, trial = study
-    run = directory.run(trial.name)
+def test_a_process_left_by_a_killed_comparison_is_waited_for(study, trial, monkeypatch, capsys):
+    run = study.directory.run(trial.name)
     write_json(run.record, synthetic.run_record("running", 3.9, 1_000_000))
     left = (
         "import fcntl, json, pathlib, sys, time; root = pathlib.Path(sys.argv[1])\n"
@@ -130,79 +131,73 @@ def test_a_process_left_by_a_killed_comparison_is_waited_for(study, monkeypatch,
     )
     process = subprocess.Popen([sys.executable, "-c", left, str(run.root)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
-    given = stand_in(monkeypatch, directory, trial, "raise SystemExit('trained twice')")
-    assert train_trial(config, directory, arm, trial, "run 1/1") and not given
+    given = stand_in(monkeypatch, study, trial, "raise SystemExit('trained twice')")
+    assert trained(study, trial) and not given
     assert "waiting for it" in capsys.readouterr().out and process.wait() == 0
 
 
-def test_an_interrupted_run_ends_the_comparison_and_is_resumed(study, monkeypatch):
-    config, directory, arm, trial = study
-    stand_in(monkeypatch, directory, trial, record("interrupted"))
+def test_an_interrupted_run_ends_the_comparison_and_is_resumed(study, trial, monkeypatch):
+    stand_in(monkeypatch, study, trial, record("interrupted"))
     with pytest.raises(UserError, match="run the same command again"):
-        train_trial(config, directory, arm, trial, "run 1/1")
-    stand_in(monkeypatch, directory, trial, record("finished"))
-    assert train_trial(config, directory, arm, trial, "run 1/1")
+        trained(study, trial)
+    stand_in(monkeypatch, study, trial, record("finished"))
+    assert trained(study, trial)
 
 
-def test_signals_reach_the_training_process(tmp_path):
-    code = (
-        "import signal, time, sys\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(0)))\n"
-        "print('ready', flush=True)\ntime.sleep(60)"
-    )
-    log = tmp_path / "train.log"
+def swept(monkeypatch, tmp_path, loss_of, **sweep) -> dict[str, dict]:
+    """Rows of a sweep whose trials end with `loss_of(arm, learning rate, coefficients' rate)`."""
+    config = synthetic.config(output_dir=str(tmp_path), sweep={"learning_rates": [1e-3, 2e-3, 4e-3], **sweep})
+    arms = [synthetic.planned(config, "parameters", "base", arm.name, 0) for arm in config.arms]
+    study = Study(config, CompareDir(config.directory), None, 512, arms)
 
-    def stop_when_ready():
-        while not (log.exists() and "ready" in log.read_text()):
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
+    def run_trials(_study, trials):
+        for trial in trials:
+            loss = loss_of(trial.arm, trial.learning_rate, trial.run.train.kan_learning_rate)
+            failed = {} if loss else DIVERGED
+            values = synthetic.run_record("finished" if loss else "failed", loss or 9.0, 1, **failed)
+            write_json(study.directory.run(trial.name).record, values)
 
-    watcher = threading.Thread(target=stop_when_ready, daemon=True)
-    watcher.start()
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(UserError, match="arm: stopped by SIGTERM; run the same command again"):
-        run_process([sys.executable, "-c", code], log, "arm")
-    assert log.read_text() == "ready\nsaved\n"
-    assert signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.setattr(running, "run_trials", run_trials)
+    return {row["arm"]: row for row in run_sweep(study)}
 
 
-def test_another_configuration_in_the_same_folder_is_refused(study):
-    config, directory, arm, trial = study
-    write_text(directory.config(trial.name), config_text(config, arm, trial))
-    write_json(directory.plan, {"arms": [], "sweep": [], "trials": [trial.model_dump(mode="json")]})
-    write_json(directory.run(trial.name).record, synthetic.run_record("finished", 3.9, 1_000_000))
-    check_same_trials(config, directory, [arm])
-    longer = config.model_copy(update={"base": {**config.base, "train": {"max_tokens": 800_000}}})
-    with pytest.raises(UserError, match="trained with another configuration"):
-        check_same_trials(longer, directory, [arm])
+def test_every_arm_has_the_same_number_of_trials_and_no_optimum_on_an_edge(monkeypatch, tmp_path):
+    best = {"kan": (2e-3, 5e-4), "kan_glu": (8.1e-3, 2e-3), "swiglu": (6e-4, None)}
+
+    def loss_of(arm, rate, kan_rate):
+        own = abs(np.log(rate / best[arm][0]))
+        return 3 + 0.1 * own + (0.1 * abs(np.log(kan_rate / best[arm][1])) if kan_rate else 0.2)
+
+    rows = swept(monkeypatch, tmp_path, loss_of, kan_learning_rates=[1e-3, 2e-3])
+    assert len({len(row["trials"]) for row in rows.values()}) == 1
+    assert not any(row["on_edge"] for row in rows.values())
+    assert rows["kan"]["learning_rate"] == 2e-3 and rows["kan"]["kan_learning_rate"] == 5e-4
+    assert rows["kan_glu"]["learning_rate"] == 8e-3 and rows["kan_glu"]["kan_learning_rate"] == 2e-3
+    assert rows["swiglu"]["learning_rate"] == pytest.approx(6e-4, rel=0.35)
+    assert {trial["kan_learning_rate"] for trial in rows["swiglu"]["trials"]} == {None}
 
 
-def test_the_sweep_picks_the_best_rate_and_says_when_it_lies_on_the_edge(tmp_path):
-    config = synthetic.config(output_dir=str(tmp_path), sweep={"learning_rates": [1e-3, 2e-3, 4e-3]})
-    directory = CompareDir(config.directory)
-    losses = {"kan": (4.0, 3.9, 3.95), "kan_glu": (4.0, 3.9, None), "swiglu": (4.0, 3.9, 3.8)}
-    trials = sweep_trials(config)
-    for trial in trials:
-        loss = losses[trial.arm][[1e-3, 2e-3, 4e-3].index(trial.learning_rate)]
-        failed = {"failure": "Diverged: loss not finite"}
-        record = synthetic.run_record(
-            "failed" if loss is None else "finished", loss or 9.0, 1, **({} if loss else failed)
-        )
-        write_json(directory.run(trial.name).record, record)
-    chosen = {row["arm"]: row for row in sweep_choices(config, directory, trials)}
-    assert {arm: row["learning_rate"] for arm, row in chosen.items()} == {
-        "kan": 2e-3,
-        "kan_glu": 2e-3,
-        "swiglu": 4e-3,
-    }
-    assert {arm for arm, row in chosen.items() if row["on_edge"]} == {"swiglu"}
-    assert [row["state"] for row in chosen["kan_glu"]["trials"]] == ["finished", "finished", "diverged"]
+def test_a_sweep_that_cannot_leave_its_edge_says_so(monkeypatch, tmp_path):
+    rows = swept(monkeypatch, tmp_path, lambda _arm, rate, _kan: 3 - rate, extend=1)
+    assert {row["learning_rate"] for row in rows.values()} == {8e-3}
+    assert all(row["on_edge"] == ["learning_rate"] for row in rows.values())
+
+
+def test_a_rate_that_diverges_is_the_edge_of_the_others(monkeypatch, tmp_path):
+    rows = swept(monkeypatch, tmp_path, lambda _arm, rate, _kan: 3 - rate if rate < 3e-3 else None)
+    assert {row["learning_rate"] for row in rows.values()} == {2e-3} and not rows["kan"]["on_edge"]
+    assert {"finished", "diverged"} == {trial["state"] for trial in rows["kan"]["trials"]}
+
+
+def test_a_sweep_with_no_finished_trial_is_an_error_that_names_the_arm(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="sweep: no learning rate of arm swiglu finished"):
+        swept(monkeypatch, tmp_path, lambda arm, _rate, _kan: None if arm == "swiglu" else 3.0)
 
 
 def test_a_prompt_longer_than_the_model_is_cut_and_shown_cut():
     from transformers import GenerationConfig
 
-    from kanlm.compare.run import samples
+    from kanlm.compare.judging import samples
     from kanlm.compare.schema import EvaluationConfig
     from kanlm.data.tokenizer import trained_tokenizer
     from kanlm.model import KanLMConfig, KanLMForCausalLM

@@ -1,11 +1,10 @@
 """Comparison files: what they may say, the widths that are solved, the trials that follow."""
 
-import tomllib
 from pathlib import Path
 
 import pytest
 
-from kanlm.compare.plan import final_trials, planned_arms, sweep_trials, toml_text, trial_config
+from kanlm.compare.plan import final_trials, planned_arms, sweep_trial
 from kanlm.compare.schema import CompareConfig, load_compare_config
 from kanlm.config import RunConfig, UserError, load_run_config
 from kanlm.sizing import architecture
@@ -94,10 +93,12 @@ def test_a_reference_that_is_too_fine_for_another_arm_is_an_error(tmp_path):
 def test_seeds_are_paired_and_arms_take_turns(tmp_path):
     config = loaded(tmp_path, overrides=["seeds=[3, 4, 5]"])
     arms = {arm.arm: arm for arm in planned_arms(config, VOCAB)}
-    rates = {("base", name): 1e-3 for name in arms}
-    trials = final_trials(config, rates)
+    trials = final_trials(
+        config, list(arms.values()), {("base", name): {"learning_rate": 1e-3} for name in arms}
+    )
     assert [trial.arm for trial in trials] == ["kan", "glu", "mlp", "glu", "mlp", "kan", "mlp", "kan", "glu"]
-    configs = [trial_config(config, arms[trial.arm], trial) for trial in trials[:3]]
+    configs = [trial.run for trial in trials[:3]]
+    assert {c.train.learning_rate for c in configs} == {1e-3}
     assert {(c.seed, c.data_seed) for c in configs} == {(3, 3)}
     same = [c.model_dump(exclude={"name", "model"}) for c in configs]
     assert same[1] == same[2]
@@ -108,21 +109,20 @@ def test_seeds_are_paired_and_arms_take_turns(tmp_path):
 
 def test_wall_clock_budgets_follow_measured_speed(tmp_path):
     config = loaded(tmp_path, overrides=['matching=["parameters", "wallclock"]', "seeds=[0]"])
-    rates = {("base", arm.name): 1e-3 for arm in config.arms}
-    speed = {("base", "kan"): 500.0, ("base", "glu"): 1000.0, ("base", "mlp"): 1250.0}
-    trials = {
-        trial.arm: trial for trial in final_trials(config, rates, speed) if trial.matching == "wallclock"
-    }
-    assert {name: trial.max_tokens for name, trial in trials.items()} == {"glu": 20_000, "mlp": 25_000}
+    speed = {"kan": 500.0, "glu": 1000.0, "mlp": 1250.0}
+    speed = {("parameters", "base", arm): value for arm, value in speed.items()}
+    trials = final_trials(config, planned_arms(config, VOCAB), {}, speed)
+    by_arm = {trial.arm: trial for trial in trials if trial.matching == "wallclock"}
+    budgets = {name: trial.max_tokens for name, trial in by_arm.items()}
+    assert budgets == {"kan": 10_000, "glu": 20_000, "mlp": 25_000}
+    assert by_arm["kan"].name == "parameters-base-kan-seed0", "what trains the same has one run"
 
 
 def test_every_arm_gets_the_same_number_of_learning_rates(tmp_path):
     config = loaded(tmp_path, overrides=["sweep.learning_rates=[3e-3, 1e-3]", "sweep.max_tokens=5000"])
-    trials = sweep_trials(config)
-    assert [(t.arm, t.learning_rate) for t in trials] == [
-        (arm, rate) for rate in (1e-3, 3e-3) for arm in ("kan", "glu", "mlp")
-    ]
-    assert {t.max_tokens for t in trials} == {5000} and not {t.seed for t in trials} & set(config.seeds)
+    trial = sweep_trial(config, planned_arms(config, VOCAB)[0], {"learning_rate": 3e-3})
+    assert (trial.max_tokens, trial.learning_rate, trial.name) == (5000, 3e-3, "sweep-base-kan-lr0.003")
+    assert trial.seed not in config.seeds
     uneven = TOML.replace('ffn_type = "swiglu"', 'ffn_type = "swiglu"\nlearning_rates = [1e-3]')
     with pytest.raises(UserError, match="same number of learning-rate trials, got kan 2, glu 2, mlp 1"):
         loaded(tmp_path, uneven, ["sweep.learning_rates=[3e-3, 1e-3]"])
@@ -172,36 +172,38 @@ def test_a_base_file_is_read_beside_the_comparison_and_can_be_overridden(tmp_pat
     assert planned_arms(config, VOCAB)[0].intermediate_size == 12
 
 
-def test_run_files_read_back_as_the_same_configuration(tmp_path):
-    config = loaded(tmp_path)
-    arm = planned_arms(config, VOCAB)[0]
-    trial = final_trials(config, {("base", a.name): 1.5e-3 for a in config.arms})[0]
-    run = trial_config(config, arm, trial)
-    text = toml_text(run.model_dump(mode="json"))
-    assert RunConfig.model_validate(tomllib.loads(text)) == run
+def test_the_file_of_a_run_is_no_comparison_and_the_right_verb_is_named(tmp_path):
+    with pytest.raises(UserError, match="the file of one run, not of a comparison; `kanlm train "):
+        load_compare_config(CONFIGS / "tiny-kan.toml")
+    with pytest.raises(UserError, match="a comparison, not one run.*`kanlm compare "):
+        load_run_config(CONFIGS / "demo.toml")
 
 
-def test_toml_text_keeps_awkward_values():
-    table = {
-        "text": 'a "quoted" line\nwith \\ and \x7f and ü',
-        "none": None,
-        "flags": [True, False],
-        "numbers": [1, 2.5, 1e-08, -3e20],
-        "tables": [{"source": "a", "weight": 1.0}],
-        "inner": {"empty": {}, "deep": {"x": 1}},
-    }
-    expected = {key: value for key, value in table.items() if value is not None}
-    assert tomllib.loads(toml_text(table)) == expected
+OTHER_TEXT = (
+    "name=other base.data.source=F base.data.validation_source=V base.data.document_separator=<|endoftext|> "
+    "evaluation.source.source=T evaluation.source.document_separator=<|endoftext|> seeds=[0,1,2] "
+    "base.train.max_tokens=1_000_000"
+).split()
+
+
+@pytest.mark.parametrize("path", ["demo.toml", "wikitext-2.toml"])
+def test_a_comparison_runs_on_other_text_by_overrides(path):
+    config = load_compare_config(CONFIGS / path, OTHER_TEXT)
+    assert config.directory == Path("runs/other") and config.seeds == (0, 1, 2)
+    assert (config.evaluation.source.source, config.evaluation.source.document_separator) == (
+        "T",
+        "<|endoftext|>",
+    )
+    assert config.base["data"]["validation_source"] == "V" and config.base["train"]["max_tokens"] == 1_000_000
 
 
 def test_the_comparison_of_all_tiny_arms_trains_what_their_own_files_train():
     config = load_compare_config(CONFIGS / "tiny.toml")
     seen = set()
-    rate = config.base["train"]["learning_rate"]
-    rates = {("base", arm.name): rate for arm in config.arms}
-    for arm in planned_arms(config, 4096):
-        (trial,) = (trial for trial in final_trials(config, rates) if trial.arm == arm.arm)
-        compared = trial_config(config, arm, trial).model_dump(exclude={"name", "output_dir"})
+    arms = planned_arms(config, 4096)
+    for arm in arms:
+        (trial,) = (trial for trial in final_trials(config, arms, {}) if trial.arm == arm.arm)
+        compared = trial.run.model_dump(exclude={"name", "output_dir"})
         own = load_run_config(CONFIGS / f"tiny-{arm.arm}.toml").model_dump(exclude={"name", "output_dir"})
         assert architecture(RunConfig(**compared, name="a"), 4096) == architecture(
             RunConfig(**own, name="a"), 4096
