@@ -39,6 +39,7 @@ from kanlm.data import tokenizer_for
 from kanlm.data.cache import TokenCache, cached
 from kanlm.data.corpus import split_sources
 from kanlm.evaluation.perplexity import _blocks, _token_nll
+from kanlm.export import model_of
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.model.ffn import find_arm
 from kanlm.model.learned_function import LearnedFunction
@@ -259,12 +260,8 @@ def train_and_judge(trial: dict[str, Any]) -> dict[str, Any]:
         return {**result, "state": "diverged", "reason": str(error)}
     assert record.state == "finished", record.state
     tokenizer = tokenizer_for(config)
-    architecture, weights = load_model(config.run_dir)
-    model = KanLMForCausalLM(architecture)
-    model.load_state_dict(weights, strict=False)
-    model.tie_weights()
-    model.eval()
-    kernels.select(model)
+    model = trained_model(config)
+    architecture = model.config
     counts = parameter_counts(architecture)
     result |= {
         "state": "finished",
@@ -293,6 +290,13 @@ def train_and_judge(trial: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def trained_model(config: RunConfig) -> KanLMForCausalLM:
+    """The model of the run's newest checkpoint, with the fastest kernels."""
+    model = model_of(*load_model(config.run_dir))
+    kernels.select(model)
+    return model
+
+
 def last_train_loss(config: RunConfig) -> float:
     """Mean of the last tenth of the logged training losses, nats/token."""
     rows = [json.loads(line) for line in RunDir(config.run_dir).metrics.read_text().splitlines()]
@@ -319,6 +323,54 @@ def segment_nll(model: torch.nn.Module, cache: TokenCache, block_size: int = 128
         for start, row in zip(batch, nll, strict=True):
             sums[start * SEGMENTS // targets] += float(row.double().sum())
     return sums
+
+
+@study.command()
+@click.option("--out", default="docs/images/functions.png")
+def picture(out: str) -> None:
+    """Draw the learned functions of the run of the phase `picture`, whose folder is kept."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    [trial] = trials_of(("picture",))
+    config = run_config(trial)
+    model = trained_model(config)
+    cache = text_cache(config, tokenizer_for(config), "valid")
+    inputs, *_ = _blocks(cache, range(0, 32 * 128, 128), 128, 32 * 128, True)
+    seen: dict[str, torch.Tensor] = {}
+    functions = {name: m for name, m in model.named_modules() if isinstance(m, LearnedFunction)}
+    for name, module in functions.items():
+        module.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0].detach()))
+    with torch.no_grad():
+        model(input_ids=inputs, use_cache=False)
+    groups = next(iter(functions.values())).groups
+    figure, axes = plt.subplots(len(functions), groups, figsize=(1.5 * groups, 1.6 * len(functions)), dpi=110)
+    x = torch.linspace(-4, 4, 400)
+    for row, (name, module) in zip(axes, functions.items(), strict=True):
+        start = LearnedFunction(
+            groups, groups=groups, grid_size=module.basis.grid_size, initial=module.initial
+        )
+        learned = LearnedFunction(groups, groups=groups, grid_size=module.basis.grid_size)
+        learned.load_state_dict(module.state_dict())
+        points = x[:, None].expand(-1, groups)
+        with torch.no_grad():
+            curves, begun = learned(points), start(points)
+        values = seen[name].reshape(-1, groups, module.channels // groups)
+        for group, axis in enumerate(row):
+            axis.hist(
+                values[:, group].flatten().numpy(), bins=60, range=(-4, 4), density=True, color="#d4d4dc"
+            )
+            axis.plot(x, begun[:, group], ":", color="#374151", linewidth=1)
+            axis.plot(x, curves[:, group], color="#c2410c", linewidth=1.6)
+            axis.set(xlim=(-4, 4), ylim=(-1.2, 3.2), xticks=[], yticks=[])
+            for side in axis.spines.values():
+                side.set_color("#e5e7eb")
+        row[0].set_ylabel(f"layer {name.split('.')[2]}", fontsize=9)
+    figure.tight_layout(pad=0.3)
+    figure.savefig(out)
+    print(out)
 
 
 LABELS = ("arm", "hidden_norm", "kan_num_groups", "kan_grid_size", "min_lr_ratio", "weight_decay")
