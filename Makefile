@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 THREADS ?= 2
 
-.PHONY: demo smoke test test-slow test-hf test-transformers check lint types docs clean
+.PHONY: demo smoke test test-slow test-long test-hf test-transformers check lint types docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,7 +29,11 @@ test: $(VENV)/installed
 
 # test-slow   the tests that take over 20 seconds each
 test-slow: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and not gpu and not network' -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and not long and not gpu and not network' -n 2
+
+# test-long   the tests that take minutes each: wheels, ONNX of every arm, conversion, injected faults, two machines
+test-long: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'long and not gpu and not network' -n 2
 
 # test-hf     transformers' own model tests on our classes
 test-hf: $(VENV)/installed

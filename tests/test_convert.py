@@ -89,7 +89,7 @@ def test_start_is_exactly_the_original(family, arm):
 SAMPLE = [("llama", "kan_glu"), ("gpt2", "kan_grouped")]
 
 
-@pytest.mark.parametrize("cases", [SAMPLE, pytest.param(CASES, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [SAMPLE, pytest.param(CASES, marks=[pytest.mark.slow, pytest.mark.long])])
 def test_converted_models_load_and_generate_where_kanlm_cannot_be_imported(saved, tmp_path, cases):
     folders = []
     for family, arm in cases:
@@ -107,6 +107,7 @@ def test_converted_models_load_and_generate_where_kanlm_cannot_be_imported(saved
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("family, arm", CASES)
 def test_converted_models_run_in_onnx(saved, tmp_path, family, arm):
     import numpy as np
@@ -134,7 +135,9 @@ def test_swiglu_of_kanlm_becomes_kan_glu(tmp_path):
     assert converted.config.ffn_type == "kan_glu"
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["llama", pytest.param("gpt2", marks=[pytest.mark.slow, pytest.mark.long])]
+)
 def test_edge_functions_learn_the_blocks(saved, tmp_path, family):
     (tmp_path / "text.txt").write_text(TEXT)
     said = convert(

@@ -59,6 +59,7 @@ def use(python: Path, folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_archives_hold_what_users_need_and_no_more(dist):
     (wheel,) = dist.glob("*.whl")
     (sdist,) = dist.glob("*.tar.gz")
@@ -75,6 +76,7 @@ def test_archives_hold_what_users_need_and_no_more(dist):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_the_wheel_serves_from_an_empty_folder(dist, tmp_path):
     """Dependencies are those of this environment; kanlm itself is the wheel's."""
@@ -90,6 +92,7 @@ def test_the_wheel_serves_from_an_empty_folder(dist, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.network
 @pytest.mark.timeout(7200)
 def test_the_wheel_brings_its_dependencies(dist, tmp_path):

@@ -100,6 +100,7 @@ track_outcome(artifacts, report_content(artifacts))
 
 
 @pytest.mark.slow  # its package takes long to import
+@pytest.mark.long
 def test_trackio_keeps_table_and_pictures_in_the_group(tmp_path):
     """The real package, in a process of its own: it reads its folder when it is imported."""
     pytest.importorskip("trackio")

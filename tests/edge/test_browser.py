@@ -25,6 +25,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 @pytest.mark.skipif(shutil.which("npm") is None, reason="no npm")
 def test_page_streams_the_model_s_text(onnx_of, tmp_path):

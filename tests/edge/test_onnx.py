@@ -13,7 +13,10 @@ from kanlm.edge.runtime import OnnxModel, generate, onnx_file, sampler
 from kanlm.model.configuration_kanlm import FFN_TYPES
 
 SAMPLE = "kan"
-ALL = [SAMPLE, *(pytest.param(arm, marks=pytest.mark.slow) for arm in FFN_TYPES if arm != SAMPLE)]
+ALL = [
+    SAMPLE,
+    *(pytest.param(arm, marks=[pytest.mark.slow, pytest.mark.long]) for arm in FFN_TYPES if arm != SAMPLE),
+]
 
 
 def random_ids(batch: int, length: int) -> np.ndarray:

@@ -82,6 +82,7 @@ def launched(machines: tuple[str, ...], rank: int, config: Path, log: Path) -> s
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_cut_link_is_told_on_both_machines_and_one_of_them_goes_on(
     machines, write_toml, run_config, tmp_path
 ):
