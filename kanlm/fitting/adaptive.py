@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class AdaptiveKAN(KANLinear):
         ValueError: as KANLinear; knots that do not ascend.
     """
 
-    basis: KnotSpline
+    basis: KnotSpline  # type: ignore[assignment]  # has what a layer asks of a Basis
 
     def __init__(
         self,
@@ -59,17 +60,19 @@ class AdaptiveKAN(KANLinear):
             grid_size + 1, max(in_features, 1), dtype=wide, device=device
         )  # 0 is KANLinear's error
         basis = KnotSpline(uniform, own, start)
-        super().__init__(in_features, out_features, basis, device=device, dtype=dtype, **more)
+        features: Any = basis
+        super().__init__(in_features, out_features, features, device=device, dtype=dtype, **more)
 
     @property
     def knots(self) -> Tensor:
         return self.basis.knots
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
+    def reset_parameters(self) -> None:  # type: ignore[override]
         """Initial knots, whitening and weights; tensors that transformers has loaded are left alone."""
         self.basis.reset()
-        super().reset_parameters(self.basis.at_start())
+        start: Any = self.basis.at_start()
+        super().reset_parameters(start)
 
     @torch.no_grad()
     def update_grid(self, samples: Tensor, grid_eps: float = 0.02) -> float:

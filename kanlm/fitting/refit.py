@@ -145,7 +145,7 @@ def change_basis(layer: KANLinear, basis: AnyBasis, samples: Tensor | None, is_e
         for points, weights in fit_points(layer, None if is_exact else samples, grid)
     ).expand(layer.in_features, -1, -1)
 
-    layer.basis = basis
+    layer.basis = basis  # type: ignore[assignment]  # knots in place of a uniform grid
     if layer.whitening is not None:
         layer.whitening = whitening_of(layer, samples)
     set_coefficients(layer, torch.einsum("iab,obi->oai", mapping, plain))

@@ -9,6 +9,8 @@ Shapes: N rows (all leading dimensions together), I inputs, C channels, K basis 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -42,6 +44,7 @@ def learned(layer: LearnedFunction, a: Tensor, u: Tensor | None) -> Tensor:
 
 
 def _again(layer: KANLinear | LearnedFunction, *inputs: Tensor | None) -> Tensor:
+    reference: Callable[..., Tensor] = layer.reference
     if not torch.is_grad_enabled():
-        return layer.reference(*inputs)
-    return checkpoint(layer.reference, *inputs, use_reentrant=False)
+        return reference(*inputs)
+    return checkpoint(reference, *inputs, use_reentrant=False)
