@@ -441,6 +441,12 @@ def bench_train_verb(**settings) -> None:
 @click.option(
     "--size", default="1m", show_default=True, help="Parameters without embeddings: 1m, 10m or 100m."
 )
+@click.option(
+    "--path",
+    "paths",
+    multiple=True,
+    help="native, eager, int8, onnx or llama; may be repeated. Default: all, the last three of two arms.",
+)
 @bench_options(seconds=40.0)
 def bench_decode_verb(**settings) -> None:
     """Cached decoding, batch 1."""

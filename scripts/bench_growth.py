@@ -61,7 +61,7 @@ def exponent(values: tuple[int, ...], seconds: list[float]) -> float:
     return covariance / sum((a - mean_x) ** 2 for a in x)
 
 
-def plot(curves: dict, path: str) -> None:
+def plot(curves: dict, path: str, label: str = "forward + backward, ms") -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -70,14 +70,14 @@ def plot(curves: dict, path: str) -> None:
     figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3.6), sharey=True)
     for axis, (name, curve) in zip(axes, curves.items(), strict=True):
         for kind, line in curve["seconds"].items():
-            label = f"{kind}: {name}^{curve['exponents'][kind]:.2f}"
-            axis.loglog(curve["values"], [1e3 * s for s in line], marker="o", label=label)
+            legend = f"{kind}: {name}^{curve['exponents'][kind]:.2f}"
+            axis.loglog(curve["values"], [1e3 * s for s in line], marker="o", label=legend)
         axis.set_xlabel(name)
         axis.set_xticks(curve["values"], labels=[str(v) for v in curve["values"]])
         axis.minorticks_off()
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("forward + backward, ms")
+    axes[0].set_ylabel(label)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

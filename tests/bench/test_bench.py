@@ -14,6 +14,7 @@ from kanlm import kernels
 from kanlm.bench import decode, layer, measure, train
 from kanlm.config import UserError
 from kanlm.kernels.native import NativeUnavailable, library
+from kanlm.model.ffn_kan import KAN_TYPES
 from kanlm.model.kan import LearnedFunction
 
 
@@ -164,9 +165,10 @@ def test_parity_is_of_the_whole_model(module, place, tmp_path, monkeypatch):
     records = module.run(
         "tiny", ("swiglu", "kan_glu"), backend="cpu", seconds=0.0, memory=False,
         out=str(tmp_path / "out.json"), echo=lines.append,
+        **({"paths": ("eager",)} if module is decode else {}),
     )  # fmt: skip
-    assert [record["arm"] for record in records] == ["swiglu"]
-    assert any("skipped kan_glu: parity is red" in line for line in lines)
+    assert [record["arm"].split()[0] for record in records] == ["swiglu"]
+    assert any(line.startswith("skipped kan_glu") and "parity is red" in line for line in lines)
 
 
 def test_piecewise_linear_arm_is_judged_by_its_best_batch(monkeypatch):
@@ -194,16 +196,44 @@ def test_training_arms_have_equally_many_parameters():
         assert largest / smallest - 1 < 0.01, (size, counts)
 
 
-@pytest.mark.parametrize("module, name", [(train, "train"), (decode, "decode")])
-def test_model_benchmarks_write_records(module, name, tmp_path, monkeypatch):
+def test_training_benchmark_writes_records(tmp_path, monkeypatch):
     monkeypatch.setitem(train.SIZES, "tiny", (128, 344, 1, 2, 1, 16))
     out = tmp_path / "out.json"
-    records = module.run(
+    records = train.run(
         "tiny", ("swiglu", "kan_glu"), seconds=0.0, memory=False, out=str(out), echo=lambda line: None
     )
     assert [record["arm"] for record in records] == ["swiglu", "kan_glu"]
     assert records[1]["baseline"] == "swiglu" and records[1]["speed_ratio"] > 0
-    assert json.loads(out.read_text())["benchmark"] == f"{name}-tiny"
+    assert 0 < records[1]["optimizer_share"] < 1
+    assert json.loads(out.read_text())["benchmark"] == "train-tiny"
+
+
+def test_decoding_benchmark_compares_the_paths(tmp_path, monkeypatch):
+    try:
+        library()
+    except NativeUnavailable as error:
+        pytest.skip(str(error))
+    monkeypatch.setitem(train.SIZES, "tiny", (64, 96, 1, 2, 1, 64))
+    monkeypatch.setattr(decode, "NEW", 2)
+    records = decode.run(
+        "tiny", ("swiglu", "kan_glu"), paths=("native", "eager", "int8", "llama"), seconds=0.0,
+        out=str(tmp_path / "out.json"), echo=lambda line: None,
+    )  # fmt: skip
+    found = {record["arm"]: record for record in records}
+    both = ("swiglu", "kan_glu")
+    paths = ("", " eager", " int8")
+    assert list(found) == [*(name + path for path in paths for name in both), "swiglu llama"]
+    exact = [record["logits_error"] for name, record in found.items() if "int8" not in name]
+    assert max(exact) < 1e-4 < found["swiglu int8"]["logits_error"] < 0.1
+    assert found["swiglu int8"]["weight_error"] < 0.02
+    assert found["kan_glu eager"]["baseline"] == "swiglu eager"
+    assert found["swiglu llama"]["baseline"] == found["swiglu int8"]["baseline"] == "swiglu"
+
+
+def test_a_new_arm_is_compared_with_the_mlp_of_the_same_norm():
+    for name, (baseline, _, fields) in train.ARMS.items():
+        assert train.ARMS[baseline][2].get("hidden_norm", False) == fields.get("hidden_norm", False), name
+    assert {ffn_type for _, ffn_type, _ in train.ARMS.values()} >= set(KAN_TYPES)
 
 
 @pytest.mark.parametrize(
