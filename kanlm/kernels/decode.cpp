@@ -8,6 +8,9 @@
 // output is computed whole by one thread, so the result does not depend on the number of threads.
 
 #include <omp.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -35,9 +38,15 @@ typedef int8_t bytes __attribute__((vector_size(L)));
 
 inline vec load(const float* p) { return *reinterpret_cast<const loose*>(p); }
 inline vec load(const int8_t* p) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)  // GCC 12 converts lane by lane where it is left to it
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
     bytes packed;
     std::memcpy(&packed, p, L);
     return __builtin_convertvector(__builtin_convertvector(packed, ints), vec);
+#endif
 }
 inline void store(float* p, vec v) { *reinterpret_cast<loose*>(p) = v; }
 
