@@ -128,10 +128,16 @@ def onnx_path(model: KanLMForCausalLM) -> Way:
 def llama(model: KanLMForCausalLM) -> LlamaForCausalLM:
     """The SwiGLU arm's weights in transformers' own Llama, whose architecture is the same."""
     config = model.config
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    same: tuple[str, ...] = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    )
     same += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps")
     same += ("rope_parameters", "tie_word_embeddings")
-    other = LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in same}))
+    other: Any = LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in same}))
     other.load_state_dict(model.state_dict())
     return other.to(model.device).eval()
 

@@ -153,8 +153,8 @@ def test_parity_is_of_the_whole_model(module, place, tmp_path, monkeypatch):
         y = right(layer, a, u)
         return 1.01 * y if place == "last layer" else 1.01 * y - 0.01 * y.detach()
 
-    def select(model, backend="auto"):
-        chosen = right_select(model, backend)
+    def select(model, backend="auto", **settings):
+        chosen = right_select(model, backend, **settings)
         learned = [layer for layer in model.modules() if isinstance(layer, LearnedFunction)]
         if backend == "cpu" and learned:
             learned[-1].kernel = wrong
