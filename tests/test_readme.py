@@ -175,6 +175,5 @@ def test_a_number_of_a_table_that_no_json_has_is_found():
     assert unbacked("| x | 1.6788 |", backed) == ["1.6788"]
 
 
-@pytest.mark.xfail(reason="the tables of the demo and of all arms have no committed JSON yet", strict=True)
 def test_every_number_of_readmes_tables_is_in_committed_json():
     assert not unbacked(README, committed_numbers())
