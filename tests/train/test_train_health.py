@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from kanlm.fitting import AdaptiveKAN
 from kanlm.model.ffn import build_ffn
 from kanlm.model.kan import KANLinear, LearnedFunction
 from kanlm.train.health import kan_health
@@ -30,7 +31,7 @@ def test_healthy_layers():
 def test_share_outside_the_grid():
     """On [-1, 1], a third of a normed layer's inputs."""
     x = inputs(20000, 4)
-    for layer in (KANLinear(4, 2, grid_min=-1.0, grid_max=1.0), KANLinear(4, 2, knots=[-1, 0, 1])):
+    for layer in (KANLinear(4, 2, grid_min=-1.0, grid_max=1.0), AdaptiveKAN(4, 2, knots=[-1, 0, 1])):
         share = kan_health(layer, x)[""]["outside_grid"]
         assert share == pytest.approx(0.317, abs=0.01)
         assert share == pytest.approx(float((x.abs() > 1).float().mean()))
@@ -76,6 +77,7 @@ def test_output_scale_against_an_mlp():
         intermediate_size=32,
         num_hidden_layers=4,
         rms_norm_eps=1e-6,
+        hidden_norm=False,
         initializer_range=0.02,
         kan_basis="bspline",
         kan_grid_size=5,
