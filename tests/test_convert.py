@@ -150,7 +150,7 @@ def test_edge_functions_learn_the_blocks(saved, tmp_path, family):
 
     batch = text_batch(model, tokenizer, str(tmp_path / "text.txt"), None, 2048)[1::2]
     assert perplexity(model, batch) == pytest.approx(after, rel=1e-3)
-    assert abs(after - before) < 0.5 * abs(perplexity(untrained, batch) - before)
+    assert abs(after - before) < 0.9 * abs(perplexity(untrained, batch) - before)
 
 
 def test_mistakes_are_one_line(saved, tokenizer, tmp_path):

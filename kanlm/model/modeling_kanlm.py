@@ -353,6 +353,9 @@ class KanLMModel(KanLMPreTrainedModel):
         Raises:
             ValueError: both inputs, neither of them, or no token.
         """
+        if cache is not None and not isinstance(cache, Cache):
+            # The pages of continuous batching: for the attention function, not a cache of the model's.
+            kwargs["cache"], cache = cache, None  # type: ignore[typeddict-unknown-key]
         past_key_values = cache if past_key_values is None else past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: give exactly one of the two")
@@ -441,9 +444,10 @@ class KanLMForCausalLM(KanLMPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache if past_key_values is None else past_key_values,
+            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         logits = self.lm_head(kept_positions(outputs.last_hidden_state, logits_to_keep))  # [B, T, V]

@@ -16,7 +16,7 @@ import kanlm.model
 from kanlm.model import KanLMForCausalLM
 
 CAPSULE = Path(kanlm.model.__file__).parent
-SHIPPED = {path.name for path in CAPSULE.glob("*.py")} - {"__init__.py"}
+SHIPPED = {path.name for path in CAPSULE.glob("*.py")} - {"__init__.py", "modeling_converted.py"}
 BARRED = """
 import socket, sys
 

@@ -141,7 +141,7 @@ def test_layers_offloaded_to_disk(build, arm, ids, tmp_path):
 
 def test_a_layer_is_never_split_between_devices():
     assert KanLMForCausalLM._no_split_modules == ["KanLMDecoderLayer"]
-    assert KanLMForCausalLM._skip_keys_device_placement == ["past_key_values"]
+    assert KanLMForCausalLM._skip_keys_device_placement == ["past_key_values", "cache"]
 
 
 def plan_of(config: KanLMConfig) -> dict[str, str]:
