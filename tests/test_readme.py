@@ -90,8 +90,8 @@ def test_the_commands_for_own_text_run_in_their_order(tmp_path):
     }
     activate, *commands = own_text_block()
     assert activate == [".", ".venv/bin/activate"]  # done by PATH here
-    (load,) = blocks("python")
-    for words in [*commands, [sys.executable, "-c", load + "\nprint(model.num_parameters())"]]:
+    layers, load = blocks("python")
+    for words in [*commands, [sys.executable, "-c", f"{layers}\n{load}\nprint(model.num_parameters())"]]:
         if "train" in words:
             words = [*words, *small]
         done = subprocess.run(
@@ -100,7 +100,7 @@ def test_the_commands_for_own_text_run_in_their_order(tmp_path):
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
     card = (tmp_path / "runs/mine/hf/README.md").read_text(encoding="utf-8")
     assert "perplexity" in card.lower()
-    assert list((tmp_path / "runs/mine/functions").glob("*.svg"))
+    assert (tmp_path / "runs/mine/functions/inspect.html").is_file()
 
 
 NUMBER = re.compile(r"(?<![\w.])[+-]?\d[\d,]*(?:\.\d+)?(?![\w.]*\w)")
