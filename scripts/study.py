@@ -2,6 +2,7 @@
 
     python scripts/study.py prepare DATA_DIR     writes runs/study/data: train, valid and test of each corpus
     python scripts/study.py run [PHASE ...]      trains what configs/study.toml plans and is not done yet
+    python scripts/study.py baselines            n-grams and xz on the same test texts
     python scripts/study.py report               writes docs/results/study/report.md and report.json
 
 `run` may be started several times at once (one thread each): a trial is taken by one process. Every finished
@@ -38,12 +39,13 @@ from kanlm.config import RunConfig, parsed
 from kanlm.data import tokenizer_for
 from kanlm.data.cache import TokenCache, cached
 from kanlm.data.corpus import split_sources
+from kanlm.evaluation.baselines import kneser_ney_by_order, xz_bits_per_byte
 from kanlm.evaluation.perplexity import _blocks, _token_nll
 from kanlm.export import model_of
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.model.ffn import find_arm
 from kanlm.model.learned_function import LearnedFunction
-from kanlm.runs import RunDir, write_json
+from kanlm.runs import RunDir, read_json, write_json
 from kanlm.sizing import matched_width, parameter_counts
 from kanlm.train.checkpoint import load_model
 from kanlm.train.loop import train
@@ -52,6 +54,8 @@ ROOT = Path("runs/study")
 PLAN = Path("configs/study.toml")
 RESULTS = Path("docs/results/study/trials.jsonl")
 SEPARATOR = "<|endoftext|>"
+SEEN_BYTES = 1_295_000
+"""What 500k tokens of the vocabulary of 1,024 stand for, in both corpora within 0.2%."""
 SEGMENTS = 64
 """The test text is scored in so many equal parts, whose spread is its sampling error."""
 
@@ -326,6 +330,32 @@ def segment_nll(model: torch.nn.Module, cache: TokenCache, block_size: int = 128
 
 
 @study.command()
+def baselines() -> None:
+    """Write docs/results/study/baselines.json: what counting and compressing reach on the test texts.
+
+    From all of the training text, and from its first documents, as many bytes as 500k tokens are.
+    """
+    found = {}
+    for corpus in ("mixed", "wikitext-2"):
+        train, test = (
+            [
+                d.strip("\n")
+                for d in (ROOT / "data" / f"{corpus}.{split}.txt").read_text("utf-8").split(SEPARATOR)
+            ]
+            for split in ("train", "test")
+        )
+        for amount, documents in (("all", train), ("seen", up_to(train, SEEN_BYTES))):
+            by_order = kneser_ney_by_order(documents, test, range(3, 9))
+            found[f"{corpus}, {amount}"] = {
+                "bytes": sum(len(document.encode()) for document in documents),
+                "kneser_ney_bits_per_byte": by_order,
+                "xz_bits_per_byte": xz_bits_per_byte(documents, test),
+            }
+            print(corpus, amount, found[f"{corpus}, {amount}"], flush=True)
+    write_json(RESULTS.with_name("baselines.json"), found)
+
+
+@study.command()
 @click.option("--out", default="docs/images/functions.png")
 def picture(out: str) -> None:
     """Draw the learned functions of the run of the phase `picture`, whose folder is kept."""
@@ -448,7 +478,11 @@ def judged_phase(phase: dict[str, Any], done: list[dict[str, Any]]) -> tuple[lis
         )
         for label, own in by_arm.items()
     ]
-    judgements = judge(arms, size=f"{phase['corpus']} {phase['size']}")
+    known = best_count(phase["corpus"], "seen")
+    idle = [a.name for a in arms if a.bits_per_byte and np.mean(list(a.bits_per_byte.values())) >= known]
+    size = f"{phase['corpus']} {phase['size']}"
+    judgements = judge(arms, size=size, learned_nothing=idle)
+    differences = judge(arms, size=size)  # what the seeds say, whether or not counting is beaten
     lines = [
         "| arm | rates | parameters | seeds | validation | test | bits per byte | functions at their start |",
         "|---|---|---|---|---|---|---|---|",
@@ -465,10 +499,10 @@ def judged_phase(phase: dict[str, Any], done: list[dict[str, Any]]) -> tuple[lis
         lines.append(
             f"| {arm.name} | {rates_of(own[0])} | {size:,} | {len(arm.test)} | {' | '.join(cells)} |"
         )
-    lines += ["", *(f"- {sentence(judgement)}" for judgement in judgements), ""]
+    lines += ["", *(f"- {sentence(judgement)}" for judgement in judgements), *counting(phase["corpus"]), ""]
     lines += ["| arm against | seeds | difference | interval | bootstrap | sign flips p | detectable |"]
     lines += ["|---|---|---|---|---|---|---|"]
-    for one in judgements:
+    for one in differences:
         # Against its own twin too, which is the attribution: what the learning of the function gave.
         lines += [difference_row(one)] + [
             difference_row(other)
@@ -476,8 +510,36 @@ def judged_phase(phase: dict[str, Any], done: list[dict[str, Any]]) -> tuple[lis
             if twin.family == "mlp" and twin.name != one.baseline
             for other in judge([next(a for a in arms if a.name == one.arm), twin])
         ]
-    found = [{**one.as_dict(), "phase": phase["name"]} for one in judgements]
+    found = [
+        {**one.as_dict(), "phase": phase["name"], "difference": difference.as_dict()}
+        for one, difference in zip(judgements, differences, strict=True)
+    ]
     return found, "\n".join(lines)
+
+
+def best_count(corpus: str, amount: str) -> float:
+    """Bits per byte of the worse of the best n-gram and xz: who beats neither has learned nothing."""
+    path = RESULTS.with_name("baselines.json")
+    if not path.is_file():
+        return math.inf
+    row = read_json(path)[f"{corpus}, {amount}"]
+    return max(min(row["kneser_ney_bits_per_byte"].values()), row["xz_bits_per_byte"])
+
+
+def counting(corpus: str) -> list[str]:
+    """What needs no neural network on the phase's test text."""
+    path = RESULTS.with_name("baselines.json")
+    if not path.is_file():
+        return []
+    lines = []
+    for amount, words in (("seen", "as much training text as the models saw"), ("all", "all training text")):
+        row = read_json(path)[f"{corpus}, {amount}"]
+        order, best = min(row["kneser_ney_bits_per_byte"].items(), key=lambda item: item[1])
+        lines.append(
+            f"- Counting, from {words} ({row['bytes']:,} bytes): Kneser-Ney of order {order} "
+            f"{best:.4f} bits per byte, xz {row['xz_bits_per_byte']:.4f}."
+        )
+    return lines
 
 
 def difference_row(one: Any) -> str:
