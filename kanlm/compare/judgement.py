@@ -14,8 +14,9 @@ both finished. The first rule that fits gives the outcome:
     1  no MLP finished a seed, or no seed is common    "no result"
     2  the arm diverged in every seed, the baseline
        finished two or more of them                     "worse"
-    3  the arm or the baseline beats no model that
-       counts letters or compresses                     "learned nothing"
+    3  the arm or the baseline is worse than all that
+       needs no neural network, even counting of three
+       letters                                          "learned nothing"
     4  fewer than 2 common seeds                        "undecided": one run cannot tell skill from luck
     5  90% interval of the mean of d within +-margin    "tie" (two one-sided tests at 5%)
     6  Holm-adjusted p of d at most 5%, d < 0           "better"
@@ -293,11 +294,12 @@ def _decided(
             judgement, outcome="no result", reason=f"{arm.name} finished no seed with {baseline.name}"
         )
     nothing = [name for name in (arm.name, baseline.name) if name in idle]
-    if nothing:
-        return replace(judgement, outcome="learned nothing", reason=" and ".join(nothing))
     if judgement.seeds < 2:
-        return replace(judgement, outcome="undecided", reason="one seed; an interval needs at least 2")
+        outcome: Outcome = "learned nothing" if nothing else "undecided"
+        reason = " and ".join(nothing) or "one seed; an interval needs at least 2"
+        return replace(judgement, outcome=outcome, reason=reason)
     interval, bootstrapped = _intervals(arm, baseline, 1 - level)
+    # Kept whatever the outcome: a reader may ask what the seeds say where the rules give no verdict.
     judgement = replace(
         judgement,
         interval_nats=(interval.low, interval.high),
@@ -305,6 +307,8 @@ def _decided(
         bootstrap_nats=bootstrapped,
         detectable_nats=detectable_difference(interval.std, interval.pairs, level),
     )
+    if nothing:
+        return replace(judgement, outcome="learned nothing", reason=" and ".join(nothing))
     lost = sorted(set(arm.diverged) & set(baseline.test))
     baseline_lost = sorted(set(baseline.diverged) & set(arm.test))
     assert judgement.p_tie is not None and judgement.p_holm is not None

@@ -15,6 +15,7 @@ import synthetic
 from kanlm import runs
 from kanlm.compare.artifacts import load, load_curve, write_bundle
 from kanlm.compare.report import report, report_content, report_pictures, summary
+from kanlm.compare.verdict import learned_nothing
 from kanlm.config import UserError
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -87,6 +88,16 @@ def test_a_model_that_every_baseline_beats_has_learned_nothing(tmp_path):
     rows = {row["arm"]: row for row in found["tables"][0]["rows"]}
     assert rows["kan"]["learned_nothing"] and not rows["swiglu"]["learned_nothing"]
     assert any("kan has learned nothing" in sentence for sentence in found["tables"][0]["sentences"])
+    judged = next(row for row in found["verdict"]["judgements"] if row["arm"] == "kan")
+    assert judged["interval_nats"][0] > 0, "what the seeds say is kept"
+
+
+def test_a_model_that_only_the_best_orders_of_counting_beat_is_judged(tmp_path):
+    row = {"name": "8-gram", "what": "", "bits_per_byte": 1.2}
+    assert learned_nothing(2.0, [row])
+    assert not learned_nothing(2.0, [{**row, "orders": {"3": 2.9, "8": 1.2}}])
+    assert learned_nothing(3.0, [{**row, "orders": {"3": 2.9, "8": 1.2}}])
+    assert not learned_nothing(3.0, [])
 
 
 def test_beating_one_baseline_is_said_to_be_beating_one(tmp_path):
