@@ -204,16 +204,48 @@ def eval_verb(
     click.echo(json.dumps(evaluation.as_json(), indent=2) if as_json else text_table(evaluation))
 
 
-@verb("pairs", "kanlm pairs runs/tiny-kan_glu/hf blimp.jsonl")
-@model_argument
+@verb("pairs", "kanlm pairs runs/a/hf runs/b/hf blimp.jsonl")
+@models_argument
 @click.argument("file", type=click.Path())
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--each", type=click.IntRange(min=1), help="Of every paradigm the first so many pairs.")
+@click.option("--batch-size", type=click.IntRange(min=2), default=64, show_default=True)
 @click.option("--device", default=None, help="Default: cuda if there is one, else cpu.")
-def pairs_verb(model: str, file: str, **settings) -> None:
-    """Zero-shot grammar: share of the minimal pairs in FILE (BLiMP form) that MODEL gets right."""
-    from kanlm.evaluation.minimal_pairs import evaluate_minimal_pairs
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, every paradigm in it.")
+def pairs_verb(models: tuple[str, ...], file: str, as_json: bool, **settings) -> None:
+    """Zero-shot grammar: share of the minimal pairs in FILE (BLiMP form) that MODELS get right.
 
-    click.echo(json.dumps(dataclasses.asdict(evaluate_minimal_pairs(model, file, **settings)), indent=2))
+    By phenomenon, with 95% intervals; several models are compared with the first, pair by pair.
+    """
+    from kanlm.evaluation import minimal_pairs as task
+
+    results = [task.evaluate_minimal_pairs(model, file, **settings) for model in models]
+    differences = [dataclasses.asdict(task.difference(one, results[0])) for one in results[1:]]
+    zero_shot_output(models, results, differences, task.text_table(models, results), as_json)
+
+
+@verb("last-word", "kanlm last-word runs/a/hf runs/b/hf lambada.jsonl")
+@models_argument
+@click.argument("file", type=click.Path())
+@click.option("--first", type=click.IntRange(min=1), help="Only the first so many passages.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--device", default=None, help="Default: cuda if there is one, else cpu.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def last_word_verb(models: tuple[str, ...], file: str, as_json: bool, **settings) -> None:
+    """Zero-shot last words: how often MODELS know the word that ends a passage of FILE (LAMBADA form)."""
+    from kanlm.evaluation import last_word as task
+
+    results = [task.evaluate_last_words(model, file, **settings) for model in models]
+    zero_shot_output(models, results, [], task.text_table(models, results), as_json)
+
+
+def zero_shot_output(models, results, differences, table: str, as_json: bool) -> None:
+    """The table, or JSON: a model's own object where there is one model."""
+    if not as_json:
+        click.echo(table)
+        return
+    reports = [{"model": model, **result.as_json()} for model, result in zip(models, results, strict=True)]
+    content = reports[0] if len(reports) == 1 else {"reports": reports, "differences": differences}
+    click.echo(json.dumps(content, indent=2))
 
 
 @verb("compare", "kanlm compare demo")

@@ -88,7 +88,9 @@ def run(verb: str, model: Path, tmp_path: Path, *more: str) -> None:
     """`kanlm VERB MODEL` in this process, with whatever else the verb requires."""
     text, pairs = tmp_path / "text.txt", tmp_path / "pairs.jsonl"
     text.write_text(TEXT)
-    pairs.write_text('{"good": "the cat sat", "bad": "cat the sat"}\n')
+    pairs.write_text(
+        '{"good": "the cat sat", "bad": "cat the sat", "context": "the cat", "continuation": "sat"}\n'
+    )
     values = {
         "model": model,
         "file": pairs,
@@ -118,7 +120,7 @@ def run(verb: str, model: Path, tmp_path: Path, *more: str) -> None:
 def test_a_verb_names_foreign_code_and_the_flag_and_runs_nothing(
     verb, foreign_model, foreign_tokenizer, tmp_path, marker
 ):
-    assert {"eval", "generate", "inspect", "pairs", "prune"} <= set(VERBS)
+    assert {"eval", "generate", "inspect", "pairs", "last-word", "prune"} <= set(VERBS)
     for model in (foreign_model, foreign_tokenizer):
         with pytest.raises(UserError) as refused:
             run(verb, model, tmp_path)

@@ -9,7 +9,15 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from kanlm.config import UserError
-from kanlm.evaluation.minimal_pairs import Pair, evaluate_minimal_pairs, read_pairs, score_pairs
+from kanlm.evaluation.minimal_pairs import (
+    MinimalPairs,
+    Pair,
+    difference,
+    evaluate_minimal_pairs,
+    read_pairs,
+    score_pairs,
+    text_table,
+)
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 
 
@@ -82,6 +90,34 @@ def test_pairs_are_read_from_either_form_and_from_archives(tmp_path):
     assert list(read_pairs(tmp_path / "p.jsonl.xz")) == [Pair("agreement", "a", "b")]
     (tmp_path / "p.jsonl").write_text('{"good": "a", "bad": "b"}\n')
     assert list(read_pairs(tmp_path / "p.jsonl")) == [Pair("all", "a", "b")]
+
+
+def test_the_first_pairs_of_every_paradigm_are_read(tmp_path):
+    lines = [{"uid": str(i % 2), "term": "islands", "good": f"g{i}", "bad": "b"} for i in range(6)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    found = list(read_pairs(tmp_path / "p.jsonl", each=2))
+    assert [pair.good for pair in found] == ["g0", "g1", "g2", "g3"]
+    assert {pair.phenomenon for pair in found} == {"islands"}
+
+
+def test_phenomena_have_intervals_and_two_models_are_tested_on_the_same_pairs():
+    half = [True, False] * 20
+    phenomenon_of = {"a": "one", "b": "one", "c": "two"}
+    model = MinimalPairs({"a": [True] * 40, "b": [True] * 40, "c": half}, phenomenon_of)
+    other = MinimalPairs({"a": half, "b": half, "c": half}, phenomenon_of)
+    share = other.phenomena["one"]
+    assert (share.right, share.asked, share.share) == (40, 80, 0.5)
+    assert share.low == pytest.approx(0.393, abs=1e-3) and share.high == pytest.approx(0.607, abs=1e-3)
+    found = difference(model, other)
+    assert found.accuracy == pytest.approx(1 / 3) and found.low < 0 < found.high, "three paradigms say little"
+    assert (found.phenomena["one"].only_model, found.phenomena["one"].only_baseline) == (40, 0)
+    assert found.phenomena["one"].p_value == pytest.approx(2 * 0.5**40)
+    assert found.p_holm == {"one": pytest.approx(4 * 0.5**40), "two": 1.0}
+    table = text_table(["gelu", "kan"], [other, model])
+    assert (
+        "kan - gelu: +33.33 points" in table and "one: +50.0 points, 40 pairs right alone against 0" in table
+    )
+    assert "  two:" not in table, "only what differs beyond chance is a line"
 
 
 def test_mistakes_name_file_and_line(tmp_path):
