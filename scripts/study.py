@@ -40,6 +40,8 @@ from kanlm.data import tokenizer_for
 from kanlm.data.cache import TokenCache, cached
 from kanlm.data.corpus import split_sources
 from kanlm.evaluation.baselines import kneser_ney_by_order, xz_bits_per_byte
+from kanlm.evaluation.last_word import read_passages, score_words
+from kanlm.evaluation.minimal_pairs import read_pairs, score_pairs
 from kanlm.evaluation.perplexity import _blocks, _token_nll
 from kanlm.export import model_of
 from kanlm.model import KanLMConfig, KanLMForCausalLM
@@ -56,6 +58,8 @@ RESULTS = Path("docs/results/study/trials.jsonl")
 SEPARATOR = "<|endoftext|>"
 SEEN_BYTES = 1_295_000
 """What 500k tokens of the vocabulary of 1,024 stand for, in both corpora within 0.2%."""
+PAIRS_EACH, LAST_WORDS = 100, 1_000
+"""Zero-shot questions: pairs of each of BLiMP's 67 paradigms, passages of LAMBADA."""
 SEGMENTS = 64
 """The test text is scored in so many equal parts, whose spread is its sampling error."""
 
@@ -85,7 +89,7 @@ def study() -> None:
 @study.command()
 @click.argument("data_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def prepare(data_dir: Path) -> None:
-    """Write the corpora from the folder with wikitext-2 and the parts of `mixed`."""
+    """Write the corpora from the folder with wikitext-2, the parts of `mixed`, BLiMP and LAMBADA."""
     out = ROOT / "data"
     out.mkdir(parents=True, exist_ok=True)
     for split in ("train", "valid", "test"):
@@ -97,6 +101,8 @@ def prepare(data_dir: Path) -> None:
                 articles.append([])
             articles[-1].append(line)
         write_documents(out / f"wikitext-2.{split}.txt", ["".join(a) for a in articles if "".join(a).strip()])
+    for source, name in (("blimp/blimp", "blimp"), ("zeroshot/lambada_openai", "lambada")):
+        shutil.copy(data_dir / f"{source}.jsonl.xz", out / f"{name}.jsonl.xz")
     parts: dict[str, list[str]] = defaultdict(list)
     for name, size in MIXED.items():
         documents = read_documents(data_dir / name / "train.txt.xz", size)
@@ -282,6 +288,7 @@ def train_and_judge(trial: dict[str, Any]) -> dict[str, Any]:
         result["test"] = sums.sum() / (len(cache) - 1)
         result["test_bits_per_byte"] = sums.sum() / cache.manifest["bytes"] / math.log(2)
         result["test_segments"] = [round(float(s), 2) for s in sums]
+        result |= zero_shot(model, tokenizer) if trial.get("zero_shot") else {}
         functions = [module for module in model.modules() if isinstance(module, LearnedFunction)]
         if functions:
             for module in functions:
@@ -327,6 +334,19 @@ def segment_nll(model: torch.nn.Module, cache: TokenCache, block_size: int = 128
         for start, row in zip(batch, nll, strict=True):
             sums[start * SEGMENTS // targets] += float(row.double().sum())
     return sums
+
+
+def zero_shot(model: torch.nn.Module, tokenizer: Any) -> dict[str, Any]:
+    """BLiMP by phenomenon and LAMBADA's last words, on the first questions of each file."""
+    pairs = score_pairs(model, tokenizer, read_pairs(ROOT / "data" / "blimp.jsonl.xz", PAIRS_EACH))
+    passages = itertools.islice(read_passages(ROOT / "data" / "lambada.jsonl.xz"), LAST_WORDS)
+    words = score_words(model, tokenizer, passages)
+    return {
+        "blimp": pairs.accuracy,
+        "blimp_phenomena": {name: round(share.share, 5) for name, share in pairs.phenomena.items()},
+        "lambada_accuracy": words.accuracy.share,
+        "lambada_nats": words.nats_per_word,
+    }
 
 
 @study.command()
