@@ -45,7 +45,7 @@ from kanlm.evaluation.baselines import kneser_ney_by_order, xz_bits_per_byte
 from kanlm.evaluation.last_word import read_passages, score_words
 from kanlm.evaluation.minimal_pairs import read_pairs, score_pairs
 from kanlm.evaluation.perplexity import _blocks, _token_nll
-from kanlm.export import model_of
+from kanlm.export import export_model, model_of
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.model.ffn import find_arm
 from kanlm.model.learned_function import LearnedFunction
@@ -63,6 +63,8 @@ BYTES_A_TOKEN = 2.59
 """Of the vocabulary of 1,024, in both corpora within 0.2%."""
 PAIRS_EACH, LAST_WORDS = 100, 1_000
 """Zero-shot questions: pairs of each of BLiMP's 67 paradigms, passages of LAMBADA."""
+FROZEN = 1e-12
+"""A rate at which coefficients of about 1 stay as they are in fp32."""
 SEGMENTS = 64
 """The test text is scored in so many equal parts, whose spread is its sampling error."""
 
@@ -201,6 +203,8 @@ def run_config(trial: dict[str, Any]) -> RunConfig:
         "save_every": 0,
         "min_lr_ratio": trial.get("min_lr_ratio", 0.1),
     }
+    if trial.get("frozen"):
+        train_table["kan_learning_rate"] = FROZEN
     for name in ("kan_learning_rate", "kan_betas", "weight_decay", "schedule", "max_grad_norm"):
         if name in trial:
             train_table[name] = trial[name]
@@ -220,6 +224,26 @@ def run_config(trial: dict[str, Any]) -> RunConfig:
         "train": train_table,
     }
     return parsed(RunConfig, table, "study")
+
+
+def begun_with_functions(trial: dict[str, Any], config: RunConfig) -> RunConfig:
+    """The run of `config`, its functions begun at the shapes of the kept run of seed `functions_of`.
+
+    All other weights are the draws of the trial's own seed.
+    """
+    own = {key: value for key, value in trial.items() if key not in ("functions_of", "frozen")}
+    learned = {**own, "seed": trial["functions_of"], "keep": True, "zero_shot": True}
+    if trial.get("frozen"):
+        learned["kan_learning_rate"] = trial["frozen"]  # at which they were learned
+    source, tokenizer = trained_model(run_config(learned)), tokenizer_for(config)
+    torch.manual_seed(trial["seed"])
+    model = KanLMForCausalLM(source.config)
+    shapes = {name: value for name, value in source.state_dict().items() if name.endswith("coefficients")}
+    model.load_state_dict({**model.state_dict(), **shapes})
+    folder = ROOT / "begun" / name_of(trial)
+    shutil.rmtree(folder, ignore_errors=True)
+    export_model(model, tokenizer, folder, {"name": name_of(trial)})
+    return config.model_copy(update={"init_from": str(folder), "model": {}})
 
 
 def name_of(trial: dict[str, Any]) -> str:
@@ -265,6 +289,8 @@ def results() -> list[dict[str, Any]]:
 
 def train_and_judge(trial: dict[str, Any]) -> dict[str, Any]:
     config = run_config(trial)
+    if "functions_of" in trial:
+        config = begun_with_functions(trial, config)
     result: dict[str, Any] = {"key": key_of(trial), **trial}
     print(key_of(trial), flush=True)
     try:
@@ -442,7 +468,16 @@ def picture(out: str) -> None:
     print(out)
 
 
-LABELS = ("arm", "hidden_norm", "kan_num_groups", "kan_grid_size", "min_lr_ratio", "weight_decay")
+LABELS = (
+    "arm",
+    "hidden_norm",
+    "kan_num_groups",
+    "kan_grid_size",
+    "min_lr_ratio",
+    "weight_decay",
+    "functions_of",
+    "frozen",
+)
 
 
 def label_of(row: dict[str, Any]) -> str:
