@@ -475,19 +475,21 @@ LABELS = (
     "kan_grid_size",
     "min_lr_ratio",
     "weight_decay",
-    "functions_of",
-    "frozen",
 )
 
 
 def label_of(row: dict[str, Any]) -> str:
     """The arm of a trial for a reader, e.g. `gelu, normed`."""
     parts = [row["arm"]] + (["normed"] if row.get("hidden_norm") else [])
+    if "functions_of" in row:
+        shapes = "frozen at shapes" if "frozen" in row else "from shapes"
+        parts.append(f"{shapes} of seed {row['functions_of']}")
     return ", ".join(parts + [f"{key}={row[key]}" for key in LABELS[2:] if key in row])
 
 
 def rates_of(row: dict[str, Any]) -> str:
     own = f" / {row['kan_learning_rate']:g}" if "kan_learning_rate" in row else ""
+    own = " / 0" if "frozen" in row else own
     return f"{row['learning_rate']:g}{own}"
 
 
@@ -505,7 +507,7 @@ def report() -> None:
             found, text = judged_phase(phase, done)
             judged += found
         else:
-            text = rates_table(done)
+            text = seeds_table(done) if len(phase["seeds"]) > 1 else rates_table(done)
         parts.append(f"{title}\n{text}")
     RESULTS.with_name("report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     write_json(RESULTS.with_name("report.json"), {"verdict": {"judgements": judged}})
@@ -534,6 +536,26 @@ def rates_table(done: list[dict[str, Any]]) -> str:
             loss = f"{row['valid']:.4f}" if "valid" in row else "diverged"
             loss = f"**{loss}**" if row is best else loss
             lines.append(f"| {label} | {rates_of(row)} | {loss} | {row['seed']} |")
+    return "\n".join(lines)
+
+
+def seeds_table(done: list[dict[str, Any]]) -> str:
+    """Trials of several seeds: the mean of each, and its paired difference to the normed GELU where that ran."""
+    by_trial: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    for row in done:
+        by_trial[label_of(row), rates_of(row)][row["seed"]] = row.get("valid", math.inf)
+    twin = next((own for (label, _), own in by_trial.items() if label == "gelu, normed"), {})
+    lines = [
+        "| arm | rates of matrices / coefficients | validation | seeds | difference to the normed GELU, 95% |",
+        "|---|---|---|---|---|",
+    ]
+    for (label, rates), own in sorted(by_trial.items(), key=lambda item: mean([*item[1].values()])):
+        seeds = sorted(set(own) & set(twin)) if own is not twin else []
+        gap = ""
+        if len(seeds) > 1:
+            found = paired_difference([own[s] for s in seeds], [twin[s] for s in seeds])
+            gap = f"{found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
+        lines.append(f"| {label} | {rates} | {mean([*own.values()]):.4f} | {len(own)} | {gap} |")
     return "\n".join(lines)
 
 
