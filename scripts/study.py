@@ -540,13 +540,13 @@ def rates_table(done: list[dict[str, Any]]) -> str:
 
 
 def seeds_table(done: list[dict[str, Any]]) -> str:
-    """Trials of several seeds: the mean of each, and its paired difference to the normed GELU where that ran."""
+    """Trials of several seeds: the mean of each, and its paired difference to the normed GELU."""
     by_trial: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
     for row in done:
         by_trial[label_of(row), rates_of(row)][row["seed"]] = row.get("valid", math.inf)
     twin = next((own for (label, _), own in by_trial.items() if label == "gelu, normed"), {})
     lines = [
-        "| arm | rates of matrices / coefficients | validation | seeds | difference to the normed GELU, 95% |",
+        "| arm | rates of matrices / coefficients | validation | seeds | less the normed GELU, 95% |",
         "|---|---|---|---|---|",
     ]
     for (label, rates), own in sorted(by_trial.items(), key=lambda item: mean([*item[1].values()])):
