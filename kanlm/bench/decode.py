@@ -23,7 +23,7 @@ from kanlm.bench.train import ARMS, VOCAB_SIZE, built, parity_case
 from kanlm.config import UserError
 from kanlm.kernels.decode import NativeDecoder, NotServed
 from kanlm.kernels.native import NativeUnavailable
-from kanlm.model.modeling_kanlm import KanLMForCausalLM
+from kanlm.model.modeling_kanlm import CACHE, KanLMForCausalLM
 from kanlm.sizing import parameter_counts
 
 PROMPT, NEW = 32, 32
@@ -69,12 +69,12 @@ def eager_path(model: Any) -> Way:
     def start(ids: Tensor) -> Tensor:
         cache[:] = [DynamicCache(config=model.config)]
         read[0] = len(ids)
-        return model(input_ids=ids[None].to(model.device), past_key_values=cache[0]).logits[0, -1]
+        return model(input_ids=ids[None].to(model.device), **{CACHE: cache[0]}).logits[0, -1]
 
     @torch.inference_mode()
     def step(token: int) -> Tensor:
         ids = torch.tensor([[token]], device=model.device)
-        return model(input_ids=ids, past_key_values=cache[0]).logits[0, -1]
+        return model(input_ids=ids, **{CACHE: cache[0]}).logits[0, -1]
 
     def rewind() -> None:
         cache[0].crop(read[0] - cache[0].get_seq_length())  # by a negative number: so many tokens

@@ -32,6 +32,7 @@ from kanlm import checksums
 from kanlm.config import UserError
 from kanlm.edge.browser import add_page
 from kanlm.edge.functions import translations, with_graph_functions
+from kanlm.model.modeling_kanlm import CACHE
 from kanlm.runs import new_folder, write_json, write_text
 
 FP32, INT8 = "model.onnx", "model_int8.onnx"
@@ -64,8 +65,8 @@ class CachedDecoder(nn.Module):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         )
         present = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
         return (output.logits, *present)
@@ -203,7 +204,7 @@ def cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
     cache: Any = DynamicCache()
     device = next(model.parameters()).device
     with torch.no_grad():
-        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), past_key_values=cache)
+        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), **{CACHE: cache})
     return [(layer.keys.shape[1], layer.keys.shape[3]) for layer in cache.layers]
 
 

@@ -33,7 +33,7 @@ from kanlm.kernels.support import is_plain_linear
 from kanlm.model.basis import Basis, BSpline, Fourier, uniform_pieces
 from kanlm.model.ffn import XIELU, PolyNorm
 from kanlm.model.kan import KANLinear, LearnedFunction
-from kanlm.model.modeling_kanlm import KanLMForCausalLM
+from kanlm.model.modeling_kanlm import CACHE, KanLMForCausalLM
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 KINDS = (
@@ -154,7 +154,7 @@ class NativeDecoder:
         self._check_room(0, prompt.shape[1])
         output = self.model(input_ids=prompt, use_cache=True, logits_to_keep=1)
         self.length = prompt.shape[1]
-        for layer, kept in enumerate(output.past_key_values.layers):
+        for layer, kept in enumerate(getattr(output, CACHE).layers):
             self._program.cache[layer, 0, :, : self.length] = kept.keys[0]
             self._program.cache[layer, 1, :, : self.length] = kept.values[0]
         return output.logits[0, -1]

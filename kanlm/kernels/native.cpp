@@ -20,12 +20,31 @@
 
 namespace {
 
-constexpr int V = 16;  // floats in a vector
-typedef float vec __attribute__((vector_size(64)));
-typedef int32_t ivec __attribute__((vector_size(64)));
-typedef float vec_u __attribute__((vector_size(64), aligned(4), may_alias));
+// Floats in a vector: those of a register. GCC takes wider ones apart lane by lane where it shuffles, compares or converts.
+#if defined(__AVX512F__)
+constexpr int V = 16;
+#else
+constexpr int V = 8;
+#endif
+constexpr int ROUNDED = 16;  // sizes of rows are multiples of this on every machine; cpu.py rounds the same
+typedef float vec __attribute__((vector_size(4 * V)));
+typedef int32_t ivec __attribute__((vector_size(4 * V)));
+typedef float vec_u __attribute__((vector_size(4 * V), aligned(4), may_alias));
 
+// Permutations of the lanes of one or two vectors. `unpack` and `pair` interleave within quarters of four lanes.
+#if defined(__AVX512F__)
 const ivec lane_numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+const ivec unpack = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+const ivec pair = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+const ivec halves = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+const ivec quarters = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
+#else
+const ivec lane_numbers = {0, 1, 2, 3, 4, 5, 6, 7};
+const ivec unpack = {0, 8, 1, 9, 4, 12, 5, 13};
+const ivec pair = {0, 1, 8, 9, 4, 5, 12, 13};
+const ivec halves = {0, 1, 2, 3, 8, 9, 10, 11};
+const ivec quarters = {0, 1, 4, 5, 8, 9, 12, 13};
+#endif
 
 inline vec load(const float* p) { return *reinterpret_cast<const vec_u*>(p); }
 inline void store(float* p, vec v) { *reinterpret_cast<vec_u*>(p) = v; }
@@ -35,7 +54,7 @@ inline vec vmax(vec a, vec b) { return a > b ? a : b; }
 inline ivec to_int(vec v) { return __builtin_convertvector(v, ivec); }
 inline vec to_float(ivec v) { return __builtin_convertvector(v, vec); }
 
-inline int64_t whole(int64_t n) { return (n + V - 1) / V * V; }
+inline int64_t whole(int64_t n) { return (n + ROUNDED - 1) / ROUNDED * ROUNDED; }
 
 int poison = 0;  // tests set it: scratch then starts as NaN (floats) and -1 (integers)
 
@@ -170,9 +189,7 @@ inline void add_silu(vec a, vec& value, vec& slope) {
 }
 
 inline float sum_of_lanes(vec v) {
-    v += __builtin_shuffle(v, lane_numbers ^ 8);
-    v += __builtin_shuffle(v, lane_numbers ^ 4);
-    v += __builtin_shuffle(v, lane_numbers ^ 2);
+    for (int half = V / 2; half > 1; half /= 2) v += __builtin_shuffle(v, lane_numbers ^ half);
     return v[0] + v[1];
 }
 
@@ -234,17 +251,15 @@ struct Waiting {
         count = 0;
     }
     void scatter(int n, float* by_lane, int cells) {
-        const ivec low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
-        const ivec pair = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
         vec third = T > 2 ? part[n][T > 2 ? 2 : 0] : splat(0.0f), fourth = T > 3 ? part[n][T > 3 ? 3 : 0] : splat(0.0f);
-        vec a = __builtin_shuffle(part[n][0], part[n][1], low), b = __builtin_shuffle(third, fourth, low);
-        vec c = __builtin_shuffle(part[n][0], part[n][1], low + 2), d = __builtin_shuffle(third, fourth, low + 2);
+        vec a = __builtin_shuffle(part[n][0], part[n][1], unpack), b = __builtin_shuffle(third, fourth, unpack);
+        vec c = __builtin_shuffle(part[n][0], part[n][1], unpack + 2), d = __builtin_shuffle(third, fourth, unpack + 2);
         vec turned[4] = {__builtin_shuffle(a, b, pair), __builtin_shuffle(a, b, pair + 2), __builtin_shuffle(c, d, pair),
                          __builtin_shuffle(c, d, pair + 2)};  // lane l's powers are quad l / 4 of turned[l % 4]
         const quad* powers = reinterpret_cast<const quad*>(turned);
         for (int l = 0; l < V; ++l) {
             quad* total = reinterpret_cast<quad*>(by_lane + (int64_t(l) * cells + cell[n][l]) * 4);
-            *total += powers[l % 4 * 4 + l / 4];
+            *total += powers[l % 4 * (V / 4) + l / 4];
         }
     }
 };
@@ -588,17 +603,13 @@ inline void forward_tile(const Edge& k, int64_t tokens, int64_t row, int64_t fir
     }
 }
 
-// The sums of four vectors, each in four equal lanes.
+// The sums of four vectors, each in a quarter of the lanes.
 inline vec sums(vec a, vec b, vec c, vec d) {
-    const ivec low = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
-    const ivec even = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
-    const ivec by_two = {2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13};
-    const ivec by_one = {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14};
-    vec ab = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, low + 8);
-    vec cd = __builtin_shuffle(c, d, low) + __builtin_shuffle(c, d, low + 8);
-    vec s = __builtin_shuffle(ab, cd, even) + __builtin_shuffle(ab, cd, even + 4);
-    s += __builtin_shuffle(s, by_two);
-    return s + __builtin_shuffle(s, by_one);
+    vec ab = __builtin_shuffle(a, b, halves) + __builtin_shuffle(a, b, halves + V / 2);
+    vec cd = __builtin_shuffle(c, d, halves) + __builtin_shuffle(c, d, halves + V / 2);
+    vec s = __builtin_shuffle(ab, cd, quarters) + __builtin_shuffle(ab, cd, quarters + V / 4);
+    for (int step = V / 8; step; step /= 2) s += __builtin_shuffle(s, lane_numbers ^ step);
+    return s;
 }
 
 template <int T, int NV>
@@ -625,7 +636,7 @@ inline void input_gradient_tile(const Edge& k, int64_t tokens, int64_t row, int6
             }
             vec s = sums(total[0], total[1], total[2], total[3]);
             float* dx = k.dx + (row + t) * k.I + i0;
-            for (int64_t n = 0; n < inputs; ++n) dx[n] += s[4 * n];
+            for (int64_t n = 0; n < inputs; ++n) dx[n] += s[V / 4 * n];
         }
     }
 }
@@ -784,7 +795,7 @@ inline void coefficient_tile(const float* g, int64_t P, const int32_t* order, in
 // x is transposed here: [I, N]. dw, packed like w, is overwritten.
 template <int T>
 void edge_coefficient_gradient(const Edge& k, int threads) {
-    constexpr int64_t VECS = T == 2 ? 8 : 4;  // T * VECS accumulators fit the registers
+    constexpr int64_t VECS = (T == 2 ? 8 : 4) / (16 / V);  // T * VECS accumulators fit the registers
     const int64_t vecs = k.P / V;
     // A block of g fits half of a second-level cache of 1 MiB.
     const int64_t rows = std::max<int64_t>(128, std::min<int64_t>(4096, whole((1 << 17) / k.P)));
