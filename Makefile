@@ -25,11 +25,11 @@ smoke: $(VENV)/installed
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m kanlm compare configs/smoke.toml
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not gpu and not network' -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not gpu and not network' -n 2 --dist worksteal --durations 20
 
 # test-slow   the tests that take over 20 seconds each
 test-slow: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and not long and not gpu and not network' -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and not long and not gpu and not network' -n 2 --durations 10
 
 # test-long   the tests that take minutes each: wheels, ONNX of every arm, conversion, injected faults, two machines
 test-long: $(VENV)/installed
