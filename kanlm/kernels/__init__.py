@@ -3,6 +3,7 @@
     native.cpp, native.py   C++ with OpenMP, compiled once for this machine
     cpu.py                  autograd functions over it
     triton_ops.py           the same for GPUs
+    operators.py            both as operators of torch, for its compiler
     recompute.py            the reference in chunks, computed again in backward, where no fused kernel is
     support.py              which layers have one
 
@@ -19,12 +20,14 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from kanlm.kernels import cpu, recompute
 from kanlm.kernels.native import NativeUnavailable, library
 from kanlm.kernels.support import supports_edge, supports_learned
 from kanlm.model.ffn import MLP, GatedMLP
+from kanlm.model.ffn_kan import ChannelKAN, EdgeKAN
 from kanlm.model.kan import KANLinear, LearnedFunction
 
 BACKENDS = ("auto", "reference", "recompute", "cpu", "triton")
@@ -70,7 +73,9 @@ def select(model: nn.Module, backend: str = "auto", *, compiled: bool = False) -
         if not hasattr(module, "kernel"):
             continue
         module.__dict__.pop("_packed", None)
-        chosen[name], module.kernel = _implementation(module, backend, compiled)
+        implementation, module.kernel = _implementation(module, backend, compiled)
+        if not isinstance(module, ChannelKAN | EdgeKAN):  # what is listed are their layers and functions
+            chosen[name] = implementation
     return chosen
 
 
@@ -133,4 +138,11 @@ def _fused(module: nn.Module, ops: Any) -> Callable | None:
         return ops.learned if supports_learned(module, ops.FUNCTION_ORDER) else None
     if isinstance(module, GatedMLP | MLP):
         return ops.activation(module.activation)
+    if isinstance(module, ChannelKAN) and module.hidden_norm:
+        functions = [child for child in module.children() if isinstance(child, LearnedFunction)]
+        served = all(supports_learned(function, ops.FUNCTION_ORDER) for function in functions)
+        return ops.of_normed if served else None
+    if isinstance(module, EdgeKAN):
+        served = all(parameter.dtype != torch.float64 for parameter in module.parameters())
+        return ops.norm if served else None
     return None

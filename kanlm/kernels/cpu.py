@@ -12,17 +12,36 @@ only inputs are kept for backward. Each function here takes the module as the fi
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import cache, partial, wraps
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kanlm.kernels import operators
 from kanlm.kernels.native import Few, Function, library, pointer
-from kanlm.kernels.support import GELU, RATIONAL, RELU2, SILU, SPLINE, product_dtype, require_unchanged
+from kanlm.kernels.operators import (
+    NO_NORM,
+    NORM_A,
+    NORM_U,
+    Operators,
+    activation_numbers,
+    basis_of,
+    function_numbers,
+)
+from kanlm.kernels.support import (
+    GELU,
+    IDENTITY,
+    RATIONAL,
+    RELU2,
+    SILU,
+    SPLINE,
+    product_dtype,
+    require_unchanged,
+)
 from kanlm.model.basis import Basis
 from kanlm.model.ffn import relu2
 from kanlm.model.kan import KANLinear, LearnedFunction
@@ -32,17 +51,6 @@ FEW = 16
 """Up to so many rows (decoding) a full-edge layer without gradients is one call, its base branch included."""
 FUNCTION_ORDER = 3
 """Highest order of the splines of a learned function."""
-
-
-def opaque(function: Callable) -> Callable:
-    """`function`, which a compiler must not look into; without one it is called directly, which is faster."""
-    disabled = torch.compiler.disable(function)
-
-    @wraps(function)
-    def called(*arguments):
-        return disabled(*arguments) if torch.compiler.is_compiling() else function(*arguments)
-
-    return called
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -114,41 +122,56 @@ class _Edge(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, packed, weight, base = ctx.saved_tensors
-        needs_x, needs_weight, needs_base, _ = ctx.needs_input_grad
-        wide, outputs = _wide(x), len(weight)
-        rows, inputs = wide.shape
-        padded = _rounded(outputs)
-        grad = _wide(grad)
-        columns = grad if padded == outputs else F.pad(grad, (0, padded - outputs))  # [N, P]
-        arguments = _edge_arguments(ctx.basis, rows, inputs, padded)
-        native = library()
-        grad_x = grad_weight = grad_base = None
-        if needs_x:
-            grad_x = torch.empty_like(wide)
-            native.kanlm_edge_input_gradient(
-                pointer(wide), pointer(packed), pointer(columns), pointer(grad_x), *arguments
-            )
-            if base is not None:
-                grad_x += torch.ops.aten.silu_backward(grad @ base.float(), wide)
-            grad_x = grad_x.to(x.dtype)
-        if needs_weight:
-            totals = torch.empty_like(packed)
-            transposed = wide.t().contiguous()
-            native.kanlm_edge_coefficient_gradient(
-                pointer(transposed), pointer(columns), pointer(totals), *arguments
-            )
-            grad_weight = torch.empty(weight.shape, dtype=torch.float32)
-            sizes = (outputs, inputs, ctx.basis.num_functions, padded, torch.get_num_threads())
-            native.kanlm_edge_unpack(pointer(grad_weight), pointer(totals), *sizes)
-            grad_weight = grad_weight.to(weight.dtype)
-        if needs_base:
-            grad_base = (grad.t() @ F.silu(wide)).to(base.dtype)
-        return grad_x, grad_weight, grad_base, None
+        found = _edge_gradients(grad, x, packed, weight, base, ctx.basis, ctx.needs_input_grad[:3])
+        return *found, None
 
 
-@opaque
+def _edge_gradients(
+    grad: Tensor,
+    x: Tensor,
+    packed: Tensor,
+    weight: Tensor,
+    base: Tensor | None,
+    basis: Basis,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients by x [N, I], weight [O, K * I] and base [O, I], where they are wanted; grad [N, O]."""
+    wants_x, wants_weight, wants_base = wanted
+    wide, outputs = _wide(x), len(weight)
+    rows, inputs = wide.shape
+    padded = _rounded(outputs)
+    grad = _wide(grad)
+    columns = grad if padded == outputs else F.pad(grad, (0, padded - outputs))  # [N, P]
+    arguments = _edge_arguments(basis, rows, inputs, padded)
+    native = library()
+    grad_x = grad_weight = grad_base = None
+    if wants_x:
+        grad_x = torch.empty_like(wide)
+        native.kanlm_edge_input_gradient(
+            pointer(wide), pointer(packed), pointer(columns), pointer(grad_x), *arguments
+        )
+        if base is not None:
+            grad_x += torch.ops.aten.silu_backward(grad @ base.float(), wide)
+        grad_x = grad_x.to(x.dtype)
+    if wants_weight:
+        totals = torch.empty_like(packed)
+        transposed = wide.t().contiguous()
+        native.kanlm_edge_coefficient_gradient(
+            pointer(transposed), pointer(columns), pointer(totals), *arguments
+        )
+        grad_weight = torch.empty(weight.shape, dtype=torch.float32)
+        sizes = (outputs, inputs, basis.num_functions, padded, torch.get_num_threads())
+        native.kanlm_edge_unpack(pointer(grad_weight), pointer(totals), *sizes)
+        grad_weight = grad_weight.to(weight.dtype)
+    if wants_base and base is not None:
+        grad_base = (grad.t() @ F.silu(wide)).to(base.dtype)
+    return grad_x, grad_weight, grad_base
+
+
 def edge(layer: KANLinear, x: Tensor) -> Tensor:
     """KANLinear: x [..., I] to [..., O]."""
+    if torch.compiler.is_compiling():
+        return operators.edge(OPERATORS, layer, x)
     require_unchanged(layer)
     spline: Any = layer._modules["spline"]
     base_layer: Any = layer._modules.get("base")
@@ -220,22 +243,22 @@ class Kept:
         return Kept, ()
 
 
-def kept(layer: nn.Module, sources: list[Tensor], made: Callable[[Any], tuple]) -> tuple:
-    """`made(layer)`, kept between calls without gradients (decoding) as long as `sources` do not change.
+def kept(layer: nn.Module, sources: list[Tensor], made: Callable[..., tuple], *about: Any) -> tuple:
+    """`made(layer, *about)`, kept between calls without gradients as long as `sources` do not change.
 
     It is made again when a source is another tensor or was written in place. A write through `.data` moves no
     version counter: call the layer once with gradients enabled, or `kernels.select` again, after one.
     """
-    mark = []
+    mark: list[Any] = [about]
     for tensor in sources:
         if tensor.is_inference():  # without a version counter
-            return made(layer)
+            return made(layer, *about)
         mark.append((id(tensor), tensor.data_ptr(), tensor._version))
     if layer.training:
-        return made(layer)
+        return made(layer, *about)
     found = layer.__dict__.get("_packed")
     if found is None or found.mark != mark:
-        found = layer.__dict__["_packed"] = Kept(mark, made(layer))
+        found = layer.__dict__["_packed"] = Kept(mark, made(layer, *about))
     return found.value
 
 
@@ -243,13 +266,20 @@ class _Function:
     """What the elementwise kernel needs to know of a function beside its coefficients."""
 
     def __init__(
-        self, kind: int, channels: int, groups: int = 1, basis: Basis | None = None, silu: bool = False
+        self,
+        kind: int,
+        channels: int,
+        groups: int = 1,
+        basis: Basis | None = None,
+        silu: bool = False,
+        normed: int = 0,
+        eps: float = 0.0,
     ):
         self.channels, self.groups, self.basis = channels, groups, basis
         order, cells, low, inverse = (0, 0, 0.0, 0.0)
         if basis is not None:
             order, cells, low, inverse = basis.order, basis.grid_size, basis.grid_min, 1 / basis.step
-        self.arguments = (channels, groups, kind, order, cells, low, inverse, int(silu))
+        self.arguments = (channels, groups, kind, order, cells, low, inverse, int(silu), normed, eps)
 
     def tables(self, coefficients: Tensor) -> Tensor:
         """coefficients [groups, K] as the kernel reads them, fp32."""
@@ -300,40 +330,61 @@ class _Elementwise(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         a, u, coefficients = ctx.saved_tensors
-        address, channels, *_ = ctx.prepared
-        wide_a, wide_u, grad = _wide(a), None if u is None else _wide(u), _wide(grad)
-        grad_a = torch.empty_like(wide_a)
-        grad_u = None if u is None else torch.empty_like(wide_u)
-        grad_c = None
-        if ctx.needs_input_grad[2]:
-            grad_c = torch.empty(coefficients.shape, dtype=torch.float32)
-        library().kanlm_elementwise_gradient(
-            *(address, pointer(wide_a), pointer(wide_u), pointer(grad)),
-            *(pointer(grad_a), pointer(grad_u), pointer(grad_c)),
-            *(grad.numel() // channels, torch.get_num_threads()),
-        )
-        grad_u = None if u is None else grad_u.to(u.dtype)
-        return grad_a.to(a.dtype), grad_u, None if grad_c is None else grad_c.to(coefficients.dtype), None
+        return *_elementwise_gradients(ctx.prepared, grad, a, u, coefficients, ctx.needs_input_grad[2]), None
 
 
-@opaque
-def learned(layer: LearnedFunction, a: Tensor, u: Tensor | None) -> Tensor:
-    """LearnedFunction: phi(a) * u, or phi(a) where u is None; [..., C]."""
+def _elementwise_gradients(
+    prepared: Prepared, grad: Tensor, a: Tensor, u: Tensor | None, coefficients: Tensor | None, wanted: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients by a, u and, where they are wanted, the coefficients."""
+    address, channels, *_ = prepared
+    wide_a, wide_u, grad = _wide(a), None if u is None else _wide(u), _wide(grad)
+    grad_a = torch.empty_like(wide_a)
+    grad_u = None if u is None or wide_u is None else torch.empty_like(wide_u)
+    grad_c = None
+    if wanted and coefficients is not None:
+        grad_c = torch.empty(coefficients.shape, dtype=torch.float32)
+    library().kanlm_elementwise_gradient(
+        *(address, pointer(wide_a), pointer(wide_u), pointer(grad)),
+        *(pointer(grad_a), pointer(grad_u), pointer(grad_c)),
+        *(grad.numel() // channels, torch.get_num_threads()),
+    )
+    return (
+        grad_a.to(a.dtype),
+        None if grad_u is None or u is None else grad_u.to(u.dtype),
+        None if grad_c is None or coefficients is None else grad_c.to(coefficients.dtype),
+    )
+
+
+def learned(layer: LearnedFunction, a: Tensor, u: Tensor | None, normed: int = 0, eps: float = 0.0) -> Tensor:
+    """LearnedFunction: phi(a) * u, or phi(a) where u is None; [..., C]; normed inputs are normed first."""
+    if torch.compiler.is_compiling():
+        return OPERATORS.elementwise(a, u, layer.coefficients, *function_numbers(layer), normed, eps)
     coefficients: Any = layer._parameters["coefficients"]
     if torch.is_grad_enabled():
         layer.__dict__.pop("_packed", None)
-        return _Elementwise.apply(a, u, coefficients, _function_of(layer))
-    y = value(kept(layer, [coefficients], _prepared), a, u)
+        return _Elementwise.apply(a, u, coefficients, _function_of(layer, normed, eps))
+    y = value(kept(layer, [coefficients], _prepared, normed, eps), a, u)
     return y if y.dtype is a.dtype else y.to(a.dtype)
 
 
-def _function_of(layer: LearnedFunction) -> _Function:
+def _function_of(layer: LearnedFunction, normed: int, eps: float) -> _Function:
     kind, basis = (RATIONAL, None) if layer.is_rational else (SPLINE, layer.basis)
-    return _function(kind, layer.channels, layer.groups, basis, layer.base is not None)
+    return _function(kind, layer.channels, layer.groups, basis, layer.base is not None, normed, eps)
 
 
-def _prepared(layer: LearnedFunction) -> Prepared:
-    return _function_of(layer).prepared(layer.coefficients)
+def _prepared(layer: LearnedFunction, normed: int, eps: float) -> Prepared:
+    return _function_of(layer, normed, eps).prepared(layer.coefficients)
+
+
+def of_normed(function: LearnedFunction, a: Tensor, u: Tensor | None, norms_u: bool, eps: float) -> Tensor:
+    """function(norm(a)) * u, with norm(u) where `norms_u`: what an arm with `hidden_norm` computes."""
+    return learned(function, a, u, NORM_A | NORM_U if norms_u else NORM_A, eps)
+
+
+def norm(x: Tensor, eps: float) -> Tensor:
+    """x [..., C], RMS-normed over its channels."""
+    return _fixed(IDENTITY, x, None, NORM_A, eps)
 
 
 def activation(function: Callable) -> Callable | None:
@@ -345,13 +396,54 @@ def activation(function: Callable) -> Callable | None:
     return None if kind is None else partial(_activated, kind)
 
 
-@opaque
 def _activated(kind: int, module: Any, a: Tensor, u: Tensor | None) -> Tensor:
+    if not module.hidden_norm:
+        return _fixed(kind, a, u, *NO_NORM)
+    return _fixed(kind, a, u, NORM_A if u is None else NORM_A | NORM_U, module.norm_eps)
+
+
+def _fixed(kind: int, a: Tensor, u: Tensor | None, normed: int, eps: float) -> Tensor:
+    """f(a) * u of a function without coefficients."""
+    channels = a.shape[-1]
+    if torch.compiler.is_compiling():
+        return OPERATORS.elementwise(a, u, None, *activation_numbers(kind, channels), normed, eps)
     if torch.is_grad_enabled():
-        return _Elementwise.apply(a, u, None, _function(kind, a.shape[-1]))
-    return value(_without_table(kind, a.shape[-1]), a, u).to(a.dtype)
+        return _Elementwise.apply(a, u, None, _function(kind, channels, normed=normed, eps=eps))
+    return value(_without_table(kind, channels, normed, eps), a, u).to(a.dtype)
 
 
 @cache
-def _without_table(kind: int, channels: int) -> Prepared:
-    return _function(kind, channels).prepared(None)
+def _without_table(kind: int, channels: int, normed: int, eps: float) -> Prepared:
+    return _function(kind, channels, normed=normed, eps=eps).prepared(None)
+
+
+def _function_from(kind, channels, groups, order, cells, low, high, silu, normed, eps) -> _Function:
+    """Of an operator's numbers."""
+    basis = basis_of(order, cells, low, high) if kind == SPLINE else None
+    return _function(kind, channels, groups, basis, silu, normed, eps)
+
+
+def _elementwise_operator(a: Tensor, u: Tensor | None, coefficients: Tensor | None, *numbers) -> Tensor:
+    return value(_function_from(*numbers).prepared(coefficients), a, u).to(a.dtype)
+
+
+def _elementwise_gradient_operator(grad, a, u, coefficients, *numbers):
+    *numbers, wanted = numbers
+    prepared = _function_from(*numbers).prepared(coefficients)
+    return _elementwise_gradients(prepared, grad, a, u, coefficients, wanted)
+
+
+def _edge_operator(x, weight, base, order, cells, low, high, dtype) -> Tensor:
+    packed, basis = packed_coefficients(weight, x.shape[1]), basis_of(order, cells, low, high)
+    y = _edge_output(_wide(x), packed, None if base is None else base.float(), basis, len(weight))
+    return y.to(dtype)
+
+
+def _edge_gradient_operator(grad, x, weight, base, order, cells, low, high, dtype, wanted):
+    packed = packed_coefficients(weight, x.shape[1])
+    return _edge_gradients(grad, x, packed, weight, base, basis_of(order, cells, low, high), wanted)
+
+
+OPERATORS = Operators(
+    "cpu", _elementwise_operator, _elementwise_gradient_operator, _edge_operator, _edge_gradient_operator
+)

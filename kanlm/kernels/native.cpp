@@ -12,6 +12,7 @@
 // All reductions have a fixed order for a given number of threads.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -144,17 +145,18 @@ inline void slope_segments(vec r, vec* q) {
     else segments<T - 1>(r, q, unused);
 }
 
-// Elementwise: y = phi(a) * u
+// Elementwise: y = phi(a) * u, or phi(norm(a)) * norm(u) with norm(x) = x / sqrt(mean x^2 + eps) over a row's channels.
 
-// A function, as native.py's Function. tables [groups, size]: see `size_of_table`.
+// A function, as native.py's Function. tables [groups, size]: see `size_of_table`. Bit 0 of `normed`: a is; bit 1: u is.
 struct Function {
     const float* tables;
     int64_t C, groups;
     int kind, order, cells;
     float lo, inv_h;
-    int silu;
+    int silu, normed;
+    float eps;
 };
-enum Kind { SPLINE, RATIONAL, SILU, GELU, RELU2 };
+enum Kind { SPLINE, RATIONAL, SILU, GELU, RELU2, IDENTITY };
 
 // Splines: order + 1 rows of `cells` coefficients of powers of r, each row padded with zeros to whole vectors.
 inline int64_t size_of_table(const Function& f) {
@@ -417,6 +419,9 @@ struct Fixed {
             vec cdf = x < 0 ? tail : 1.0f - tail;
             value = x * cdf;
             slope = cdf + x * density * 0.39894228f;
+        } else if constexpr (KIND == IDENTITY) {  // for its norm
+            value = x;
+            slope = splat(1.0f);
         } else {  // squared ReLU; a NaN stays one
             vec above = x < 0 ? splat(0.0f) : x;
             value = above * above;
@@ -434,15 +439,52 @@ constexpr int64_t SMALL = 1 << 14;  // vector lanes of work for which waking a s
 constexpr int64_t ROWS = 32;    // rows whose values stay in the second-level cache while all groups visit them
 constexpr int64_t BLOCKS = 16;  // blocks of rows accumulated in fp32 before the sum goes on in fp64
 
+// The factors of the norms of a block of rows; 1 where there is none.
+struct Scales {
+    float a[ROWS], u[ROWS];
+
+    Scales(const Elementwise& k, int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            a[row - begin] = k.f.normed & 1 ? of(k.a + row * k.f.C, k.f) : 1.0f;
+            u[row - begin] = k.f.normed & 2 ? of(k.u + row * k.f.C, k.f) : 1.0f;
+        }
+    }
+    static float of(const float* x, const Function& f) {
+        return 1.0f / std::sqrt(dot(x, x, f.C) / float(f.C) + f.eps);
+    }
+    static float dot(const float* x, const float* y, int64_t n) {
+        vec total[4] = {};
+        int64_t i = 0;
+        for (; i + 4 * V <= n; i += 4 * V)
+            for (int j = 0; j < 4; ++j) total[j] += load(x + i + j * V) * load(y + i + j * V);
+        for (; i < n; i += V) {
+            const int part = int(std::min<int64_t>(V, n - i));
+            total[0] += load_part(x + i, part) * load_part(y + i, part);
+        }
+        return sum_of_lanes((total[0] + total[1]) + (total[2] + total[3]));
+    }
+    // d [rows, C], the gradient by norm(x), becomes that by x: s (d - norm(x) mean(d norm(x))).
+    static void through(const Function& f, const float* x, const float* scale, float* d, int64_t rows) {
+        for (int64_t row = 0; row < rows; ++row, x += f.C, d += f.C) {
+            const float s = scale[row], mean = s * s * s * dot(x, d, f.C) / float(f.C);
+            for (int64_t c = 0; c < f.C; c += V) {
+                const int part = int(std::min<int64_t>(V, f.C - c));
+                store_part(d + c, s * load_part(d + c, part) - mean * load_part(x + c, part), part);
+            }
+        }
+    }
+};
+
 // The vector at `at`, of which the lanes [first, last) are new; the lanes before are computed twice, with one result.
 template <typename F, bool BACKWARD>
-inline void step(const Elementwise& k, F& function, typename F::Buffer& buffer, float* sums, int64_t at, int first,
-                 int last) {
+inline void step(const Elementwise& k, F& function, typename F::Buffer& buffer, float* sums, float scale_a, float scale_u,
+                 int64_t at, int first, int last) {
     // A group's part of a row is too short for the processor to see a stream: fetch what the next block needs.
     const int64_t ahead = at + ROWS * k.f.C;
     __builtin_prefetch(k.a + ahead, 0, 2);
     if (k.u) __builtin_prefetch(k.u + ahead, 0, 2);
-    vec a = load_part(k.a + at, last), u = k.u ? load_part(k.u + at, last) : splat(1.0f), value, slope;
+    vec a = load_part(k.a + at, last) * scale_a, u = k.u ? load_part(k.u + at, last) * scale_u : splat(1.0f);
+    vec value, slope;
     function.evaluate(a, value, slope);
     if constexpr (!BACKWARD) {
         store_part(k.y + at, value * u, last);
@@ -466,19 +508,29 @@ void elementwise_rows(const Elementwise& k, int64_t begin, int64_t end, double* 
     Scratch<float> sums(strips * size);
     std::fill(sums.data, sums.data + strips * size, 0.0f);
     typename F::Buffer buffer;
-    for (int64_t block = begin; block < end; block += ROWS)
+    for (int64_t block = begin; block < end; block += ROWS) {
+        const int64_t stop = std::min(end, block + ROWS);
+        const Scales scales(k, block, stop);
         for (int64_t c0 = 0; c0 < C; c0 += strip) {
             const int64_t channels = std::min(strip, C - c0), full = channels / V * V, rest = channels - full;
             F function(k.f, c0, narrow);
             float* to = size ? sums.data + c0 / strip * size : nullptr;
-            for (int64_t row = block; row < std::min(end, block + ROWS); ++row) {
+            for (int64_t row = block; row < stop; ++row) {
+                const float sa = scales.a[row - block], su = scales.u[row - block];
                 const int64_t at = row * C + c0;
-                for (int64_t c = 0; c < full; c += V) step<F, BACKWARD>(k, function, buffer, to, at + c, 0, V);
-                if (rest && full) step<F, BACKWARD>(k, function, buffer, to, at + channels - V, int(V - rest), V);
-                else if (rest) step<F, BACKWARD>(k, function, buffer, to, at, 0, int(rest));
+                for (int64_t c = 0; c < full; c += V)
+                    step<F, BACKWARD>(k, function, buffer, to, sa, su, at + c, 0, V);
+                if (rest && full) step<F, BACKWARD>(k, function, buffer, to, sa, su, at + channels - V, int(V - rest), V);
+                else if (rest) step<F, BACKWARD>(k, function, buffer, to, sa, su, at, 0, int(rest));
             }
             if (to) function.finish(buffer, to);
         }
+        if constexpr (BACKWARD) {
+            const int64_t at = block * C;
+            if (k.f.normed & 1) scales.through(k.f, k.a + at, scales.a, k.da + at, stop - block);
+            if (k.f.normed & 2) scales.through(k.f, k.u + at, scales.u, k.du + at, stop - block);
+        }
+    }
     if (size)
         for (int64_t c0 = 0; c0 < C; c0 += strip) F::reduce(k.f, sums.data + c0 / strip * size, c0, narrow, gradient);
 }
@@ -522,6 +574,7 @@ void elementwise(const Elementwise& k, double* gradient, int threads) {
             return elementwise<Rational<false>>(k, gradient, threads);
         case SILU: return elementwise<Fixed<SILU>>(k, gradient, threads);
         case GELU: return elementwise<Fixed<GELU>>(k, gradient, threads);
+        case IDENTITY: return elementwise<Fixed<IDENTITY>>(k, gradient, threads);
         default: return elementwise<Fixed<RELU2>>(k, gradient, threads);
     }
 }

@@ -57,7 +57,8 @@ class Function(ctypes.Structure):
         *((name, _INT64) for name in ("C", "groups")),
         *((name, _INT) for name in ("kind", "order", "cells")),
         *((name, _FLOAT) for name in ("lo", "inv_h")),
-        ("silu", _INT),
+        *((name, _INT) for name in ("silu", "normed")),
+        ("eps", _FLOAT),
     ]
 
 

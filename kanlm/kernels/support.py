@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from kanlm.model.basis import BSpline
 from kanlm.model.kan import KANLinear, LearnedFunction
 
-SPLINE, RATIONAL, SILU, GELU, RELU2 = range(5)
+SPLINE, RATIONAL, SILU, GELU, RELU2, IDENTITY = range(6)
 """Kinds of functions: `enum Kind` of native.cpp, and KIND of the Triton kernels."""
 
 EDGE_ORDERS = range(1, 4)

@@ -12,7 +12,7 @@ Not yet run on a GPU; see docs/performance.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kanlm.kernels import operators
+from kanlm.kernels.operators import (
+    NO_NORM,
+    Operators,
+    activation_numbers,
+    basis_of,
+    contiguous_like,
+    function_numbers,
+)
 from kanlm.kernels.support import RATIONAL, SILU, SPLINE, product_dtype, require_unchanged
 from kanlm.model.basis import MAX_ORDER, Basis, uniform_pieces
 from kanlm.model.kan import KANLinear, LearnedFunction
@@ -379,52 +388,71 @@ class _Edge(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, base, basis, dtype):
         x = x.contiguous()
-        cast = weight.to(dtype).contiguous()
-        cast_base = None if base is None else base.to(dtype).contiguous()
-        rows, inputs, outputs = len(x), x.shape[1], len(weight)
-        y = torch.empty(rows, outputs, dtype=dtype, device=x.device)
-        meta = _edge_meta(basis, dtype)
-        grid = (triton.cdiv(rows, meta["BN"]), triton.cdiv(outputs, meta["BO"]))
-        edge_forward_kernel[grid](
-            *(x, cast, cast_base, y, rows, inputs, outputs, basis.grid_min, 1 / basis.step),
-            BASE=base is not None,
-            **meta,
-        )
         ctx.save_for_backward(x, weight, base)
         ctx.basis, ctx.dtype = basis, dtype
-        return y
+        return _edge_output(x, weight, base, basis, dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, weight, base = ctx.saved_tensors
-        basis, dtype = ctx.basis, ctx.dtype
-        grad = grad.to(dtype).contiguous()
-        rows, inputs, outputs = len(x), x.shape[1], len(weight)
-        meta = _edge_meta(basis, dtype)
-        sizes = (rows, inputs, outputs, basis.grid_min, 1 / basis.step)
-        dx = dw = dbase = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.empty_like(x)
-            cast_base = None if base is None else base.to(dtype).contiguous()
-            grid = (triton.cdiv(rows, meta["BN"]), triton.cdiv(inputs, meta["BI"]))
-            edge_input_gradient_kernel[grid](
-                *(x, weight.to(dtype).contiguous(), cast_base, grad, dx, *sizes),
-                BASE=base is not None,
-                **meta,
-            )
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
-            dbase = None if base is None else torch.empty_like(base, memory_format=torch.contiguous_format)
-            functions = basis.num_functions + (base is not None)
-            grid = (triton.cdiv(inputs, meta["BI"]), triton.cdiv(outputs, meta["BO"]), functions)
-            edge_coefficient_gradient_kernel[grid](x, grad, dw, dbase, *sizes, **meta)
-        return dx, dw, dbase, None, None
+        wanted = ctx.needs_input_grad[:3]
+        return *_edge_gradients(grad, *ctx.saved_tensors, ctx.basis, ctx.dtype, wanted), None, None
 
 
-@torch.compiler.disable
+def _edge_output(x: Tensor, weight: Tensor, base: Tensor | None, basis: Basis, dtype: torch.dtype) -> Tensor:
+    """y [N, O] in dtype of contiguous x [N, I]."""
+    cast = weight.to(dtype).contiguous()
+    cast_base = None if base is None else base.to(dtype).contiguous()
+    rows, inputs, outputs = len(x), x.shape[1], len(weight)
+    y = torch.empty(rows, outputs, dtype=dtype, device=x.device)
+    meta = _edge_meta(basis, dtype)
+    grid = (triton.cdiv(rows, meta["BN"]), triton.cdiv(outputs, meta["BO"]))
+    edge_forward_kernel[grid](
+        *(x, cast, cast_base, y, rows, inputs, outputs, basis.grid_min, 1 / basis.step),
+        BASE=base is not None,
+        **meta,
+    )
+    return y
+
+
+def _edge_gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    base: Tensor | None,
+    basis: Basis,
+    dtype: torch.dtype,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients by x [N, I], weight [O, K * I] and base [O, I], where they are wanted; grad [N, O]."""
+    grad = grad.to(dtype).contiguous()
+    rows, inputs, outputs = len(x), x.shape[1], len(weight)
+    meta = _edge_meta(basis, dtype)
+    sizes = (rows, inputs, outputs, basis.grid_min, 1 / basis.step)
+    wants_x, wants_weight, wants_base = wanted
+    dx = dw = dbase = None
+    if wants_x:
+        dx = torch.empty_like(x)
+        cast_base = None if base is None else base.to(dtype).contiguous()
+        grid = (triton.cdiv(rows, meta["BN"]), triton.cdiv(inputs, meta["BI"]))
+        edge_input_gradient_kernel[grid](
+            *(x, weight.to(dtype).contiguous(), cast_base, grad, dx, *sizes),
+            BASE=base is not None,
+            **meta,
+        )
+    if wants_weight or wants_base:
+        dw = contiguous_like(weight)
+        dbase = None if base is None else contiguous_like(base)
+        functions = basis.num_functions + (base is not None)
+        blocks = (triton.cdiv(inputs, meta["BI"]), triton.cdiv(outputs, meta["BO"]), functions)
+        edge_coefficient_gradient_kernel[blocks](x, grad, dw, dbase, *sizes, **meta)
+    return dx, dw if wants_weight else None, dbase if wants_base else None
+
+
 def edge(layer: KANLinear, x: Tensor) -> Tensor:
     """KANLinear: x [..., I] to [..., O]."""
+    if torch.compiler.is_compiling():
+        return operators.edge(OPERATORS, layer, x)
     require_unchanged(layer)
     weight = layer.spline.weight
     base = None if layer.base is None else layer.base.weight
@@ -441,47 +469,63 @@ class _Elementwise(torch.autograd.Function):
     def forward(ctx, a, u, coefficients, function):
         a, u = a.contiguous(), None if u is None else u.contiguous()
         tables = function.tables(coefficients)
-        y = torch.empty_like(a)
-        block = 1024
-        learned_forward_kernel[(triton.cdiv(a.numel(), block),)](
-            *(a, u, y, tables, a.numel(), function.channels, function.channels // function.groups),
-            *(function.low, function.inverse),
-            **function.meta,
-            GATED=u is not None,
-            BLOCK=block,
-        )
         ctx.save_for_backward(a, u, coefficients, tables)
         ctx.function = function
-        return y
+        return _elementwise_output(a, u, tables, function)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        a, u, coefficients, tables = ctx.saved_tensors
-        function, grad = ctx.function, grad.contiguous()
-        da, du = torch.empty_like(a), None if u is None else torch.empty_like(u)
-        rows = a.numel() // function.channels
-        blocks, groups = triton.cdiv(rows, ROWS), function.groups
-        partial = None
-        if tables is not None:
-            partial = torch.empty(
-                blocks, groups, tables.numel() // groups, dtype=torch.float32, device=a.device
-            )
-        cells = max(16, triton.next_power_of_2(function.meta["G"]))
-        learned_backward_kernel[(blocks, groups)](
-            *(a, u, grad, da, du, tables, partial, rows, function.channels, function.channels // groups),
-            *(function.low, function.inverse),
-            **function.meta,
-            GATED=u is not None,
-            CELLS=cells,
-            ROWS=ROWS,
-            BR=TILE_ROWS,
-            BC=TILE_CHANNELS,
-        )
-        dc = None
-        if partial is not None and ctx.needs_input_grad[2]:
-            dc = function.coefficient_gradient(partial.double().sum(0), coefficients)
-        return da, du, dc, None
+        wanted = ctx.needs_input_grad[2]
+        return *_elementwise_gradients(grad, *ctx.saved_tensors, ctx.function, wanted), None
+
+
+def _elementwise_output(a: Tensor, u: Tensor | None, tables: Tensor | None, function: _Function) -> Tensor:
+    """phi(a) * u of contiguous tensors."""
+    y = torch.empty_like(a)
+    block = 1024
+    learned_forward_kernel[(triton.cdiv(a.numel(), block),)](
+        *(a, u, y, tables, a.numel(), function.channels, function.channels // function.groups),
+        *(function.low, function.inverse),
+        **function.meta,
+        GATED=u is not None,
+        BLOCK=block,
+    )
+    return y
+
+
+def _elementwise_gradients(
+    grad: Tensor,
+    a: Tensor,
+    u: Tensor | None,
+    coefficients: Tensor | None,
+    tables: Tensor | None,
+    function: _Function,
+    wanted: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients by contiguous a and u and, where they are wanted, the coefficients."""
+    grad = grad.contiguous()
+    da, du = torch.empty_like(a), None if u is None else torch.empty_like(u)
+    rows = a.numel() // function.channels
+    blocks, groups = triton.cdiv(rows, ROWS), function.groups
+    partial = None
+    if tables is not None:
+        partial = torch.empty(blocks, groups, tables.numel() // groups, dtype=torch.float32, device=a.device)
+    cells = max(16, triton.next_power_of_2(function.meta["G"]))
+    learned_backward_kernel[(blocks, groups)](
+        *(a, u, grad, da, du, tables, partial, rows, function.channels, function.channels // groups),
+        *(function.low, function.inverse),
+        **function.meta,
+        GATED=u is not None,
+        CELLS=cells,
+        ROWS=ROWS,
+        BR=TILE_ROWS,
+        BC=TILE_CHANNELS,
+    )
+    dc = None
+    if partial is not None and coefficients is not None and wanted:
+        dc = function.coefficient_gradient(partial.double().sum(0), coefficients)
+    return da, du, dc
 
 
 class _Function:
@@ -529,9 +573,10 @@ class _Function:
         return torch.tensor(uniform_pieces(self.basis.order), dtype=like.dtype, device=like.device)
 
 
-@torch.compiler.disable
 def learned(layer: LearnedFunction, a: Tensor, u: Tensor | None) -> Tensor:
     """LearnedFunction: phi(a) * u, or phi(a) where u is None; [..., C]."""
+    if torch.compiler.is_compiling():
+        return OPERATORS.elementwise(a, u, layer.coefficients, *function_numbers(layer), *NO_NORM)
     basis = None if layer.is_rational else layer.basis
     function = _Function(
         layer.channels, layer.groups, basis, rational=layer.is_rational, silu=layer.base is not None
@@ -544,6 +589,45 @@ def activation(function: Callable) -> Callable | None:
     return _silu if function is F.silu else None
 
 
-@torch.compiler.disable
-def _silu(module: Any, a: Tensor, u: Tensor | None) -> Tensor:
+def _silu(module: Any, a: Tensor, u: Tensor) -> Tensor:
+    a, u = module.normalize(a), module.normalize(u)
+    if torch.compiler.is_compiling():
+        return OPERATORS.elementwise(a, u, None, *activation_numbers(SILU, a.shape[-1]), *NO_NORM)
     return _Elementwise.apply(a, u, None, _Function(a.shape[-1], silu=True))
+
+
+of_normed = norm = None
+"""The norms of hidden values are torch's own here: none is part of a kernel."""
+
+
+def _function_from(kind, channels, groups, order, cells, low, high, silu, *norms) -> _Function:
+    """Of an operator's numbers."""
+    basis = basis_of(order, cells, low, high) if kind == SPLINE else None
+    return _Function(channels, groups, basis, rational=kind == RATIONAL, silu=silu or kind == SILU)
+
+
+def _elementwise_operator(a: Tensor, u: Tensor | None, coefficients: Tensor | None, *numbers) -> Tensor:
+    function = _function_from(*numbers)
+    second = None if u is None else u.contiguous()
+    return _elementwise_output(a.contiguous(), second, function.tables(coefficients), function)
+
+
+def _elementwise_gradient_operator(grad, a, u, coefficients, *numbers):
+    *numbers, wanted = numbers
+    function = _function_from(*numbers)
+    tables, second = function.tables(coefficients), None if u is None else u.contiguous()
+    return _elementwise_gradients(grad, a.contiguous(), second, coefficients, tables, function, wanted)
+
+
+def _edge_operator(x, weight, base, order, cells, low, high, dtype) -> Tensor:
+    return _edge_output(x.contiguous(), weight, base, basis_of(order, cells, low, high), dtype)
+
+
+def _edge_gradient_operator(grad, x, weight, base, order, cells, low, high, dtype, wanted):
+    basis = basis_of(order, cells, low, high)
+    return _edge_gradients(grad, x.contiguous(), weight, base, basis, dtype, wanted)
+
+
+OPERATORS = Operators(
+    "triton", _elementwise_operator, _elementwise_gradient_operator, _edge_operator, _edge_gradient_operator
+)

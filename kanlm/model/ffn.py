@@ -194,9 +194,10 @@ class MLP(FeedForward):
         raise NotImplementedError
 
     def forward(self, u: Tensor) -> Tensor:
-        hidden = self.normalize(self.up_proj(u))
-        hidden = self.activation(hidden) if self.kernel is None else self.kernel(self, hidden, None)
-        return self.down_proj(hidden)
+        hidden = self.up_proj(u)
+        if self.kernel is not None:  # norms too
+            return self.down_proj(self.kernel(self, hidden, None))
+        return self.down_proj(self.activation(self.normalize(hidden)))
 
     @classmethod
     def count_parameters(cls, config):
@@ -215,9 +216,10 @@ class GatedMLP(MLP):
     kept = (4, 0)
 
     def forward(self, u: Tensor) -> Tensor:
-        gate, up = self.normalize(self.gate_proj(u)), self.normalize(self.up_proj(u))
-        hidden = self.activation(gate) * up if self.kernel is None else self.kernel(self, gate, up)
-        return self.down_proj(hidden)
+        gate, up = self.gate_proj(u), self.up_proj(u)
+        if self.kernel is not None:
+            return self.down_proj(self.kernel(self, gate, up))
+        return self.down_proj(self.activation(self.normalize(gate)) * self.normalize(up))
 
 
 @arm("gelu", "mlp")

@@ -68,6 +68,13 @@ def check_groups(config, field: str) -> None:
         )
 
 
+def is_hooked(function: LearnedFunction) -> bool:
+    """Whether something watches or replaces the call of `function`, so that it must be called."""
+    hooks = function._forward_hooks, function._forward_pre_hooks, function._backward_hooks
+    replaced = type(function) is not LearnedFunction or "forward" in function.__dict__
+    return replaced or any(hooks) or bool(function._backward_pre_hooks)
+
+
 class ChannelKAN(FeedForward):
     """Base of the arms whose groups of channels share learned functions, between ordinary matrices.
 
@@ -75,6 +82,20 @@ class ChannelKAN(FeedForward):
     """
 
     functions = 1
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.kernel = None  # a norm and its function in one
+
+    def of_normed(
+        self, function: LearnedFunction, a: Tensor, u: Tensor | None = None, *, norms_u: bool = True
+    ) -> Tensor:
+        """function(norm(a)), or that times norm(u), or times u; norms are those of `hidden_norm`."""
+        if self.kernel is not None and not is_hooked(function):
+            return self.kernel(function, a, u, norms_u and u is not None, self.norm_eps)
+        if u is None:
+            return function(self.normalize(a))
+        return function.gated(self.normalize(a), self.normalize(u) if norms_u else u)
 
     @classmethod
     def check(cls, config):
@@ -127,7 +148,7 @@ class ActivationKAN(ChannelKAN):
         self.phi = self.make_function(config, config.intermediate_size, "gelu")
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.down_proj(self.phi(self.normalize(self.up_proj(u))))
+        return self.down_proj(self.of_normed(self.phi, self.up_proj(u)))
 
 
 @arm("kan_grouped", "kan")
@@ -145,7 +166,7 @@ class GroupedKAN(ChannelKAN):
         self.phi_hidden = self.make_function(config, config.intermediate_size, "gelu")
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.down_proj(self.phi_hidden(self.normalize(self.up_proj(self.phi_in(u)))))
+        return self.down_proj(self.of_normed(self.phi_hidden, self.up_proj(self.phi_in(u))))
 
     @classmethod
     def check(cls, config):
@@ -183,8 +204,7 @@ class KANGLU(ChannelKAN):
         self.phi = self.make_function(config, config.intermediate_size, initial, base)
 
     def forward(self, u: Tensor) -> Tensor:
-        gate, up = self.normalize(self.gate_proj(u)), self.normalize(self.up_proj(u))
-        return self.down_proj(self.phi.gated(gate, up))
+        return self.down_proj(self.of_normed(self.phi, self.gate_proj(u), self.up_proj(u)))
 
     @classmethod
     def channel_flops(cls, config):
@@ -206,8 +226,8 @@ class ProductKAN(ChannelKAN):
         self.psi = self.make_function(config, config.intermediate_size, "identity")
 
     def forward(self, u: Tensor) -> Tensor:
-        gate, up = self.normalize(self.gate_proj(u)), self.normalize(self.up_proj(u))
-        return self.down_proj(self.phi.gated(gate, self.psi(up)))
+        up = self.of_normed(self.psi, self.up_proj(u))
+        return self.down_proj(self.of_normed(self.phi, self.gate_proj(u), up, norms_u=False))
 
 
 class EdgeKAN(FeedForward):
@@ -224,6 +244,7 @@ class EdgeKAN(FeedForward):
 
     def __init__(self, config):
         super().__init__(config)
+        self.kernel = None  # of the norm
         if self.layers == 2:
             self.up_proj = self.make_layer(config, config.hidden_size, config.intermediate_size)
         self.down_proj = self.make_layer(config, config.intermediate_size, config.hidden_size)
@@ -249,6 +270,8 @@ class EdgeKAN(FeedForward):
 
     def forward(self, u: Tensor) -> Tensor:
         hidden = self.up_proj(u)
+        if self.kernel is not None:
+            return self.down_proj(self.kernel(hidden, self.norm_eps))
         return self.down_proj(F.rms_norm(hidden, hidden.shape[-1:], eps=self.norm_eps))
 
     @classmethod

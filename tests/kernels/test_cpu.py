@@ -124,20 +124,38 @@ def test_learned_function_equals_the_reference(basis, grid, order, channels, gro
     compared(layer, [a.transpose(0, 1), u.transpose(0, 1)], TOLERANCE[dtype])
 
 
+NORMED = ["gelu", "relu2", "swiglu", "geglu", "kan_act", "kan_grouped", "kan_glu", "kan_product"]
+
+
 @pytest.mark.parametrize(
-    "ffn_type", ["gelu", "relu2", "swiglu", "geglu", "kan", "kan_mixed", "kan_grouped", "kan_glu"]
+    "ffn_type, hidden_norm",
+    [(name, False) for name in ("gelu", "swiglu", "kan", "kan_mixed", "kan_grouped", "kan_product")]
+    + [(name, True) for name in NORMED],
 )
-def test_blocks_equal_their_reference(ffn_type):
+def test_blocks_equal_their_reference(ffn_type, hidden_norm):
     torch.manual_seed(4)
     config = KanLMConfig(
         vocab_size=300, hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2,
-        ffn_type=ffn_type, kan_grid_size=5, kan_num_groups=4,
+        ffn_type=ffn_type, kan_grid_size=5, kan_num_groups=4, hidden_norm=hidden_norm,
     )  # fmt: skip
     block = build_ffn(config)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
     compared(block, [points(3, 37, 24, spread=1.0)], 1e-4)
+
+
+def test_a_watched_function_is_called_with_normed_values():
+    config = KanLMConfig(
+        hidden_size=24, intermediate_size=40, num_attention_heads=2, ffn_type="kan_act", hidden_norm=True,
+        kan_num_groups=4,
+    )  # fmt: skip
+    block, x, seen = build_ffn(config), points(5, 24), []
+    kernels.select(block, "cpu")
+    alone = block(x)
+    block.phi.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    close(block(x), alone, 1e-5, "output")
+    close(seen[0].square().mean(-1), torch.ones(5), 1e-3, "mean square")
 
 
 def test_kan_glu_starts_as_swiglu_bit_for_bit():

@@ -167,6 +167,29 @@ def test_two_runs_are_equal_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@here
+@pytest.mark.parametrize("kind", ["edge", "learned"])
+def test_compiled_layers_are_one_graph_with_the_kernels_values(kind):
+    import copy
+
+    from kanlm import kernels
+    from kanlm.model.kan import KANLinear, LearnedFunction
+
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    layer = (KANLinear(12, 12) if kind == "edge" else LearnedFunction(12, 3)).to(DEVICE)
+    kernels.select(layer, "triton", compiled=True)
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    results = []
+    for function, module in ((layer, layer), (compiled, twin)):
+        x = points(40, 12).to(DEVICE).requires_grad_()
+        y = function(x)
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad, *(p.grad for p in module.parameters())])
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU or INTERPRETED, reason="needs a CUDA device")
 @DTYPES
