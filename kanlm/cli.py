@@ -457,9 +457,9 @@ def bench_layer_verb(**settings) -> None:
 
 @bench_group.command("train", epilog="\b\nExample:\n  kanlm bench train --size 1m --arm swiglu --arm kan_glu")
 @click.option(
-    "--size", default="1m", show_default=True, help="Parameters without embeddings: 1m, 10m or 100m."
+    "--size", default="1m", show_default=True, help="Parameters without embeddings: 0.3m, 1m, 10m or 100m."
 )
-@click.option("--compile", "compiled", is_flag=True, help="torch.compile every arm.")
+@click.option("--compile", "compiled", is_flag=True, help="Each arm with torch.compile, too.")
 @click.option("--optimizer", type=click.Choice(["adamw", "muon"]), default="adamw", show_default=True)
 @bench_options(seconds=60.0)
 def bench_train_verb(**settings) -> None:
@@ -471,7 +471,7 @@ def bench_train_verb(**settings) -> None:
 
 @bench_group.command("decode", epilog="\b\nExample:\n  kanlm bench decode --size 1m")
 @click.option(
-    "--size", default="1m", show_default=True, help="Parameters without embeddings: 1m, 10m or 100m."
+    "--size", default="1m", show_default=True, help="Parameters without embeddings: 0.3m, 1m, 10m or 100m."
 )
 @click.option(
     "--path",
@@ -483,6 +483,18 @@ def bench_train_verb(**settings) -> None:
 def bench_decode_verb(**settings) -> None:
     """Cached decoding, batch 1."""
     from kanlm.bench.decode import run
+
+    run(**settings)
+
+
+@bench_group.command("eval", epilog="\b\nExample:\n  kanlm bench eval --size 1m --arm gelu --arm kan_act")
+@click.option(
+    "--size", default="1m", show_default=True, help="Parameters without embeddings: 0.3m, 1m, 10m or 100m."
+)
+@bench_options(seconds=60.0)
+def bench_eval_verb(**settings) -> None:
+    """Scoring a text and reading a prompt by exported models, against the forward pass of training."""
+    from kanlm.bench.reading import run
 
     run(**settings)
 

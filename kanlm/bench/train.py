@@ -26,11 +26,14 @@ from kanlm.train.build import Trainable, build
 
 SIZES = {
     # name: hidden_size, SwiGLU's intermediate_size, layers, heads, sequences x positions of a step
+    "0.3m": (96, 240, 3, 3, 8, 128),
     "1m": (128, 344, 5, 4, 8, 256),
     "10m": (320, 856, 8, 5, 4, 256),
     "100m": (768, 2048, 14, 12, 8, 1024),
 }
 """Named after SwiGLU's non-embedding parameters, which all arms have within 0.5%."""
+FITTING: dict[tuple[str, str], dict[str, Any]] = {("0.3m", "kan_linear"): {"kan_grid_size": 6}}
+"""Fields of an arm at a size whose few widths all miss that with the arm's own."""
 GLU = {"kan_grid_size": 16, "kan_order": 3, "kan_grid_min": -4.0, "kan_grid_max": 4.0, "kan_num_groups": 8}
 EDGE = {"kan_grid_size": 5, "kan_order": 3, "kan_grid_min": -3.0, "kan_grid_max": 3.0}
 ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -54,6 +57,8 @@ ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "kan_glu_norm": ("swiglu_norm", "kan_glu", GLU | {"hidden_norm": True}),
     "kan_product_norm": ("swiglu_norm", "kan_product", GLU | {"hidden_norm": True}),
 }
+COMPILED = " compiled"
+"""After the name of an arm whose layers torch.compile has compiled; its baseline is the arm itself."""
 VOCAB_SIZE = 1024
 BATCHES_AT_KNOTS = 8
 
@@ -74,7 +79,7 @@ def architecture(arm: str, size: str) -> KanLMConfig:
         num_attention_heads=heads,
         max_position_embeddings=positions,
         ffn_type="swiglu",
-        **fields,
+        **fields | FITTING.get((size, arm), {}),
     )
     return matched_width(config, ffn_type, parameter_counts(config).non_embedding)[0]
 
@@ -133,14 +138,14 @@ def training_arm(
     counts = parameter_counts(config)
     tokens = sequences * positions
     return Arm(
-        name,
+        name + COMPILED if compiled else name,
         step,
         tokens,
         counts.non_embedding,
         flops=training_flops_per_token(config, positions) * tokens,
         # AdamW reads and writes weight and both moments, reads the gradient, which is written once before.
         least_bytes=32.0 * counts.total,
-        baseline=ARMS[name][0],
+        baseline=name if compiled else ARMS[name][0],
         kernels=chosen,
         details={"intermediate_size": config.intermediate_size},
         measured={"optimizer_seconds": optimizing},
@@ -214,6 +219,8 @@ def run(
 ) -> list[dict]:
     """Compare training steps of `arms` (default: all); prints a table, writes JSON, returns the records.
 
+    `compiled`: each arm once more with compiled layers, against itself in eager mode.
+
     Raises:
         UserError: an unknown size, arm, backend or optimizer, or a device that is not there.
     """
@@ -222,16 +229,17 @@ def run(
         names, red = passing(list(arms or ARMS), size, backend, device)
     except ValueError as error:
         raise UserError(str(error)) from None
-    built_arms = [training_arm(name, size, backend, device, compiled, optimizer) for name in names]
+    modes = (False, True) if compiled else (False,)
+    built_arms = [
+        training_arm(name, size, backend, device, mode, optimizer) for mode in modes for name in names
+    ]
     peaks = {}
     if memory:
         for arm in built_arms:
-            on_gpu = device == "cuda"
-            peaks[arm.name] = (
-                cuda_peak_memory(arm)
-                if on_gpu
-                else peak_memory(training_arm, arm.name, size, backend, "cpu", False, optimizer)
-            )
+            if device == "cuda":
+                peaks[arm.name] = cuda_peak_memory(arm)
+            elif not arm.name.endswith(COMPILED):
+                peaks[arm.name] = peak_memory(training_arm, arm.name, size, backend, "cpu", False, optimizer)
     settings = {
         "size": size,
         "backend": backend,

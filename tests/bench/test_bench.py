@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kanlm import kernels
-from kanlm.bench import decode, layer, measure, train
+from kanlm.bench import decode, layer, measure, reading, train
 from kanlm.config import UserError
 from kanlm.kernels.native import NativeUnavailable, library
 from kanlm.model.ffn_kan import KAN_TYPES
@@ -206,6 +206,40 @@ def test_training_benchmark_writes_records(tmp_path, monkeypatch):
     assert records[1]["baseline"] == "swiglu" and records[1]["speed_ratio"] > 0
     assert 0 < records[1]["optimizer_share"] < 1
     assert json.loads(out.read_text())["benchmark"] == "train-tiny"
+
+
+def test_compiled_arms_are_measured_against_themselves(tmp_path, monkeypatch):
+    monkeypatch.setitem(train.SIZES, "tiny", (128, 344, 1, 2, 1, 16))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)  # what it gives is tested elsewhere
+    monkeypatch.setattr(train, "passing", lambda names, *settings: (names, {}))  # and so is this
+    records = train.run(
+        "tiny", ("swiglu", "kan_glu"), compiled=True, seconds=0.0, memory=False,
+        out=str(tmp_path / "out.json"), echo=lambda line: None,
+    )  # fmt: skip
+    assert [(record["arm"], record["baseline"]) for record in records] == [
+        ("swiglu", "swiglu"), ("kan_glu", "swiglu"),
+        ("swiglu compiled", "swiglu"), ("kan_glu compiled", "kan_glu"),
+    ]  # fmt: skip
+
+
+def test_reading_benchmark_counts_the_tokens_it_reads(tmp_path, monkeypatch):
+    try:
+        library()
+    except NativeUnavailable as error:
+        pytest.skip(str(error))
+    monkeypatch.setitem(train.SIZES, "tiny", (64, 96, 1, 2, 2, 32))
+    scored = []
+    right = reading.score
+    monkeypatch.setattr(reading, "score", lambda *a, **k: scored.append(right(*a, **k)) or scored[-1])
+    records = reading.run(
+        "tiny", ("kan_act_norm",), seconds=0.0, out=str(tmp_path / "out.json"), echo=lambda line: None
+    )
+    found = {record["arm"].split()[1]: record for record in records}
+    assert found["eval"]["tokens"] == scored[0].tokens and 0 < scored[0].nll_nats
+    assert found["forward"]["tokens"] == 64 and found["prefill"]["tokens"] == found["row"]["tokens"] == 31
+    assert found["eval"]["baseline"] == "kan_act_norm forward"
+    with pytest.raises(UserError, match="--device"):
+        reading.run("tiny", device="cuda")
 
 
 def test_decoding_benchmark_compares_the_paths(tmp_path, monkeypatch):
