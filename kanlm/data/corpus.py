@@ -3,7 +3,8 @@
 Held-out text is, in this order: `data.validation_source`; the split `data.validation_split` of the source; of
 100 documents or more, those whose hash falls below `data.validation_fraction` (equal documents fall on one
 side); of fewer, the last `validation_fraction` of each document. Documents without text are skipped. Of
-an embedded source the documents of the lowest EMBEDDED_HELD_OUT of the hashes are never trained on.
+an embedded source the documents of the lowest EMBEDDED_HELD_OUT of the hashes are never trained on. Those of
+`stdlib` are hashed by their path, not by their text, and what is much like one of them is not trained on.
 """
 
 from __future__ import annotations
@@ -144,8 +145,11 @@ def _source(data: DataConfig, spec: SourceConfig, split: Split) -> Source:
         fraction = max(EMBEDDED_HELD_OUT, 0.0 if held_out_apart else fraction)
     if not held_out_apart or (embedded and split == "train"):
         few = not embedded and _has_few_documents(found, max_documents)
-        rule = "tails" if few else "hashed"
-        part = (_tail_rule if few else _hash_rule)(split, fraction)
+        rule = "tails" if few else "hashed" if found.keys is None else "paths"
+        if found.keys is not None:
+            part = _key_rule(split, fraction, found.keys)
+        else:
+            part = (_tail_rule if few else _hash_rule)(split, fraction)
         if data.streaming and split == "validation":
             max_parts = STREAMED_VALIDATION_DOCUMENTS
     identity: list[Any] = [found.fingerprint, split, rule, max_documents, max_parts]
@@ -182,6 +186,21 @@ def _place(source: str) -> str:
 
 def _whole(text: Text) -> Text:
     return text
+
+
+def _key_rule(split: Split, fraction: float, keys: dict[str, tuple[str, ...]]) -> Callable[[Text], Text]:
+    """Held out by key; what is much like a held-out document is neither trained on nor scored."""
+
+    def held_out(key: str) -> bool:
+        return int.from_bytes(hashlib.blake2b(key.encode("utf-8"), digest_size=8).digest()) / 2**64 < fraction
+
+    def part(text: Text) -> Text:
+        own, *alike = keys[str(text)]
+        if split == "validation":
+            return text if held_out(own) else ""
+        return "" if held_out(own) or any(map(held_out, alike)) else text
+
+    return part
 
 
 def _hash_rule(split: Split, fraction: float) -> Callable[[Text], Text]:

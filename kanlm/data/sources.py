@@ -24,6 +24,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ class Reader:
     """Lists of documents from a place on, each with the place of its first document. Texts may be empty."""
     known_bits: Callable[[str], float] | None = field(default=None, compare=False)
     """-log2 of the true probability of a document, where the source knows it."""
+    keys: dict[str, tuple[str, ...]] | None = field(default=None, compare=False)
+    """By text: what a document is held out by instead of its text, and the same of others much like it."""
 
 
 def reader(spec: SourceConfig, *, invalid_utf8: str = "error", streaming: bool = False) -> Reader:
@@ -95,6 +98,11 @@ def reader(spec: SourceConfig, *, invalid_utf8: str = "error", streaming: bool =
     return _hub(spec, invalid_utf8, streaming)
 
 
+@lru_cache(maxsize=1)
+def _keys(library: stdlib.StandardLibrary) -> dict[str, tuple[str, ...]]:
+    return library.keys()
+
+
 def _embedded(spec: SourceConfig) -> Reader:
     if spec.split != "train":
         raise UserError(
@@ -104,7 +112,13 @@ def _embedded(spec: SourceConfig) -> Reader:
     if spec.source == "stdlib":
         library = stdlib.standard_library()
         if library.bytes >= stdlib.MINIMUM_BYTES:
-            return Reader("stdlib", stdlib.LICENCE, library.sha256, _counted(lambda: iter(library.texts)))
+            return Reader(
+                "stdlib",
+                stdlib.LICENCE,
+                library.sha256,
+                _counted(lambda: iter(library.texts)),
+                keys=_keys(library),
+            )
         logger.warning(
             "stdlib: only %s bytes of library sources found; using the story generator instead "
             '(data.source = "stories")',
