@@ -7,9 +7,10 @@ embedding lookup.
 
 FLOPs (a multiply-add is 2), per token, forward and backward (twice the forward), without recomputation:
     matrix        6 x matrix parameters; a full-edge KAN layer is a matrix of I (K + 1) inputs
-    attention     12 L H E T: scores and weighted values, causal mask not discounted (Chowdhery et al. 2022,
-    app. B) elementwise   3 x FLOPs of activations and basis functions, by the table below; exp, tanh and erf
-    count as 1
+    attention     12 L H E T: scores and weighted values, causal mask not discounted
+                  (Chowdhery et al. 2022, app. B)
+    elementwise   3 x FLOPs of activations and basis functions, which each arm's class states;
+                  exp, tanh and erf count as 1
 The sum is what arms are matched by, so a KAN pays for the evaluation of its basis.
 """
 
@@ -33,8 +34,8 @@ TOLERANCE = {"parameters": 0.005, "flops": 0.01}
 """Relative mismatch up to which two arms count as equal in size."""
 
 
-def architecture(config: RunConfig, vocab_size: int, **token_ids: int | None) -> KanLMConfig:
-    """The `KanLMConfig` of a run whose tokenizer has `vocab_size` entries.
+def architecture(config: RunConfig, vocab_size: int | None = None, **token_ids: int | None) -> KanLMConfig:
+    """The `KanLMConfig` of a run whose tokenizer has `vocab_size` entries, or before it has a tokenizer.
 
     `[model]` keys are checked against the fields of KanLMConfig. `vocab_size` defaults to the tokenizer's
     size and `max_position_embeddings` to `data.block_size`; `token_ids` (bos_token_id, eos_token_id,
@@ -45,30 +46,45 @@ def architecture(config: RunConfig, vocab_size: int, **token_ids: int | None) ->
     for key in config.model:
         if key not in known:
             raise UserError(f"model.{key}: unknown key; {did_you_mean(key, known)}")
+    found = started_from(config) if config.init_from else described(config, vocab_size, token_ids)
+    if vocab_size is not None and found.vocab_size < vocab_size:
+        raise UserError(
+            f"model.vocab_size: got {found.vocab_size}, but the tokenizer has {vocab_size} entries; "
+            f"leave the key out or set at least {vocab_size}"
+        )
+    if found.max_position_embeddings < config.data.block_size:
+        raise UserError(
+            f"data.block_size: got {config.data.block_size}, more than model.max_position_embeddings "
+            f"{found.max_position_embeddings}; lower the one or raise the other"
+        )
+    return found
+
+
+def described(config: RunConfig, vocab_size: int | None, token_ids: dict[str, int | None]) -> KanLMConfig:
+    """The architecture of `[model]`; UserError for a value that KanLMConfig refuses."""
     values: dict[str, Any] = {
         **token_ids,
-        "vocab_size": vocab_size,
+        "vocab_size": planned_vocab_size(config) if vocab_size is None else vocab_size,
         "max_position_embeddings": config.data.block_size,
         **config.model,
     }
     try:
-        architecture = started_from(config) if config.init_from else KanLMConfig(**values)
-    except UserError:
-        raise
+        return KanLMConfig(**values)
     except (StrictDataclassError, ValueError, TypeError) as error:
         where = "model." if isinstance(error, ValueError) else "model: "
         raise UserError(where + one_line(error)) from None
-    if architecture.vocab_size < vocab_size:
-        raise UserError(
-            f"model.vocab_size: got {architecture.vocab_size}, but the tokenizer has {vocab_size} entries; "
-            f"leave the key out or set at least {vocab_size}"
-        )
-    if architecture.max_position_embeddings < config.data.block_size:
-        raise UserError(
-            f"data.block_size: got {config.data.block_size}, more than model.max_position_embeddings "
-            f"{architecture.max_position_embeddings}; lower the one or raise the other"
-        )
-    return architecture
+
+
+def planned_vocab_size(config: RunConfig) -> int:
+    """`model.vocab_size`, else that of the tokenizer at `tokenizer.path`, else the one asked for."""
+    vocab_size = config.model.get("vocab_size")
+    if isinstance(vocab_size, int):
+        return vocab_size
+    if config.tokenizer.path:
+        from kanlm.data.tokenizer import loaded_tokenizer
+
+        return len(loaded_tokenizer(config.tokenizer.path))
+    return config.tokenizer.vocab_size
 
 
 def started_from(config: RunConfig) -> KanLMConfig:
@@ -320,20 +336,6 @@ UTILISATION = 0.4
 DEVICES = (1, 8, 64)
 
 
-def planned_vocab_size(config: RunConfig) -> int:
-    """`model.vocab_size`, else that of `init_from`, of the tokenizer at `tokenizer.path`, or asked for."""
-    vocab_size = config.model.get("vocab_size")
-    if isinstance(vocab_size, int):
-        return vocab_size
-    if config.init_from:
-        return initial_config(config.init_from).vocab_size
-    if config.tokenizer.path:
-        from kanlm.data.tokenizer import loaded_tokenizer
-
-        return len(loaded_tokenizer(config.tokenizer.path))
-    return config.tokenizer.vocab_size
-
-
 def plan(
     config: RunConfig,
     *,
@@ -342,7 +344,7 @@ def plan(
     utilisation: float = UTILISATION,
 ) -> dict[str, Any]:
     """What `kanlm plan` prints: parameters (proved on the meta device), FLOPs, memory, days, matched arms."""
-    model = architecture(config, planned_vocab_size(config))
+    model = architecture(config)
     counts, built = parameter_counts(model), built_counts(model)
     assert counts == built, (counts, built)
     block_size = config.data.block_size

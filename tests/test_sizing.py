@@ -234,12 +234,7 @@ def test_arms_of_a_size_class_are_equally_large_and_trained_alike():
     for size, number in arms.items():
         configs = [load_run_config(path) for path in SHIPPED if path.name.startswith(size)]
         assert len(configs) == number
-        counts = [
-            sizing.parameter_counts(
-                sizing.architecture(config, sizing.planned_vocab_size(config))
-            ).non_embedding
-            for config in configs
-        ]
+        counts = [sizing.parameter_counts(sizing.architecture(config)).non_embedding for config in configs]
         assert max(counts) / min(counts) < 1.005
         shared = [
             config.model_dump(

@@ -6,14 +6,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from kanlm import kernels
-from kanlm.config import TrainConfig, UserError
-from kanlm.initial import initial_model
+from kanlm.config import TrainConfig, UserError, one_line
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.model.kan import kan_coefficient_names
 from kanlm.train.optimizer import optimizers
@@ -66,6 +66,18 @@ def build(
     chosen = kernels.select(model, settings.kernels, compiled=settings.compile)
     placed.train()
     return Trainable(placed, made, chosen)
+
+
+def initial_model(folder: str | Path, architecture: KanLMConfig) -> KanLMForCausalLM:
+    """The fp32 model of `architecture` with the weights in `folder`.
+
+    Raises:
+        UserError: weights of another model.
+    """
+    try:
+        return KanLMForCausalLM.from_pretrained(str(folder), config=architecture, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f"init_from: {one_line(error)}") from None
 
 
 def freeze_all_but_functions(model: nn.Module) -> None:

@@ -40,8 +40,6 @@ from kanlm.runs import RunDir, new_folder, read_json, step_of, write_json
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 FILES = {"model.safetensors", "optimizer.safetensors", "model.json", "trainer.json"}
-
-
 DISK_ERRORS = (errno.EIO, errno.EINTR, errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ENFILE)
 """What says nothing of a file's content."""
 
@@ -65,16 +63,17 @@ class Snapshot:
     trainer: dict[str, Any]
 
     def write(self, folder: Path) -> None:
-        """The files of a checkpoint into `folder`, the manifest last."""
-        save_file(self.model, folder / "model.safetensors", metadata={"format": "pt"})
-        save_file(self.optimizer, folder / "optimizer.safetensors", metadata={"format": "pt"})
-        write_json(folder / "model.json", self.model_config)
-        write_json(folder / "trainer.json", self.trainer)
-        files = {
-            path.name: {"size": path.stat().st_size, "sha256": sha256(path)}
-            for path in sorted(folder.iterdir())
-        }
-        write_json(folder / "manifest.json", {"step": self.step, "files": files})
+        """The checkpoint `folder`, which is there as soon as it is complete; the manifest is written last."""
+        with new_folder(folder) as new:
+            save_file(self.model, new / "model.safetensors", metadata={"format": "pt"})
+            save_file(self.optimizer, new / "optimizer.safetensors", metadata={"format": "pt"})
+            write_json(new / "model.json", self.model_config)
+            write_json(new / "trainer.json", self.trainer)
+            files = {
+                path.name: {"size": path.stat().st_size, "sha256": sha256(path)}
+                for path in sorted(new.iterdir())
+            }
+            write_json(new / "manifest.json", {"step": self.step, "files": files})
 
 
 def sha256(path: Path) -> str:
@@ -96,14 +95,11 @@ def snapshot(
     config: KanLMConfig,
     trainer: dict[str, Any],
 ) -> Snapshot:
-    """The state of `model` and `optimizers` on the CPU; all processes call it, the main one holds the
-    result.
-    """
+    """The state of `model` and `optimizers` in CPU memory. All processes call it; the main one has it."""
     weights, states = gathered(model, optimizers)
     tied = tied_names(config)
-    on_cpu = (
-        next(model.parameters()).device.type == "cpu"
-    )  # then the state dict may still share memory with the model
+    # On a CPU the state dict may still share memory with the model.
+    on_cpu = next(model.parameters()).device.type == "cpu"
 
     def copied(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().clone() if on_cpu else tensor.detach().contiguous()
@@ -193,8 +189,10 @@ def verify(folder: Path) -> None:
 def newest_good(
     run: RunDir, say: Callable[[str], None] = print, *, pass_unreadable: bool = True
 ) -> Path | None:
-    """The newest intact checkpoint of `run`, or None where it has none; each damaged one passed over is
-    named. `UnreadableCheckpoint` without `pass_unreadable`, where the disk does not give one.
+    """The newest intact checkpoint of `run`, or None where it has none.
+
+    Each damaged one that is passed over is named. `UnreadableCheckpoint` without `pass_unreadable`, where the
+    disk does not give one.
     """
     for folder in reversed(run.checkpoint_folders()):
         try:
@@ -295,8 +293,7 @@ class CheckpointWriter:
     def _write(self, state: Snapshot) -> None:
         folder = self.run.checkpoint(state.step)
         try:
-            with new_folder(folder) as temporary:
-                state.write(temporary)
+            state.write(folder)
             self.written_step = state.step
             self._prune()
         except (OSError, SafetensorError) as error:

@@ -1,8 +1,7 @@
-"""What can go wrong in a step: signals, NaN and Inf, a loss that runs away, parameters that never learn."""
+"""What can go wrong in a step: signals, NaN and Inf, parameters that never learn."""
 
 from __future__ import annotations
 
-import math
 import signal
 from collections.abc import Iterable
 from types import FrameType
@@ -19,12 +18,8 @@ from kanlm.runs import FailureKind, write_json
 
 THE_LOSS = "the loss"
 """Where a number that is not finite first appears if no layer, parameter or gradient holds one."""
-
-
 MAX_NONFINITE_STEPS = 3
 """Steps in a row with a NaN or Inf that stop a run."""
-HIGH_LOSS, MAX_HIGH_STEPS = 1.5, 20
-"""A loss above so many times ln(vocabulary), in so many steps in a row, stops a run."""
 
 
 class Diverged(UserError):
@@ -190,24 +185,4 @@ def nonfinite_error(
         f"{config.name}: loss or gradient not finite in {MAX_NONFINITE_STEPS} steps in a row, up to step "
         f"{step + 1}; first in {layer}; see {path}; lower train.learning_rate (now "
         f"{config.train.learning_rate:g}) or train in fp32"
-    )
-
-
-def blind_notice(loss: float, vocab_size: int) -> str | None:
-    """What to say of a run that finished with a held-out `loss` [nats/token] above that of a blind guess."""
-    guess = math.log(vocab_size)
-    if loss <= guess:
-        return None
-    return (
-        f"held-out loss {loss:.2f} is above ln(vocabulary) = {guess:.2f}, which a model that knows nothing "
-        "has: this run has learned nothing; lower train.learning_rate or train longer"
-    )
-
-
-def high_loss_error(config: RunConfig, step: int, loss: float, guess: float) -> Diverged:
-    """`guess` is the loss of a model that knows nothing, in nats/token."""
-    return Diverged(
-        f"{config.name}: loss {loss:.2f} at step {step}, and for {MAX_HIGH_STEPS} steps above {HIGH_LOSS} "
-        f"times ln(vocabulary) = {guess:.2f}, which a model that knows nothing has; lower "
-        f"train.learning_rate (now {config.train.learning_rate:g})"
     )

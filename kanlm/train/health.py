@@ -4,15 +4,36 @@ Shapes: N rows, I inputs or channels, K basis functions.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from kanlm.model.ffn import FeedForward
-from kanlm.model.kan import KANLinear, LearnedFunction
+from kanlm.model.kan import KANLinear, LearnedFunction, kan_coefficient_names
 
 ACTIVE = 1e-6
 """A basis function is dead on a batch where its absolute value never reaches this."""
+
+
+def health_metrics(accelerator: Accelerator, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
+    """What the log says of a training batch: `kan_health`, and the largest of each kind as `kan_...`.
+
+    Nothing for a model without KAN layers, and for sharded parameters, which cannot be measured.
+    """
+    plain = accelerator.unwrap_model(model)
+    if isinstance(model, FSDPModule) or not kan_coefficient_names(plain):
+        return {}
+    batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+    with accelerator.autocast():
+        health = kan_health(plain, batch | {"use_cache": False})
+    worst: dict[str, float] = {}
+    for layer in health.values():
+        for kind, value in layer.items():
+            worst[f"kan_{kind}"] = max(worst.get(f"kan_{kind}", value), value)
+    return worst | {"kan_health": health}
 
 
 def kan_health(model: nn.Module, batch) -> dict[str, dict[str, float]]:

@@ -12,29 +12,28 @@ import hashlib
 import math
 import os
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
-from kanlm.config import RunConfig
+from kanlm.config import RunConfig, UserError
 from kanlm.evaluation.perplexity import validation_loss
-from kanlm.model.kan import kan_coefficient_names
-from kanlm.runs import RunDir, RunRecord
+from kanlm.runs import RunDir, RunRecord, read_json, write_json
 from kanlm.train import checkpoint
 from kanlm.train.faults import (
-    HIGH_LOSS,
-    MAX_HIGH_STEPS,
     MAX_NONFINITE_STEPS,
+    Diverged,
     Stopped,
     StopSignal,
-    blind_notice,
-    high_loss_error,
+    failure_kind,
     nonfinite_error,
 )
-from kanlm.train.health import kan_health
+from kanlm.train.health import health_metrics
 from kanlm.train.parallel import (
     clip_gradients,
     global_sum,
@@ -45,15 +44,10 @@ from kanlm.train.parallel import (
 )
 from kanlm.train.resume import finished_record, held_by_this_process
 from kanlm.train.schedule import learning_rate_factor
-from kanlm.train.session import (
-    Batch,
-    Session,
-    build_for,
-    end_recorded,
-    open_session,
-    opening_recorded,
-    read_text,
-)
+from kanlm.train.session import Batch, Session, build_for, open_session, read_text
+
+HIGH_LOSS, MAX_HIGH_STEPS = 1.5, 20
+"""A loss above so many times ln(vocabulary), in so many steps in a row, stops a run."""
 
 
 def train(config: RunConfig) -> RunRecord:
@@ -96,6 +90,43 @@ def train(config: RunConfig) -> RunRecord:
     return session.record
 
 
+@contextmanager
+def opening_recorded(run: RunDir, accelerator: Accelerator) -> Iterator[None]:
+    """A mistake that keeps a run from going on is told in the record of the part that was trained before."""
+    try:
+        yield
+    except UserError as error:
+        if accelerator.is_main_process and run.record.exists():
+            before = RunRecord.model_validate(read_json(run.record))
+            failed = {"state": "failed", "failure": str(error), "failure_kind": failure_kind(error)}
+            write_json(run.record, before.model_copy(update=failed))
+        raise
+
+
+@contextmanager
+def end_recorded(session: Session) -> Iterator[None]:
+    """However the steps end, run.json says so, the checkpoint under way is written, the files are closed."""
+    well = False
+    try:
+        yield
+        well = True
+    except BaseException as error:
+        session.record.state = "failed"
+        session.record.failure = f"{type(error).__name__}: {error}"
+        session.record.failure_kind = failure_kind(error)
+        raise
+    finally:
+        session.writer.wait()
+        try:
+            session.keep_record(session.state)
+        except UserError as error:
+            if well:  # else it must not take the place of what ended the run
+                raise
+            session.progress.say(str(error))
+        finally:
+            session.progress.close()
+
+
 @dataclass
 class Step:
     """One optimiser step as it was done; loss in nats/token over the global batch, z-loss not included."""
@@ -114,7 +145,6 @@ class Step:
 def run_steps(session: Session) -> None:
     """Steps until the token budget is spent or a signal asks to stop; logs, validations, checkpoints."""
     settings, state = session.config.train, session.state
-    saved_step = state.step if state.loader else None
     logged_tokens, logged_seconds = state.tokens, state.seconds
     stopping = False
     while state.step < session.total_steps and not stopping:
@@ -143,18 +173,13 @@ def run_steps(session: Session) -> None:
             if validate:
                 values |= validation_metrics(session, settings.eval_tokens)
             if health:
-                values |= health_metrics(session, done.batch)
+                values |= health_metrics(session.accelerator, session.model, done.batch)
             session.progress.log(values)
-            if last and settings.eval_tokens is None:
-                record_final_validation(session, values)
         session.writer.check()
         session.keep_record(state, at_most_every_seconds=10.0)
         due = done.save_due or (settings.save_every > 0 and state.step % settings.save_every == 0)
-        if due and not last and not stopping:
+        if due or last or stopping:
             save(session)
-            saved_step = state.step
-    if saved_step != state.step:
-        save(session)
     session.writer.finish()
     session.accelerator.wait_for_everyone()  # a launcher ends all processes when the first one has ended
 
@@ -165,9 +190,9 @@ def one_step(session: Session) -> Step:
     accelerator, model = session.accelerator, session.model
     micro_batches, state.loader = session.batches.take()
     valid_tokens, stopping, save_due = agree_over_processes(session, micro_batches)
-    learning_rate = set_learning_rates(session)
     if session.model_config.attention_dropout > 0:  # a function of the step, so that a resumed run repeats it
         torch.manual_seed(dropout_seed(session.config.seed, state.step, accelerator.process_index))
+    learning_rate = set_learning_rates(session)
 
     loss_sum = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(micro_batches, 1):
@@ -197,8 +222,8 @@ def one_step(session: Session) -> Step:
     mean_loss, grad_norm = loss_tensor.item(), norm_tensor.item()
 
     if math.isfinite(mean_loss) and math.isfinite(grad_norm):
-        session.watch.observe(model, state.step + 1)
         clip_gradients(model, grad_norm, settings.max_grad_norm)
+        session.watch.observe(model, state.step + 1)
         for optimizer in session.optimizers:
             optimizer.step()
         state.nonfinite_in_a_row = 0
@@ -292,7 +317,11 @@ def stop_where_the_loss_stays_high(session: Session, loss: float) -> None:
     if math.isfinite(loss):
         state.high_in_a_row = state.high_in_a_row + 1 if loss > HIGH_LOSS * guess else 0
     if state.high_in_a_row == MAX_HIGH_STEPS:
-        raise high_loss_error(session.config, state.step, loss, guess)
+        raise Diverged(
+            f"{session.config.name}: loss {loss:.2f} at step {state.step}, and for {MAX_HIGH_STEPS} steps "
+            f"above {HIGH_LOSS} times ln(vocabulary) = {guess:.2f}, which a model that knows nothing has; "
+            f"lower train.learning_rate (now {session.config.train.learning_rate:g})"
+        )
 
 
 def step_metrics(session: Session, done: Step, tokens_per_second: float) -> dict[str, Any]:
@@ -324,25 +353,9 @@ def validation_metrics(session: Session, max_tokens: int | None) -> dict[str, fl
             max_tokens=max_tokens,
             cross_document_attention=session.config.data.cross_document_attention,
         )
+    if max_tokens is None and session.state.step == session.total_steps:
+        session.record.final_validation = values
     return {f"validation_{name}": value for name, value in values.items()}
-
-
-def health_metrics(session: Session, batch: Batch) -> dict[str, Any]:
-    """Every measurement of `kan_health` on `batch`, and the largest of each kind as `kan_...`.
-
-    Nothing for sharded parameters, which the measurement cannot read, and for models without KAN layers.
-    """
-    model = session.accelerator.unwrap_model(session.model)
-    if session.sharded or not kan_coefficient_names(model):
-        return {}
-    batch = {name: tensor.to(session.accelerator.device) for name, tensor in batch.items()}
-    with session.accelerator.autocast():
-        health = kan_health(model, batch | {"use_cache": False})
-    worst: dict[str, float] = {}
-    for layer in health.values():
-        for kind, value in layer.items():
-            worst[f"kan_{kind}"] = max(worst.get(f"kan_{kind}", value), value)
-    return worst | {"kan_health": health}
 
 
 def save(session: Session) -> None:
@@ -370,9 +383,7 @@ def finish(session: Session) -> None:
         )
         return
     if record.final_validation is None:  # judged on a part so far, or resumed after the last step
-        values = validation_metrics(session, None)
-        session.progress.track({"step": state.step} | values)
-        record_final_validation(session, values)
+        session.progress.track({"step": state.step} | validation_metrics(session, None))
     record.state = "finished"
     assert record.final_validation is not None
     if notice := blind_notice(record.final_validation["loss"], session.model_config.vocab_size):
@@ -383,9 +394,12 @@ def finish(session: Session) -> None:
     )
 
 
-def record_final_validation(session: Session, values: dict[str, Any]) -> None:
-    session.record.final_validation = {
-        name.removeprefix("validation_"): value
-        for name, value in values.items()
-        if name.startswith("validation_")
-    }
+def blind_notice(loss: float, vocab_size: int) -> str | None:
+    """What to say of a run that finished with a held-out `loss` [nats/token] above that of a blind guess."""
+    guess = math.log(vocab_size)
+    if loss <= guess:
+        return None
+    return (
+        f"held-out loss {loss:.2f} is above ln(vocabulary) = {guess:.2f}, which a model that knows nothing "
+        "has: this run has learned nothing; lower train.learning_rate or train longer"
+    )

@@ -63,17 +63,18 @@ def place(
     # and the loop opens autocast itself.
     if not isinstance(placed, FSDPModule):
         accelerator.unwrap_model(placed, keep_fp32_wrapper=False)
-    expected = "none" if accelerator.num_processes == 1 else "fsdp2" if fsdp_requested() else "ddp"
-    found = wrapper_in_use(placed)
-    assert found == expected, f"{accelerator.num_processes} processes: expected {expected}, got {found}"
+    expected = {"none": KanLMForCausalLM, "ddp": DistributedDataParallel, "fsdp2": FSDPModule}[
+        wrapper(accelerator)
+    ]
+    assert isinstance(placed, expected), f"{wrapper(accelerator)}: got a {type(placed).__name__}"
     return placed, optimizers
 
 
-def wrapper_in_use(model: nn.Module) -> str:
-    """What wraps `model`: none, ddp or fsdp2."""
-    if isinstance(model, FSDPModule):
-        return "fsdp2"
-    return "ddp" if isinstance(model, DistributedDataParallel) else "none"
+def wrapper(accelerator: Accelerator) -> str:
+    """What wraps the model in this launch: none, ddp or fsdp2."""
+    if accelerator.num_processes == 1:
+        return "none"
+    return "fsdp2" if fsdp_requested() else "ddp"
 
 
 @contextmanager
@@ -112,6 +113,9 @@ def new_accelerator(config: RunConfig) -> Iterator[Accelerator]:
             "use one of configs/accelerate/"
         )
     precision = mixed_precision(config.train, state.device)
+    set_threads(state, config.train.num_threads)
+    if state.device.type == "cpu":
+        keep_freed_memory()
     accelerator = Accelerator(
         mixed_precision=precision,
         log_with=tracking.log_with(config),
@@ -199,15 +203,15 @@ def watched_machines(accelerator: Accelerator, run: RunDir) -> Iterator[None]:
         yield
 
 
-def set_threads(accelerator: Accelerator, num_threads: int | None) -> None:
+def set_threads(state: PartialState, num_threads: int | None) -> None:
     """torch threads of this process: as configured, else a lone process's OMP_NUM_THREADS, else its share
     of the cores.
 
     Of several processes OMP_NUM_THREADS says nothing: accelerate and torchrun set it to 1 themselves.
     """
-    if num_threads is None and accelerator.num_processes == 1 and "OMP_NUM_THREADS" in os.environ:
+    if num_threads is None and state.num_processes == 1 and "OMP_NUM_THREADS" in os.environ:
         return
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
     wanted = num_threads or max(1, len(os.sched_getaffinity(0)) // local_processes)
     if wanted != torch.get_num_threads():  # setting them, even to what they are, slows a step by some percent
         torch.set_num_threads(wanted)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch import nn
 
 from kanlm.config import RunConfig, UserError
-from kanlm.data import TokenLoader
-from kanlm.runs import RunDir, RunRecord, read_json, remove_leftovers, step_of
+from kanlm.runs import RunDir, RunRecord, read_json, remove_leftovers
 from kanlm.train import checkpoint
 
 FREE_TO_CHANGE = {
@@ -131,43 +127,3 @@ def held_by_this_process(run: RunDir, accelerator: Accelerator) -> Iterator[None
         remove_leftovers(run.config, run.record, run.metrics, run.tokenizer)
         accelerator.wait_for_everyone()
         yield
-
-
-def resume(
-    run: RunDir,
-    state: TrainerState,
-    model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    loader: TokenLoader,
-    accelerator: Accelerator,
-    say: Callable[[str], None],
-) -> Path | None:
-    """Load the newest intact checkpoint into all of these; its folder, or None for a new run.
-
-    UserError where the checkpoint is that of another text or tokenizer, or where every checkpoint of the run
-    is damaged.
-    """
-    choice: list[Any] = [None, False]  # made once, so that all processes load the same
-    if accelerator.is_main_process:
-        folder = checkpoint.newest_good(run, say)
-        choice = [folder, bool(run.checkpoint_folders())]
-    if accelerator.num_processes > 1:
-        torch.distributed.broadcast_object_list(choice)
-    folder, any_folder = choice
-    if folder is None and any_folder:
-        raise UserError(
-            f"{run.checkpoints}: every checkpoint is damaged; delete the folder to start the run anew"
-        )
-    if accelerator.is_main_process:
-        checkpoint.remove_leftovers(run, after_step=step_of(folder) if folder else 0)
-    if folder is None:
-        return None
-    saved = read_json(folder / "trainer.json")
-    loader.load_state_dict(saved["loader"])  # first: it refuses other text before anything is loaded
-    checkpoint.restore(folder, model, optimizers)
-    for item in fields(state):
-        if item.name in saved and item.name != "world_size":
-            setattr(state, item.name, saved[item.name])
-    if state.scaler:
-        accelerator.scaler.load_state_dict(state.scaler)
-    return folder

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,26 +19,17 @@ from kanlm.config import RunConfig, UserError
 from kanlm.data import TokenCache, TokenLoader, token_cache, tokenizer_for
 from kanlm.model import KanLMConfig
 from kanlm.model.kan import kan_coefficient_names
-from kanlm.runs import RunDir, RunRecord, provenance, read_json, write_json
-from kanlm.sizing import architecture, parameter_counts, planned_vocab_size, training_flops_per_token
-from kanlm.train import parallel
+from kanlm.runs import RunDir, RunRecord, provenance, read_json, step_of, write_json
+from kanlm.sizing import architecture, parameter_counts, training_flops_per_token
+from kanlm.train import checkpoint, parallel
 from kanlm.train.build import Trainable, build
 from kanlm.train.checkpoint import CheckpointWriter
-from kanlm.train.faults import StopSignal, ZeroGradientWatch, failure_kind
+from kanlm.train.faults import StopSignal, ZeroGradientWatch
 from kanlm.train.progress import BusyNotice, Progress, RecordKeeper, peak_flops_per_second
-from kanlm.train.resume import TrainerState, resume
+from kanlm.train.resume import TrainerState
 from kanlm.train.tracking import start_trackers
 
 Batch = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Text:
-    """The tokens of a run."""
-
-    tokenizer: PreTrainedTokenizerFast
-    loader: TokenLoader
-    validation: TokenCache
 
 
 class StepBatches:
@@ -61,6 +52,15 @@ class StepBatches:
         return taken
 
 
+@dataclass(frozen=True)
+class Text:
+    """The tokens of a run."""
+
+    tokenizer: PreTrainedTokenizerFast
+    batches: StepBatches
+    validation: TokenCache
+
+
 @dataclass
 class Session:
     """Everything that one process holds while it trains."""
@@ -74,8 +74,6 @@ class Session:
     """As accelerate or FSDP2 wrapped it."""
     optimizers: list[Any]
     """As accelerate wrapped them; they know the loss scale of fp16."""
-    sharded: bool
-    """FSDP2: a process holds a part of each parameter."""
     batches: StepBatches
     validation: TokenCache
     micro_batch_size: int
@@ -101,9 +99,9 @@ class Session:
 def read_text(config: RunConfig, accelerator: Accelerator) -> Text:
     """Tokenizer and tokens, made by the main process and read by the others."""
     # Mistakes in sizes are told before any text is read; the tokenizer may turn out smaller than planned.
-    micro_batch_size, _ = config.train.micro_batches(accelerator.num_processes)
+    micro_batch_size, accumulation_steps = config.train.micro_batches(accelerator.num_processes)
     _ = config.total_steps
-    architecture(config, planned_vocab_size(config))
+    architecture(config)
     exchange = parallel.new_exchange(accelerator) if config.data.streaming else None
     with accelerator.main_process_first():
         tokenizer = tokenizer_for(config)
@@ -115,18 +113,15 @@ def read_text(config: RunConfig, accelerator: Accelerator) -> Text:
             micro_batch_size=micro_batch_size,
             exchange=exchange,
         )
-        return Text(tokenizer, loader, token_cache(config, tokenizer, "validation"))
+        batches = StepBatches(loader, accumulation_steps)
+        return Text(tokenizer, batches, token_cache(config, tokenizer, "validation"))
 
 
 def build_for(config: RunConfig, tokenizer: PreTrainedTokenizerFast, accelerator: Accelerator) -> Trainable:
     """The run's model and optimisers on the devices of this launch."""
-    parallel.set_threads(accelerator, config.train.num_threads)
-    if accelerator.device.type == "cpu":
-        parallel.keep_freed_memory()
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     return build(
-        architecture(
-            config, len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-        ),
+        architecture(config, len(tokenizer), **special),
         config.train,
         accelerator.device,
         seed=config.seed,
@@ -148,18 +143,19 @@ def open_session(
     UserError, which run.json then names, where the checkpoint is that of other text or every one is damaged.
     """
     model_config: KanLMConfig = accelerator.unwrap_model(trainable.model).config
-    wrapper = parallel.wrapper_in_use(trainable.model)
+    wrapper = parallel.wrapper(accelerator)
     state = TrainerState(world_size=accelerator.num_processes)
     said: list[str] = []  # there is a place to say it once the step to go on from is known
+    loader = text.batches.loader
     optimizers = [optimizer.optimizer for optimizer in trainable.optimizers]
-    folder = resume(run, state, trainable.model, optimizers, text.loader, accelerator, say=said.append)
+    folder = resume(run, state, trainable.model, optimizers, loader, accelerator, say=said.append)
     start_trackers(accelerator, config, run.root)
+    counts = parameter_counts(model_config)
+    flops_per_token = training_flops_per_token(model_config, config.data.block_size)
+    peak_flops, peak_source = peak_flops_per_second(accelerator.device, accelerator.mixed_precision != "no")
     if accelerator.is_main_process:
         write_json(run.config, config)
         text.tokenizer.save_pretrained(run.tokenizer)
-    flops_per_token = training_flops_per_token(model_config, config.data.block_size)
-    peak_flops, peak_source = peak_flops_per_second(accelerator.device, accelerator.mixed_precision != "no")
-    counts = parameter_counts(model_config)
     record = RunRecord(
         state="running",
         step=state.step,
@@ -169,7 +165,7 @@ def open_session(
         parameters=counts.total,
         non_embedding_parameters=counts.non_embedding,
         provenance=provenance(
-            data=text.loader.manifest,
+            data=loader.manifest,
             validation_data=text.validation.manifest,
             processes=accelerator.num_processes,
             wrapper=wrapper,
@@ -185,7 +181,6 @@ def open_session(
     )
     goes_on = config.train.on_checkpoint_error == "continue"
     progress = Progress(accelerator, run.metrics, record.total_steps, state.step, goes_on)
-    micro_batch_size, accumulation_steps = config.train.micro_batches(accelerator.num_processes)
     session = Session(
         config=config,
         run=run,
@@ -194,10 +189,9 @@ def open_session(
         model_config=model_config,
         model=trainable.model,
         optimizers=trainable.optimizers,
-        sharded=wrapper == "fsdp2",
-        batches=StepBatches(text.loader, accumulation_steps),
+        batches=text.batches,
         validation=text.validation,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=loader.micro_batch_size,
         total_steps=record.total_steps,
         state=state,
         record=record,
@@ -225,7 +219,7 @@ def open_session(
         f"{accelerator.num_processes} process(es) on {device}, "
         f"wrapper {wrapper}, precision {accelerator.mixed_precision}"
     )
-    if session.sharded and kan_coefficient_names(accelerator.unwrap_model(trainable.model)):
+    if wrapper == "fsdp2" and kan_coefficient_names(accelerator.unwrap_model(trainable.model)):
         said.append("kan_health is left out: it cannot read sharded parameters (FSDP2)")
     if folder is not None:
         said.append(f"resumed at step {state.step} from {folder}")
@@ -235,38 +229,41 @@ def open_session(
     return session
 
 
-@contextmanager
-def opening_recorded(run: RunDir, accelerator: Accelerator) -> Iterator[None]:
-    """A mistake that keeps a run from going on is told in the record of the part that was trained before."""
-    try:
-        yield
-    except UserError as error:
-        if accelerator.is_main_process and run.record.exists():
-            before = RunRecord.model_validate(read_json(run.record))
-            failed = {"state": "failed", "failure": str(error), "failure_kind": failure_kind(error)}
-            write_json(run.record, before.model_copy(update=failed))
-        raise
+def resume(
+    run: RunDir,
+    state: TrainerState,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    loader: TokenLoader,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+) -> Path | None:
+    """Load the newest intact checkpoint into all of these; its folder, or None for a new run.
 
-
-@contextmanager
-def end_recorded(session: Session) -> Iterator[None]:
-    """However the steps end, run.json says so, the checkpoint under way is written, the files are closed."""
-    well = False
-    try:
-        yield
-        well = True
-    except BaseException as error:
-        session.record.state = "failed"
-        session.record.failure = f"{type(error).__name__}: {error}"
-        session.record.failure_kind = failure_kind(error)
-        raise
-    finally:
-        session.writer.wait()
-        try:
-            session.keep_record(session.state)
-        except UserError as error:
-            if well:  # else it must not take the place of what ended the run
-                raise
-            session.progress.say(str(error))
-        finally:
-            session.progress.close()
+    UserError where the checkpoint is that of another text or tokenizer, or where every checkpoint of the run
+    is damaged.
+    """
+    choice: list[Any] = [None, False]  # made once, so that all processes load the same
+    if accelerator.is_main_process:
+        folder = checkpoint.newest_good(run, say)
+        choice = [folder, bool(run.checkpoint_folders())]
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(choice)
+    folder, any_folder = choice
+    if folder is None and any_folder:
+        raise UserError(
+            f"{run.checkpoints}: every checkpoint is damaged; delete the folder to start the run anew"
+        )
+    if accelerator.is_main_process:
+        checkpoint.remove_leftovers(run, after_step=step_of(folder) if folder else 0)
+    if folder is None:
+        return None
+    saved = read_json(folder / "trainer.json")
+    loader.load_state_dict(saved["loader"])  # first: it refuses other text before anything is loaded
+    checkpoint.restore(folder, model, optimizers)
+    for item in fields(state):
+        if item.name in saved and item.name != "world_size":
+            setattr(state, item.name, saved[item.name])
+    if state.scaler:
+        accelerator.scaler.load_state_dict(state.scaler)
+    return folder

@@ -29,7 +29,7 @@ from kanlm.runs import RunDir, RunRecord
 from kanlm.train import loop, parallel
 from kanlm.train.build import build
 from kanlm.train.checkpoint import load_model, load_tokenizer
-from kanlm.train.faults import Diverged, StopSignal, blind_notice
+from kanlm.train.faults import Diverged, StopSignal
 from kanlm.train.progress import BusyNotice
 
 
@@ -570,5 +570,5 @@ def test_functions_alone_need_functions(run_config):
 
 
 def test_run_that_knows_less_than_a_blind_guess_is_told():
-    assert blind_notice(5.6, 300) is None
-    assert "held-out loss 5.80 is above ln(vocabulary) = 5.70" in (blind_notice(5.8, 300) or "")
+    assert loop.blind_notice(5.6, 300) is None
+    assert "held-out loss 5.80 is above ln(vocabulary) = 5.70" in (loop.blind_notice(5.8, 300) or "")
