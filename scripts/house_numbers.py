@@ -1,6 +1,6 @@
 """How far a reader has to walk: lines of the capsule, files of a training step, returns of `config`.
 
-    python scripts/house_numbers.py [FILE:FUNCTION:PARAMETER] [--step FILE:FUNCTION]
+    python scripts/house_numbers.py [FILE:FUNCTION:PARAMETER ...] [--step FILE:FUNCTION]
 
 Method, by `ast` alone; nothing is run. The walk starts in a function and reads its body in the order of the
 text. A call is followed, in depth, where its name can be resolved: a function or class of the same file, or
@@ -8,6 +8,8 @@ one that is imported from kanlm, also as `module.function`; of a class its `__in
 follows only calls with an argument that holds the parameter or a variable that was assigned from it. Each
 function is entered once. A return is a step into a file that the walk has been in before and has left since.
 Methods of objects, and functions handed over as values, are not followed, so the numbers are lower bounds.
+Each walk is taken twice: through all of kanlm, and within the package that it starts in, where what other
+packages give is known by its docstring.
 The files of a step are those of all functions that are reached in this way from `one_step` and from the two
 entries that it reaches through objects, the loader's and the model's.
 """
@@ -20,7 +22,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-WALK = "kanlm/train/loop.py:train:config"
+WALKS = ("kanlm/train/loop.py:train:config", "kanlm/compare/run.py:compare:toml_path")
 STEP = (
     "kanlm/train/loop.py:one_step",
     "kanlm/data/loader.py:TokenLoader.__iter__",
@@ -90,8 +92,8 @@ def names_in(node: ast.AST) -> set[str]:
 class Walk:
     """The files entered, in order."""
 
-    def __init__(self, follow_all: bool):
-        self.follow_all = follow_all
+    def __init__(self, follow_all: bool, package: Path | None = None):
+        self.follow_all, self.package = follow_all, package
         self.files: list[Path] = []
         self.entered: set[tuple[Path, str]] = set()
 
@@ -123,6 +125,8 @@ class Walk:
         if not (any(carried) or self.follow_all):
             return
         callee, name = found
+        if self.package is not None and callee.path.parent != self.package:
+            return
         function = callee.defined[name]
         parameters: set[str] = set()
         if isinstance(function, ast.FunctionDef):
@@ -147,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("walk", nargs="?", default=WALK, help="FILE:FUNCTION:PARAMETER")
+    parser.add_argument("walk", nargs="*", help="FILE:FUNCTION:PARAMETER")
     parser.add_argument("--step", action="append", help="FILE:FUNCTION; may be repeated")
     arguments = parser.parse_args()
     lines = {path: len(path.read_text().splitlines()) for path in sorted((ROOT / "kanlm/model").glob("*.py"))}
@@ -157,9 +161,12 @@ def main() -> None:
         start(step, entry)
     files = sorted({str(path.relative_to(ROOT)) for path in step.files})
     print(f"one training step: {len(files)} files: {', '.join(files)}")
-    walk = start(Walk(follow_all=False), arguments.walk)
-    stays, entered = len(walk.files), len(set(walk.files))
-    print(f"walk of {arguments.walk}: {stays} stays, {entered} files, {walk.returns} returns")
+    for entry in arguments.walk or WALKS:
+        package = (ROOT / entry.split(":")[0]).parent
+        for where, walk in (("its package", Walk(False, package)), ("kanlm", Walk(False))):
+            start(walk, entry)
+            stays, files = len(walk.files), len(set(walk.files))
+            print(f"walk of {entry} in {where}: {stays} stays, {files} files, {walk.returns} returns")
 
 
 if __name__ == "__main__":

@@ -14,17 +14,15 @@ import torch
 
 from kanlm.compare.artifacts import load
 from kanlm.compare.judging import held_out_documents
-from kanlm.compare.plan import final_trials, planned_arms, planned_trial, sweep_trial
-from kanlm.compare.run import step_speeds
+from kanlm.compare.plan import arm_run, final_trials, planned_arms, sweep_trial
 from kanlm.compare.schema import (
     MATCHINGS,
     CompareConfig,
     PlannedArm,
     Trial,
     load_compare_config,
-    run_config,
 )
-from kanlm.compare.speed import measured_speed, step_sequences
+from kanlm.compare.speed import measured_speed, step_sequences, step_speeds
 from kanlm.compare.sweep import Point
 from kanlm.compare.verdict import judgements
 from kanlm.config import UserError
@@ -45,7 +43,7 @@ def estimate(toml_path: str | Path, overrides: Sequence[str] = ()) -> str:
     machine that stays as busy as it is.
     """
     config = load_compare_config(toml_path, overrides)
-    base = run_config(config, config.sizes[0], {}, config.name)
+    base = config.first_run
     tokenizer = tokenizer_for(base)
     arms = planned_arms(config, len(tokenizer))
     timed = [arm for arm in arms if MATCHINGS[arm.matching].budget == "tokens"]
@@ -60,11 +58,7 @@ def estimate(toml_path: str | Path, overrides: Sequence[str] = ()) -> str:
     seconds += costs.step_times()
     tokens = sum(trial.max_tokens for trial in [*sweeping, *trials.values()])
     lines = [f"{config.name}: {len(arms)} arms to train, none is trained now"]
-    lines += [
-        f"  {arm.arm}: {arm.ffn_type}, width {arm.intermediate_size}, {arm.non_embedding_parameters:,} "
-        f"parameters without embeddings ({arm.mismatch:+.2%}), equal {arm.matching}, size {arm.size}"
-        for arm in arms
-    ]
+    lines += [arm.line for arm in arms]
     more = " at least (a sweep grows while its best lies on an edge)" if sweeping else ""
     lines += [
         f"  runs        {len(trials)} to be reported, {len(sweeping)} of the sweep{more}, {config.jobs} at "
@@ -131,7 +125,7 @@ class Costs:
     def step_times(self) -> float:
         """The measurement of step times itself."""
         rounds = self.config.speed.rounds + self.config.speed.warmup if self.config.speed.rounds else 0
-        base = run_config(self.config, self.config.sizes[0], {}, self.config.name)
+        base = self.config.first_run
         return rounds * math.fsum(
             step_sequences(base) * base.data.block_size / one for one in self.speed.values()
         )
@@ -139,7 +133,7 @@ class Costs:
 
 def forward_speed(config: CompareConfig, arm: PlannedArm, vocab_size: int) -> float:
     """Tokens per second of a forward pass of the plain model, as runs are judged."""
-    run = planned_trial(config, arm, "final", "speed", 0, {}, 1).run
+    run = arm_run(config, arm)
     model = KanLMForCausalLM(architecture(run, vocab_size)).eval()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens = torch.randint(vocab_size, (config.evaluation.batch_size, run.data.block_size), device=device)

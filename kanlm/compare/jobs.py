@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -110,6 +111,12 @@ class Processes:
         """UserError after a signal."""
         if self.received is not None:
             raise UserError(f"stopped by {self.received.name}; run the same command again to go on")
+
+
+def said_last(tail: Sequence[str]) -> str:
+    """The training process' own last line; the launcher puts a traceback below it."""
+    own = itertools.takewhile(lambda line: not line.startswith("Traceback (most recent call last)"), tail)
+    return next(iter(reversed(list(own))), tail[-1] if tail else "no output")
 
 
 def run_all(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from kanlm.compare.schema import (
     MATCHINGS,
@@ -13,6 +13,7 @@ from kanlm.compare.schema import (
     PlannedArm,
     SizeConfig,
     Trial,
+    merged,
     run_config,
 )
 from kanlm.config import RunConfig, UserError
@@ -36,7 +37,7 @@ def planned_arms(config: CompareConfig, vocab_size: int) -> list[PlannedArm]:
 def _matched(
     config: CompareConfig, matching: Matching, size: SizeConfig, vocab_size: int
 ) -> list[PlannedArm]:
-    block_size = run_config(config, size, {}, config.name).data.block_size
+    block_size = config.runs[size.name].data.block_size
     rule = MATCHINGS[matching]
 
     def amount(model: KanLMConfig) -> float:
@@ -90,6 +91,25 @@ def _matched(
     return planned
 
 
+def swept_arms(config: CompareConfig, arms: Sequence[PlannedArm]) -> list[PlannedArm]:
+    """The arms whose rates are tried: those of the first matching, at every size."""
+    return [arm for arm in arms if arm.matching == config.matching[0]]
+
+
+def known_trials(config: CompareConfig, arms: Sequence[PlannedArm]) -> list[Trial]:
+    """The trials that follow from the file alone: the sweep's first, or, without a sweep, those reported with
+    a budget of tokens.
+    """
+    if any(config.learning_rates(arm) for arm in config.arms):
+        return [
+            sweep_trial(config, arm, {"learning_rate": rate})
+            for arm in swept_arms(config, arms)
+            for rate in config.learning_rates(config.arm(arm.arm))
+        ]
+    within_tokens = [name for name in config.matching if MATCHINGS[name].budget == "tokens"]
+    return final_trials(config.model_copy(update={"matching": tuple(within_tokens)}), arms, {})
+
+
 def planned_trial(
     config: CompareConfig,
     arm: PlannedArm,
@@ -100,27 +120,21 @@ def planned_trial(
     max_tokens: int,
 ) -> Trial:
     """A trial of `arm` with its run; seed and data order are the same for all arms of one seed."""
-    size = next(size for size in config.sizes if size.name == arm.size)
-    changes = {
-        "name": name,
-        "seed": seed,
-        "data_seed": seed,
-        "model": arm.model,
-        "train": {**arm.train, **rates, "max_tokens": max_tokens},
-    }
-    run = run_config(config, size, changes, f"trial {name}")
+    train = {**rates, "max_tokens": max_tokens}
+    run = arm_run(config, arm, name=name, seed=seed, data_seed=seed, train=train)
     return Trial(kind=kind, matching=arm.matching, size=arm.size, arm=arm.arm, run=run)
 
 
-def token_budget(config: CompareConfig, size: str) -> int:
-    """The training tokens that `[base]` gives a run of `size`."""
-    chosen = next(one for one in config.sizes if one.name == size)
-    return run_config(config, chosen, {}, config.name).train.max_tokens
+def arm_run(config: CompareConfig, arm: PlannedArm, **changes: Any) -> RunConfig:
+    """The run of `arm` at its size, with `changes` on top."""
+    size = next(size for size in config.sizes if size.name == arm.size)
+    own = merged({"model": arm.model, "train": arm.train}, changes)
+    return run_config(config, size, own, f"trial {changes.get('name', arm.arm)}")
 
 
 def sweep_trial(config: CompareConfig, arm: PlannedArm, rates: Rates) -> Trial:
     """One trial of the sweep."""
-    tokens = token_budget(config, arm.size)
+    tokens = config.runs[arm.size].train.max_tokens
     name = f"sweep-{arm.size}-{arm.arm}-lr{rates['learning_rate']:g}"
     if "kan_learning_rate" in rates:
         name += f"-kan{rates['kan_learning_rate']:g}"
@@ -153,7 +167,7 @@ def final_trials(
             for turn, seed in enumerate(config.seeds):
                 shift = turn % len(names)
                 for name in names[shift:] + names[:shift]:
-                    tokens = token_budget(config, size.name)
+                    tokens = config.runs[size.name].train.max_tokens
                     if rule.budget == "time":
                         assert tokens_per_second is not None
                         own, reference = (

@@ -6,7 +6,6 @@ where it stopped.
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
 import time
@@ -20,9 +19,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from kanlm.compare import jobs
 from kanlm.compare.artifacts import CompareDir, TrialDir, fraction_done, load, state_of
-from kanlm.compare.jobs import Processes, Progress, launch_command, say
+from kanlm.compare.jobs import Processes, Progress, launch_command, said_last, say
 from kanlm.compare.judging import held_out_documents, judge_run
-from kanlm.compare.plan import Rates, final_trials, planned_arms, sweep_trial
+from kanlm.compare.plan import final_trials, known_trials, planned_arms, sweep_trial, swept_arms
 from kanlm.compare.report import report, summary
 from kanlm.compare.schema import (
     MATCHINGS,
@@ -31,10 +30,9 @@ from kanlm.compare.schema import (
     Trial,
     changed_keys,
     load_compare_config,
-    run_config,
 )
-from kanlm.compare.speed import measured_speed
-from kanlm.compare.sweep import Axes, Point, best_point, edges, next_points, refinement
+from kanlm.compare.speed import measured_speed, step_speeds
+from kanlm.compare.sweep import Axes, Point, best_point, chosen_rates, edges, next_points, refinement
 from kanlm.compare.tracking import track_outcome
 from kanlm.config import RunConfig, UserError, parsed
 from kanlm.data import TokenLoader, documents, token_cache, tokenizer_for
@@ -50,6 +48,7 @@ class Study:
     config: CompareConfig
     directory: CompareDir
     base: RunConfig
+    """The first size's: text and tokenizer are those of all."""
     vocab_size: int
     arms: list[PlannedArm]
     judging: threading.Lock = field(default_factory=threading.Lock)
@@ -68,9 +67,7 @@ def compare(toml_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     speed = ensure_speed(study)
     sweep = run_sweep(study)
     trials = final_trials(study.config, study.arms, chosen_rates(sweep), step_speeds(speed))
-    refuse_changed(study, trials)
-    write_plan(study, sweep, trials)
-    run_trials(study, trials)
+    run_trials(study, trials, sweep)
     ensure_baselines(study)
     path = report(study.directory.root)
     track_outcome(load(study.directory.root), read_json(study.directory.report_json))
@@ -83,15 +80,12 @@ def planned_study(config: CompareConfig) -> Study:
     """The text is read, widths are solved and said; the folder is begun, or found to be of this file."""
     disable_progress_bar()
     directory = CompareDir(config.directory)
-    base = run_config(config, config.sizes[0], {}, config.name)
+    base = config.first_run
     say(f"comparison {config.name}: {', '.join(arm.name for arm in config.arms)} in {directory.root}/")
     tokenizer = tokenizer_for(base)
     study = Study(config, directory, base, len(tokenizer), planned_arms(config, len(tokenizer)))
     for arm in study.arms:
-        say(
-            f"  {arm.arm}: {arm.ffn_type}, width {arm.intermediate_size}, {arm.non_embedding_parameters:,} "
-            f"parameters without embeddings ({arm.mismatch:+.2%}), equal {arm.matching}, size {arm.size}"
-        )
+        say(arm.line)
     manifests = {
         "train": TokenLoader(base, tokenizer).manifest,
         "validation": token_cache(base, tokenizer, "validation").manifest,
@@ -113,7 +107,7 @@ def begin_folder(study: Study, manifests: dict[str, Any]) -> None:
     directory, dumped = study.directory, study.config.model_dump(mode="json")
     before = read_json(directory.compare)["config"] if directory.compare.is_file() else None
     if before is not None:
-        refuse_changed(study, known_trials(study))
+        refuse_changed(study, known_trials(study.config, study.arms))
         if before["evaluation"] != dumped["evaluation"]:
             directory.baselines.unlink(missing_ok=True)
             for run in map(TrialDir, directory.arms.glob("*")):
@@ -124,21 +118,6 @@ def begin_folder(study: Study, manifests: dict[str, Any]) -> None:
     # of a streamed text the counts are not known: null
     data |= {split: {key: manifest.get(key) for key in kept} for split, manifest in manifests.items()}
     write_json(directory.compare, {"config": dumped, "provenance": provenance(), "data": data})
-
-
-def known_trials(study: Study) -> list[Trial]:
-    """The trials that follow from the file alone: the sweep's first, or, without a sweep, those reported with
-    a budget of tokens.
-    """
-    if any(study.config.learning_rates(arm) for arm in study.config.arms):
-        return [
-            sweep_trial(study.config, arm, Point(rate).rates)
-            for arm in swept_arms(study)
-            for rate in study.config.learning_rates(study.config.arm(arm.arm))
-        ]
-    within_tokens = [name for name in study.config.matching if MATCHINGS[name].budget == "tokens"]
-    config = study.config.model_copy(update={"matching": tuple(within_tokens)})
-    return final_trials(config, study.arms, {})
 
 
 def refuse_changed(study: Study, trials: Sequence[Trial]) -> None:
@@ -167,34 +146,28 @@ def write_plan(study: Study, sweep: Sequence[dict[str, Any]], trials: Sequence[T
     write_json(study.directory.plan, plan)
 
 
-def swept_arms(study: Study) -> list[PlannedArm]:
-    """The arms whose rates are tried: those of the first matching, at every size."""
-    return [arm for arm in study.arms if arm.matching == study.config.matching[0]]
-
-
 def run_sweep(study: Study) -> list[dict[str, Any]]:
     """Try rates until every arm has its best, the same number of trials for each of a size.
 
     One row for each size and arm: the rates that were chosen, with all that was tried. UserError where no
     trial of an arm finished.
     """
-    tried: dict[tuple[str, str], dict[Point, float]] = {(arm.size, arm.arm): {} for arm in swept_arms(study)}
+    arms = swept_arms(study.config, study.arms)
+    tried: dict[tuple[str, str], dict[Point, float]] = {(arm.size, arm.arm): {} for arm in arms}
     while wanted := next_trials(study, tried):
         trials = [sweep_trial(study.config, arm, point.rates) for arm, point in wanted]
-        refuse_changed(study, trials)
-        write_plan(study, [], trials)
         run_trials(study, trials)
         for (arm, point), trial in zip(wanted, trials, strict=True):
             tried[arm.size, arm.arm][point] = validation_loss(study, trial)
         refuse_all_failed(study, tried)
-    return [sweep_row(study, arm, tried[arm.size, arm.arm]) for arm in swept_arms(study)]
+    return [sweep_row(study, arm, tried[arm.size, arm.arm]) for arm in arms]
 
 
 def next_trials(
     study: Study, tried: dict[tuple[str, str], dict[Point, float]]
 ) -> list[tuple[PlannedArm, Point]]:
     """What every arm wants to try; when none does, what arms with fewer trials than others refine."""
-    arms = swept_arms(study)
+    arms = swept_arms(study.config, study.arms)
     wanted = [
         (arm, point) for arm in arms for point in next_points(axes_of(study, arm), tried[arm.size, arm.arm])
     ]
@@ -235,8 +208,7 @@ def refuse_all_failed(study: Study, tried: dict[tuple[str, str], dict[Point, flo
 def sweep_row(study: Study, arm: PlannedArm, tried: dict[Point, float]) -> dict[str, Any]:
     """What was tried and chosen; without a sweep, the rates that are configured."""
     if not tried:
-        size = next(size for size in study.config.sizes if size.name == arm.size)
-        train = run_config(study.config, size, {"train": arm.train}, study.config.name).train
+        train = study.config.runs[arm.size].train.model_copy(update=arm.train)
         best, trials = Point(train.learning_rate, train.kan_learning_rate), []
     else:
         best = best_point(tried)
@@ -259,15 +231,13 @@ def sweep_row(study: Study, arm: PlannedArm, tried: dict[Point, float]) -> dict[
     }
 
 
-def chosen_rates(sweep: Sequence[dict[str, Any]]) -> dict[tuple[str, str], Rates]:
-    return {
-        (row["size"], row["arm"]): Point(row["learning_rate"], row["kan_learning_rate"]).rates
-        for row in sweep
-    }
+def run_trials(study: Study, trials: Sequence[Trial], sweep: Sequence[dict[str, Any]] = ()) -> None:
+    """Train what is not finished, `jobs` at once; a run that is reported is judged and shown at once.
 
-
-def run_trials(study: Study, trials: Sequence[Trial]) -> None:
-    """Train what is not finished, `jobs` at once; a run that is reported is judged and shown at once."""
+    plan.json is written before, with the rates that the `sweep` chose, once it is over.
+    """
+    refuse_changed(study, trials)
+    write_plan(study, sweep, trials)
     work = {trial.name: trial for trial in trials}  # trials that train the same have one run
     by_key = {(arm.matching, arm.size, arm.arm): arm for arm in study.arms}
     cost = {
@@ -334,12 +304,6 @@ def train_trial(study: Study, processes: Processes, trial: Trial, place: str) ->
     return False
 
 
-def said_last(tail: Sequence[str]) -> str:
-    """The training process' own last line; the launcher puts a traceback below it."""
-    own = itertools.takewhile(lambda line: not line.startswith("Traceback (most recent call last)"), tail)
-    return next(iter(reversed(list(own))), tail[-1] if tail else "no output")
-
-
 def ensure_speed(study: Study) -> dict[str, Any] | None:
     """speed.json, measured again where arms, widths or rounds changed."""
     rounds, path = study.config.speed.rounds, study.directory.speed
@@ -357,14 +321,6 @@ def ensure_speed(study: Study) -> dict[str, Any] | None:
     speed = measured_speed(study.config, arms, study.vocab_size, rounds, study.config.speed.warmup)
     write_json(path, speed)
     return speed
-
-
-def step_speeds(speed: dict[str, Any] | None) -> dict[tuple[str, str, str], float]:
-    """Tokens per second by (rule of widths, size, arm)."""
-    rows = speed["arms"] if speed else []
-    return {
-        (MATCHINGS[row["matching"]].width, row["size"], row["arm"]): row["tokens_per_second"] for row in rows
-    }
 
 
 def ensure_baselines(study: Study) -> None:

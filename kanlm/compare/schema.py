@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -184,6 +185,16 @@ class CompareConfig(Section):
     def directory(self) -> Path:
         return Path(self.output_dir) / self.name
 
+    @cached_property
+    def runs(self) -> dict[str, RunConfig]:
+        """The run that `[base]` describes, at every size."""
+        return {size.name: run_config(self, size, {}, self.name) for size in self.sizes}
+
+    @property
+    def first_run(self) -> RunConfig:
+        """At the first size; text, tokenizer and block size are those of all."""
+        return self.runs[self.sizes[0].name]
+
     def arm(self, name: str) -> ArmConfig:
         return next(arm for arm in self.arms if arm.name == name)
 
@@ -257,6 +268,15 @@ class PlannedArm(Section):
     """Training FLOPs: forward and backward."""
     mismatch: float
     """Relative difference of what is matched from the reference arm's; positive = larger."""
+
+    @property
+    def line(self) -> str:
+        """What is said of it before anything is trained."""
+        return (
+            f"  {self.arm}: {self.ffn_type}, width {self.intermediate_size}, "
+            f"{self.non_embedding_parameters:,} parameters without embeddings ({self.mismatch:+.2%}), "
+            f"equal {self.matching}, size {self.size}"
+        )
 
 
 class Trial(Section):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from kanlm.bench.measure import take_turns
-from kanlm.compare.plan import planned_trial
-from kanlm.compare.schema import CompareConfig, PlannedArm
+from kanlm.compare.plan import arm_run
+from kanlm.compare.schema import MATCHINGS, CompareConfig, PlannedArm
 from kanlm.config import RunConfig
 from kanlm.sizing import architecture
 from kanlm.train.build import build
@@ -33,7 +33,7 @@ def measured_speed(
     first = None
     for size in config.sizes:
         group = [arm for arm in arms if arm.size == size.name]
-        runs = [planned_trial(config, arm, "final", "speed", 0, {}, 1).run for arm in group]
+        runs = [arm_run(config, arm) for arm in group]
         first = first or runs[0]
         if device.type == "cpu" and runs[0].train.num_threads:
             torch.set_num_threads(runs[0].train.num_threads)
@@ -65,6 +65,14 @@ def measured_speed(
         "threads": torch.get_num_threads(),
         "dtype": str(DTYPES[mixed_precision(first.train, device)]).removeprefix("torch."),
         "compiled": first.train.compile,
+    }
+
+
+def step_speeds(speed: dict[str, Any] | None) -> dict[tuple[str, str, str], float]:
+    """Tokens per second by (rule of widths, size, arm)."""
+    rows = speed["arms"] if speed else []
+    return {
+        (MATCHINGS[row["matching"]].width, row["size"], row["arm"]): row["tokens_per_second"] for row in rows
     }
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,13 @@ def edges(tried: Tried) -> list[str]:
     if len(kan) > 1 and best.kan_learning_rate in (min(kan), max(kan)):
         found.append("kan_learning_rate")
     return found
+
+
+def chosen_rates(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
+    """The rates that a finished sweep's `rows` chose, by (size, arm)."""
+    return {
+        (row["size"], row["arm"]): Point(row["learning_rate"], row["kan_learning_rate"]).rates for row in rows
+    }
 
 
 def _line(tried: Tried) -> list[Point]:
