@@ -46,7 +46,7 @@ def architecture(config: RunConfig, vocab_size: int | None = None, **token_ids: 
     for key in config.model:
         if key not in known:
             raise UserError(f"model.{key}: unknown key; {did_you_mean(key, known)}")
-    found = started_from(config) if config.init_from else described(config, vocab_size, token_ids)
+    found = started_from(config) if config.init_from else from_model_table(config, vocab_size, token_ids)
     if vocab_size is not None and found.vocab_size < vocab_size:
         raise UserError(
             f"model.vocab_size: got {found.vocab_size}, but the tokenizer has {vocab_size} entries; "
@@ -60,7 +60,9 @@ def architecture(config: RunConfig, vocab_size: int | None = None, **token_ids: 
     return found
 
 
-def described(config: RunConfig, vocab_size: int | None, token_ids: dict[str, int | None]) -> KanLMConfig:
+def from_model_table(
+    config: RunConfig, vocab_size: int | None, token_ids: dict[str, int | None]
+) -> KanLMConfig:
     """The architecture of `[model]`; UserError for a value that KanLMConfig refuses."""
     values: dict[str, Any] = {
         **token_ids,

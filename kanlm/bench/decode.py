@@ -19,7 +19,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kanlm import kernels
 from kanlm.bench.measure import PARITY, Arm, relative_error, report, require_device
-from kanlm.bench.train import ARMS, VOCAB_SIZE, built, parity_case
+from kanlm.bench.train import ARMS, VOCAB_SIZE, build_arm, parity_case
 from kanlm.config import UserError
 from kanlm.kernels.decode import NativeDecoder, NotServed
 from kanlm.kernels.native import NativeUnavailable
@@ -159,7 +159,7 @@ def arm_name(name: str, path: str) -> str:
 
 def decoding_arm(name: str, path: str, size: str, backend: str, device: str = "cpu", error: float = 0) -> Arm:
     """Decoding of NEW tokens, one at a time and the likeliest, after a prompt of PROMPT tokens."""
-    made, chosen = built(name, size, backend, device)
+    made, chosen = build_arm(name, size, backend, device)
     model = cast(KanLMForCausalLM, made.model).eval()
     prompt = torch.randint(0, VOCAB_SIZE, (PROMPT,), generator=torch.Generator().manual_seed(1))
     way = open_path(model, path)

@@ -110,7 +110,7 @@ OURS = {
 }
 
 
-def built(
+def build_layer(
     name: str, inputs: int, outputs: int, grid: int, order: int, backend: str, device: str
 ) -> nn.Module:
     """The layer of an arm. `kanlm linear` has order 1 and order - 1 more intervals: the same parameters."""
@@ -137,7 +137,7 @@ def layer_arm(
     device: str = "cpu",
 ) -> Arm:
     """Forward and backward, input's gradient included."""
-    layer = built(name, inputs, outputs, grid, order, backend, device)
+    layer = build_layer(name, inputs, outputs, grid, order, backend, device)
     most = PEERS[name][2] if name in PEERS else None
     tokens = min(tokens, most or tokens)
     generator = torch.Generator().manual_seed(1)
@@ -222,7 +222,7 @@ def _reason_to_skip(
         if importlib.util.find_spec(package) is None:
             return f"package {package} is not installed (pip install 'kanlm[bench]', or --no-deps {name})"
         try:
-            layer = built(name, 4, 3, grid, order, backend, device)
+            layer = build_layer(name, 4, 3, grid, order, backend, device)
             y = layer(torch.randn(5, 4, device=device))
         except (ValueError, NotImplementedError, RuntimeError, ImportError) as error:
             return f"does not run here: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
@@ -230,7 +230,7 @@ def _reason_to_skip(
     if name == "mlp":
         return None
     try:
-        layer = built(name, inputs, outputs, grid, order, backend, device)
+        layer = build_layer(name, inputs, outputs, grid, order, backend, device)
     except ValueError as error:
         raise UserError(str(error)) from None
     x = torch.randn(64, inputs, generator=torch.Generator().manual_seed(2)).to(device)

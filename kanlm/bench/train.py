@@ -84,7 +84,7 @@ def architecture(arm: str, size: str) -> KanLMConfig:
     return matched_width(config, ffn_type, parameter_counts(config).non_embedding)[0]
 
 
-def built(
+def build_arm(
     arm: str,
     size: str,
     backend: str,
@@ -115,7 +115,7 @@ def training_arm(
     name: str, size: str, backend: str, device: str = "cpu", compiled: bool = False, optimizer: str = "adamw"
 ) -> Arm:
     """One optimizer step on random tokens; bf16 autocast on a GPU."""
-    made, chosen = built(name, size, backend, device, compiled, optimizer=optimizer)
+    made, chosen = build_arm(name, size, backend, device, compiled, optimizer=optimizer)
     model = made.model
     *_, sequences, positions = SIZES[size]
     ids = torch.randint(0, VOCAB_SIZE, (sequences, positions), generator=torch.Generator().manual_seed(1))
@@ -165,7 +165,7 @@ class Logits(nn.Module):
 
 def parity_case(name: str, size: str, backend: str, device: str) -> tuple[KanLMForCausalLM, torch.Tensor]:
     """The arm's whole model, all FFN weights and coefficients away from their start, and ids [2, 24]."""
-    model = cast(KanLMForCausalLM, built(name, size, backend, device)[0].model)
+    model = cast(KanLMForCausalLM, build_arm(name, size, backend, device)[0].model)
     with torch.no_grad():
         for layer in model.model.layers:
             for parameter in layer.mlp.parameters():

@@ -81,7 +81,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def gathered(
+def gather_states(
     model: nn.Module, optimizers: list[torch.optim.Optimizer]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Full state dicts of the model and of the optimisers, by parameter name."""
@@ -96,7 +96,7 @@ def snapshot(
     trainer: dict[str, Any],
 ) -> Snapshot:
     """The state of `model` and `optimizers` in CPU memory. All processes call it; the main one has it."""
-    weights, states = gathered(model, optimizers)
+    weights, states = gather_states(model, optimizers)
     tied = tied_names(config)
     # On a CPU the state dict may still share memory with the model.
     on_cpu = next(model.parameters()).device.type == "cpu"
@@ -125,7 +125,7 @@ def restore(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimiz
     """
     config = KanLMConfig.from_dict(read_json(folder / "model.json"))
     weights: dict[str, Any] = with_tied(load_file(folder / "model.safetensors"), config)
-    _, states = gathered(model, optimizers)  # for the structure: groups and parameter names
+    _, states = gather_states(model, optimizers)  # for the structure: groups and parameter names
     state: dict[str, Any] = {}
     for name, tensor in load_file(folder / "optimizer.safetensors").items():
         parameter, _, key = name.rpartition("/")

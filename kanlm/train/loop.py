@@ -19,11 +19,10 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from kanlm.config import RunConfig, UserError
 from kanlm.evaluation.perplexity import validation_loss
-from kanlm.runs import RunDir, RunRecord, read_json, write_json
+from kanlm.runs import RunDir, RunRecord
 from kanlm.train import checkpoint
 from kanlm.train.faults import (
     MAX_NONFINITE_STEPS,
@@ -44,7 +43,7 @@ from kanlm.train.parallel import (
 )
 from kanlm.train.resume import finished_record, held_by_this_process
 from kanlm.train.schedule import learning_rate_factor
-from kanlm.train.session import Batch, Session, build_for, open_session, read_text
+from kanlm.train.session import Batch, Session, build_for, open_session, opening_recorded, read_text
 
 HIGH_LOSS, MAX_HIGH_STEPS = 1.5, 20
 """A loss above so many times ln(vocabulary), in so many steps in a row, stops a run."""
@@ -88,19 +87,6 @@ def train(config: RunConfig) -> RunRecord:
                 run_steps(session)
                 finish(session)
     return session.record
-
-
-@contextmanager
-def opening_recorded(run: RunDir, accelerator: Accelerator) -> Iterator[None]:
-    """A mistake that keeps a run from going on is told in the record of the part that was trained before."""
-    try:
-        yield
-    except UserError as error:
-        if accelerator.is_main_process and run.record.exists():
-            before = RunRecord.model_validate(read_json(run.record))
-            failed = {"state": "failed", "failure": str(error), "failure_kind": failure_kind(error)}
-            write_json(run.record, before.model_copy(update=failed))
-        raise
 
 
 @contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from kanlm.sizing import architecture, parameter_counts, training_flops_per_toke
 from kanlm.train import checkpoint, parallel
 from kanlm.train.build import Trainable, build
 from kanlm.train.checkpoint import CheckpointWriter
-from kanlm.train.faults import StopSignal, ZeroGradientWatch
+from kanlm.train.faults import StopSignal, ZeroGradientWatch, failure_kind
 from kanlm.train.progress import BusyNotice, Progress, RecordKeeper, peak_flops_per_second
 from kanlm.train.resume import TrainerState
 from kanlm.train.tracking import start_trackers
@@ -130,6 +131,19 @@ def build_for(config: RunConfig, tokenizer: PreTrainedTokenizerFast, accelerator
     )
 
 
+@contextmanager
+def opening_recorded(run: RunDir, accelerator: Accelerator) -> Iterator[None]:
+    """A mistake that keeps a run from going on is told in the record of the part that was trained before."""
+    try:
+        yield
+    except UserError as error:
+        if accelerator.is_main_process and run.record.exists():
+            before = RunRecord.model_validate(read_json(run.record))
+            failed = {"state": "failed", "failure": str(error), "failure_kind": failure_kind(error)}
+            write_json(run.record, before.model_copy(update=failed))
+        raise
+
+
 def open_session(
     config: RunConfig,
     run: RunDir,
@@ -197,9 +211,9 @@ def open_session(
         record=record,
         flops_per_token=flops_per_token,
         peak_flops=peak_flops * accelerator.num_processes,
-        watch=ZeroGradientWatch(trainable.model, config.train.zero_gradient_steps, state.silent),
         progress=progress,
         keep_record=RecordKeeper(run, record, accelerator, progress),
+        watch=ZeroGradientWatch(trainable.model, config.train.zero_gradient_steps, state.silent),
         writer=CheckpointWriter(
             run,
             keep_last=config.train.keep_last,

@@ -35,10 +35,10 @@ def status(run_dir: str | Path) -> str:
         lines += [f"  validation  {last['validation_bits_per_byte']:.4f} bits/byte"]
     if record.tokens_per_second:
         lines += [
-            f"  speed       {record.tokens_per_second:,.0f} tokens/s, {timed(record.seconds)} of training"
+            f"  speed       {record.tokens_per_second:,.0f} tokens/s, {duration(record.seconds)} of training"
         ]
     if record.state == "running" and "seconds_left" in last:
-        lines += [f"  left        {timed(last['seconds_left'])}"]
+        lines += [f"  left        {duration(last['seconds_left'])}"]
     if last.get("skipped_steps"):
         lines += [f"  skipped     {last['skipped_steps']} steps with numbers that were not finite"]
     steps = [str(step_of(folder)) for folder in run.checkpoint_folders()]
@@ -82,5 +82,5 @@ def last_metrics(run: RunDir) -> dict[str, float]:
     return values
 
 
-def timed(seconds: float) -> str:
+def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
