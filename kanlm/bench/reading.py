@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from kanlm.bench.measure import Arm, report
-from kanlm.bench.train import SIZES, VOCAB_SIZE, built, passing
+from kanlm.bench.train import SIZES, VOCAB_SIZE, build_arm, passing
 from kanlm.config import UserError
 from kanlm.data.stdlib import standard_library
 from kanlm.data.tokenizer import trained_tokenizer
@@ -44,7 +44,7 @@ def reading_arms(
     name: str, size: str, backend: str, folder: Path, tokenizer: PreTrainedTokenizerFast
 ) -> list[Arm]:
     """The four measurements of the arm `name`, whose model is exported to `folder`."""
-    made, chosen = built(name, size, backend, "cpu")
+    made, chosen = build_arm(name, size, backend, "cpu")
     model: Any = made.model
     *_, sequences, positions = SIZES[size]
     text = some_text(12 * sequences * positions)
