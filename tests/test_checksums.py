@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 
+import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -25,6 +26,17 @@ def exported(tmp_path_factory):
     model = KanLMForCausalLM(KanLMConfig(vocab_size=270, max_position_embeddings=32, **sizes))
     tokenizer = trained_tokenizer(iter(["the cat sat on the mat " * 9]), 270)
     return export_model(model, tokenizer, tmp_path_factory.mktemp("export") / "small", {"name": "small"})
+
+
+@pytest.fixture
+def in_hub_cache(exported, tmp_path, monkeypatch):
+    """Where the hub's cache keeps the export as me/small, without a network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    place = tmp_path / "hub" / "models--me--small"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("c" * 40)
+    return shutil.copytree(exported, place / "snapshots" / ("c" * 40))
 
 
 @pytest.fixture
@@ -62,6 +74,25 @@ def test_a_flipped_bit_is_named(folder, name):
     ):
         with pytest.raises(UserError, match=f"^{folder / name}: (damaged or changed|not )"):
             use(folder)
+
+
+def test_a_model_of_the_hub_is_checked_in_the_cache(in_hub_cache):
+    (in_hub_cache / "ffn.py").unlink()  # not downloaded, as the installed classes serve
+    assert load_causal_lm("me/small")[0].config.model_type == "kanlm"
+    weights = in_hub_cache / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=f"^{weights}: damaged or changed"):
+        load_causal_lm("me/small")
+    (in_hub_cache / "SHA256SUMS").write_text("0" * 64 + "  ../../elsewhere\n")
+    with pytest.raises(UserError, match="SHA256SUMS: damaged"):
+        load_causal_lm("me/small")
+
+
+def test_a_model_of_the_hub_that_is_not_there_is_one_line(in_hub_cache):
+    with pytest.raises(UserError, match="^model me/other: neither a model folder nor a reachable hub id"):
+        load_causal_lm("me/other")
 
 
 def test_a_missing_file_and_a_damaged_list_are_named(folder):

@@ -24,16 +24,70 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from kanlm.compare.schema import CompareConfig, Family, PlannedArm, Trial
+from kanlm.compare.schema import CompareConfig, Family, Matching, PlannedArm, Trial
 from kanlm.config import UserError, parsed
-from kanlm.runs import EvalReport, RunDir, RunRecord, read_json, write_json
+from kanlm.runs import EvalReport, RunDir, RunRecord, named_errors, read_json, write_json
 from kanlm.train.status import last_metrics
 
 State = Literal["finished", "diverged", "mistaken", "crashed", "interrupted", "not run"]
 BUNDLED = ("run.json", "eval/heldout.json", "samples.json", "functions.json", "failure.json", "metrics.jsonl")
 """Files of a trial's folder that a report is made of."""
+_AGAIN = "copy it again, or delete it and run `kanlm compare` again"
+
+
+class Sample(BaseModel):
+    prompt: str
+    text: str
+
+
+class DrawnCurve(BaseModel):
+    module: str
+    label: str
+    x: list[float]
+    y: list[float]
+
+
+class Functions(BaseModel):
+    caption: str
+    curves: list[DrawnCurve]
+    layers: list[dict[str, Any]]
+
+
+class Baseline(BaseModel):
+    name: str
+    what: str
+    bits_per_byte: float
+
+
+class SpeedRow(BaseModel):
+    matching: Matching
+    size: str
+    arm: str
+    step_seconds: list[float]
+    median_seconds: float
+    tokens_per_second: float
+    low: float
+    high: float
+
+
+class Speed(BaseModel):
+    rounds: int
+    arms: list[SpeedRow]
+    tokens_per_step: int
+
+
+class Plan(BaseModel):
+    arms: list[dict[str, Any]]
+    sweep: list[dict[str, Any]]
+    trials: list[dict[str, Any]]
+
+
+class Stored(BaseModel):
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+    data: dict[str, Any]
 
 
 class CompareDir:
@@ -144,14 +198,33 @@ class Files:
 
     def text(self, path: Path) -> str | None:
         """None where there is no such file."""
-        if self._bundle is None:
-            return path.read_text(encoding="utf-8") if path.is_file() else None
-        return self._bundle.get(path.relative_to(self._root).as_posix())
+        if self._bundle is not None:
+            return self._bundle.get(path.relative_to(self._root).as_posix())
+        if not path.is_file():
+            return None
+        with named_errors(path):
+            content = path.read_bytes()
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: damaged, not UTF-8 ({error}); {_AGAIN}") from None
 
-    def json(self, path: Path) -> Any:
-        """None where there is no such file."""
+    def json(self, path: Path, form: Any = Any) -> Any:
+        """None where there is no such file; the content has the `form`, a type that pydantic checks."""
         text = self.text(path)
-        return None if text is None else json.loads(text)
+        if text is None:
+            return None
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{path}: damaged, not JSON ({error}); {_AGAIN}") from None
+        try:
+            TypeAdapter(form).validate_python(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise UserError(f"{path}: damaged: {key}: {first['msg']}; {_AGAIN}") from None
+        return content
 
 
 def write_bundle(root: str | Path, out: str | Path) -> Path:
@@ -189,7 +262,7 @@ def state_of(run: TrialDir, files: Files | None = None) -> tuple[State, str]:
     killed process) is shown too, and tried again by the next `kanlm compare`.
     """
     files = files or Files(CompareDir(run.root.parent.parent))
-    record = files.json(run.record)
+    record = files.json(run.record, RunRecord)
     if record is not None and record["state"] == "finished":
         return "finished", ""
     if record is not None and record["state"] == "failed":
@@ -240,7 +313,7 @@ def load_curve(metrics: str) -> Curve:
 def load_result(directory: CompareDir, files: Files, trial: Trial, arm: PlannedArm) -> Result:
     run = directory.run(trial.name)
     state, reason = state_of(run, files)
-    record, report = files.json(run.record), files.json(run.heldout)
+    record, report = files.json(run.record, RunRecord), files.json(run.heldout, EvalReport)
     return Result(
         trial=trial,
         arm=arm,
@@ -249,8 +322,8 @@ def load_result(directory: CompareDir, files: Files, trial: Trial, arm: PlannedA
         record=RunRecord.model_validate(record) if record else None,
         eval=EvalReport.model_validate(report) if report else None,
         curve=load_curve(files.text(run.metrics) or ""),
-        samples=files.json(run.samples) or [],
-        functions=files.json(run.functions),
+        samples=files.json(run.samples, list[Sample]) or [],
+        functions=files.json(run.functions, Functions),
     )
 
 
@@ -258,7 +331,7 @@ def load(root: str | Path) -> Artifacts:
     """Read a comparison's folder; `UserError` where it holds none."""
     directory = CompareDir(root)
     files = Files(directory)
-    stored, plan = files.json(directory.compare), files.json(directory.plan)
+    stored, plan = files.json(directory.compare, Stored), files.json(directory.plan, Plan)
     for path, content in ((directory.compare, stored), (directory.plan, plan)):
         if content is None:
             raise UserError(
@@ -284,6 +357,6 @@ def load(root: str | Path) -> Artifacts:
             load_result(directory, files, trial, by_key[trial.matching, trial.size, trial.arm])
             for trial in trials
         ],
-        speed=files.json(directory.speed),
-        baselines=files.json(directory.baselines) or [],
+        speed=files.json(directory.speed, Speed),
+        baselines=files.json(directory.baselines, list[Baseline]) or [],
     )

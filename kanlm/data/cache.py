@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Part of the key: raise it when the same text would give other files."""
+VERIFIED_BYTES = 256 << 20
+"""A cache of at most so many bytes is compared with its sha256 each time it is opened."""
 SHARD_CHARACTERS = 1 << 25
 """About 8 million tokens, 16 MB; what a build that is killed loses at most."""
 
@@ -67,6 +69,19 @@ class TokenCache:
         starts = _checked(self.folder / "documents.bin", self.manifest["documents"] * 8)
         self.document_starts = np.memmap(starts, np.uint64, mode="r")
         """[documents] position of every document's EOS."""
+        if sum(part.nbytes for part in (*self._shards, self.document_starts)) <= VERIFIED_BYTES:
+            self._verify()
+
+    def _verify(self) -> None:
+        expected = {shard["file"]: shard["sha256"] for shard in self.manifest["shards"]}
+        if "documents_sha256" in self.manifest:  # older caches lack it
+            expected["documents.bin"] = self.manifest["documents_sha256"]
+        for name, digest in expected.items():
+            if _sha256(path := self.folder / name) != digest:
+                raise UserError(
+                    f"{path}: damaged (sha256 differs from manifest.json); delete {self.folder} to build "
+                    "it again"
+                )
 
     def __len__(self) -> int:
         """Tokens, with one EOS for each document."""
@@ -318,6 +333,7 @@ class _Build:
                 "words": counts.words,
                 "documents": counts.documents,
                 "sha256": digest.hexdigest(),
+                "documents_sha256": _sha256(self.partial / "documents.bin"),
                 "shards": shards,
             },
         )

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import kanlm.model  # noqa: F401  registers the classes that serve kanlm's own folders
-from kanlm.checksums import verify
+from kanlm.checksums import downloaded, verify
 from kanlm.config import UserError
 from kanlm.trust import refuse_model_code
 
@@ -69,14 +69,15 @@ def harness_perplexity(
         raise UserError(
             f"lm-evaluation-harness: not installed ({error}); pip install 'kanlm[eval]'"
         ) from None
+    place = model_path if Path(model_path).exists() else downloaded(model_path) or model_path
     if not trust_remote_code:
-        refuse_model_code(model_path)
+        refuse_model_code(place)
     verify(model_path)
     task = Path(task)
     results = lm_eval.simple_evaluate(
         model="hf",
         model_args={
-            "pretrained": str(model_path),
+            "pretrained": str(place),
             "trust_remote_code": trust_remote_code,
             "dtype": "float32",
             "max_length": context_length,

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kanlm.model  # noqa: F401  registers the classes that serve kanlm's own folders
-from kanlm.checksums import must_be_readable, verify
+from kanlm.checksums import downloaded, must_be_readable, verify
 from kanlm.config import UserError
 from kanlm.runs import RunDir, read_json
 from kanlm.trust import refuse_model_code
@@ -23,10 +23,11 @@ def load_causal_lm(
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Any]:
-    """(model, tokenizer) of a folder or hub id through the Auto classes, on `device` (default GPU, else CPU).
+    """(model, tokenizer) of a folder or hub id through the Auto classes, on `device` (GPU, else CPU).
 
-    `dtype` is a torch dtype's name or `auto` (as saved). Models of kanlm are built by the installed package,
-    whatever code lies beside them; other code runs only if `trust_remote_code`.
+    `dtype` is a torch dtype's name or `auto` (as saved). The files have to be those of the model's
+    SHA256SUMS, where it has one. Models of kanlm are built by the installed package, whatever code lies
+    beside them; other code runs only if `trust_remote_code`.
 
     Raises:
         UserError: no model there, a run instead of a model, a file that is damaged or not that of the
@@ -47,14 +48,15 @@ def load_causal_lm(
         )
     if path.exists():
         must_be_readable(path)
-    register_converted(path)
+    place = path if path.exists() else downloaded(model_path) or model_path
+    register_converted(Path(place))
     try:
         if not trust_remote_code:
-            refuse_model_code(model_path)
+            refuse_model_code(place)
         verify(path)
-        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
         model: Any = AutoModelForCausalLM.from_pretrained(
-            model_path,
+            place,
             trust_remote_code=trust_remote_code,
             dtype="auto" if dtype == "auto" else getattr(torch, dtype),
         )

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from kanlm.checksums import must_be_readable
 from kanlm.config import UserError
 from kanlm.model import KanLMConfig
 from kanlm.runs import RunDir, new_folder, read_json, step_of, write_json
@@ -341,6 +342,7 @@ def load_tokenizer(run_dir: str | Path) -> PreTrainedTokenizerFast:
     folder = RunDir(run_dir).tokenizer
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder}: no tokenizer.json; {run_dir} is not the folder of a run that has started")
+    must_be_readable(folder)
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:

@@ -134,18 +134,20 @@ class Progress:
 
 
 def keep_metrics_until(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, which a resumed run does again, and a torn last line."""
+    """Drop the lines of steps after `step`, which a resumed run does again, and those that are damaged."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
         try:
-            values = json.loads(line)
-        except json.JSONDecodeError:  # the line that a kill cut off
-            break
-        if values["step"] > step:
-            break
-        kept.append(line)
+            if json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):  # the last one a kill has cut off
+                print(f"{path}: line {number} is damaged and left out", file=sys.stderr, flush=True)
+            continue
+        kept.append(line.decode())
     write_text(path, "".join(line + "\n" for line in kept))
 
 

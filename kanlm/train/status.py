@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -74,11 +75,12 @@ def held(run: RunDir) -> bool:
 
 
 def last_metrics(run: RunDir) -> dict[str, float]:
-    """The newest value of every metric; a line that is being written is left out."""
+    """The newest value of every metric; a line that is being written or damaged is left out."""
     values: dict[str, float] = {}
     if run.metrics.exists():
-        for line in run.metrics.read_text(encoding="utf-8").split("\n")[:-1]:
-            values |= json.loads(line)
+        for line in run.metrics.read_bytes().split(b"\n")[:-1]:
+            with suppress(ValueError):
+                values |= json.loads(line)
     return values
 
 

@@ -122,3 +122,34 @@ def test_the_dry_run_plans_and_trains_nothing(tmp_path, monkeypatch):
     assert "0.033 nats/token between two arms with 3 paired seeds" in text
     assert not (tmp_path / "runs/study").exists()
     assert "one seed gives no verdict" in run("compare", "study.toml", "--dry-run", "seeds=[0]")
+
+
+@pytest.mark.parametrize(
+    "name, damage, told",
+    [
+        ("plan.json", lambda text: text[:-9], "damaged, not JSON"),
+        (
+            "baselines.json",
+            lambda text: text.replace("bits_per", "bits_pes", 1),
+            "0.bits_per_byte: Field required",
+        ),
+        ("arms/parameters-base-kan-seed0/run.json", lambda text: text[:-9], "damaged, not JSON"),
+        (
+            "arms/parameters-base-kan-seed0/functions.json",
+            lambda text: text.replace("layers", "lay%rs"),
+            "layers: Field required",
+        ),
+        (
+            "arms/parameters-base-kan-seed0/samples.json",
+            lambda text: text.replace("class", "cla\udcff", 1),
+            "damaged, not UTF-8",
+        ),
+    ],
+)
+def test_damaged_file_of_a_comparison_is_named(tmp_path, name, damage, told):
+    synthetic.write(tmp_path, losses(seeds=(0,), kan=3.8, swiglu=3.9), seeds=[0], arms=ARMS)
+    path = tmp_path / name
+    path.write_text(damage(path.read_text()), errors="surrogateescape")
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: damaged") as refused:
+        load(tmp_path)
+    assert told in str(refused.value) and "\n" not in str(refused.value)

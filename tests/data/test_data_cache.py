@@ -236,6 +236,20 @@ def test_killed_build_resumes_and_two_builders_share_one_build(jsonl, tmp_path, 
     assert np.array_equal(TokenCache(folder).document_starts, reference.document_starts)
 
 
+@pytest.mark.parametrize("name", ["shard-00000.bin", "documents.bin"])
+def test_flipped_bit_of_a_small_cache_is_named(jsonl, config_for, name):
+    config = config_for(jsonl)
+    tokenizer = tokenizer_for(config)
+    folder = token_cache(config, tokenizer, "train").folder
+    content = bytearray((folder / name).read_bytes())
+    content[9] ^= 64
+    (folder / name).write_bytes(content)
+    with pytest.raises(
+        UserError, match=f"{name}: damaged .sha256 differs from manifest.json.; delete {folder}"
+    ):
+        token_cache(config, tokenizer, "train")
+
+
 @pytest.mark.parametrize("batch_characters", [30, 1000, 1 << 30])
 def test_documents_longer_than_a_batch_are_packed_whole(monkeypatch, batch_characters):
     texts = sample_texts(40)

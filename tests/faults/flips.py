@@ -17,6 +17,8 @@ READS = {
     "report": ("study",),
 }
 """What a stage reads."""
+NO_CHECKSUM = ("run/run.json", "run/metrics.jsonl", "run/config.json", "run/tokenizer", "study")
+"""Where a damage that leaves a valid file is not detected: what docs/training.md lists."""
 
 
 def damaged(path: Path, rng: random.Random) -> str:
@@ -39,7 +41,7 @@ def outcome(life: Life, stage, path: Path) -> tuple[str, str]:
     if status == 0:
         if life.result(stage.name) == life.expected[stage.name]:
             return "harmless", told
-        return "UNDETECTED", told
+        return ("named, and gone on" if str(path) in told else "UNDETECTED"), told
     if status != 2 or len(errors) != 1 or "Traceback" in told:
         return f"NOT ONE LINE (status {status})", told
     near = (path.name, path.parent.name, path.parent.parent.name)
@@ -60,6 +62,8 @@ def run(life: Life, number: int, seed: int) -> int:
         path = rng.choice([path for path in files if path.stat().st_size and path.suffix != ".lock"])
         done = damaged(path, rng)
         verdict, told = outcome(life, stage, path)
+        if verdict == "UNDETECTED" and str(path.relative_to(life.work)).startswith(NO_CHECKSUM):
+            verdict = "undetected, as documented"
         outcomes[verdict] += 1
         if verdict[0].isupper():
             name = f"{stage.name}: {path.relative_to(life.work)}"

@@ -2,6 +2,8 @@
 
     python tests/faults/life.py                     every fault: hours
     python tests/faults/life.py --sample 200        so many, drawn with --seed
+    python tests/faults/life.py --journal FILE      every fault in a drawn order, a line of FILE each; stopped
+                                                    and started again it leaves out those that were well
     python tests/faults/life.py --flips 200         byte flips and truncations of every artifact instead
 
 The life: tokenise, train, resume, export, evaluate, report. A fault is one call on a file below the run's
@@ -73,6 +75,7 @@ keep_last = 2
 kernels = "reference"
 num_threads = 1
 """
+WELL = ("finished", "told")
 WORDS = "the moth of copper and river bright lantern slow".split()
 
 
@@ -313,6 +316,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, help="so many faults instead of all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stage", help="only this stage")
+    parser.add_argument("--journal", type=Path, help="file of outcomes, to go on from")
     parser.add_argument("--no-report", action="store_true", help="leave out the last stage, the slowest")
     parser.add_argument("--flips", type=int, help="so many flips and truncations of artifacts instead")
     arguments = parser.parse_args()
@@ -335,17 +339,31 @@ def main() -> int:
         if arguments.sample and arguments.sample < len(faults):
             faults = random.Random(arguments.seed).sample(faults, arguments.sample)
         outcomes: collections.Counter[str] = collections.Counter()
+        if arguments.journal:
+            outcomes, faults = gone_on(arguments.journal, faults, arguments.seed)
         for number, fault in enumerate(faults, 1):
             verdict, told = life.outcome(fault)
             outcomes[verdict] += 1
-            if verdict.isupper() or verdict[0].isupper():
+            if arguments.journal:
+                with open(arguments.journal, "a") as file:
+                    file.write(f"{verdict}\t{fault}\n")
+            if verdict[0].isupper():
                 print(f"{verdict}: {fault}\n{told.strip()[-1500:]}\n", flush=True)
             if number % 100 == 0:
                 print(f"{number}: {dict(outcomes)}", flush=True)
         print(f"{sum(outcomes.values()):,} faults injected: {dict(outcomes)}")
-        return int(any(verdict not in ("finished", "told") for verdict in outcomes))
+        return int(any(verdict not in WELL for verdict in outcomes))
     finally:
         life.close()
+
+
+def gone_on(journal: Path, faults: list[Fault], seed: int) -> tuple[collections.Counter[str], list[Fault]]:
+    """What became well by `journal`, counted, and the faults that are left, in a drawn order."""
+    lines = journal.read_text().splitlines() if journal.exists() else []
+    verdicts = {fault: verdict for verdict, fault in (line.split("\t") for line in lines) if verdict in WELL}
+    left = [fault for fault in faults if str(fault) not in verdicts]
+    random.Random(seed).shuffle(left)
+    return collections.Counter(verdicts.values()), left
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import pytest
 from kanlm.config import UserError
 from kanlm.runs import RunDir, write_json
 from kanlm.train import loop
-from kanlm.train.status import status
+from kanlm.train.progress import keep_metrics_until
+from kanlm.train.status import last_metrics, status
 
 
 def test_status_tells_running_from_finished_and_killed(run_config, monkeypatch):
@@ -40,3 +41,18 @@ def test_status_tells_running_from_finished_and_killed(run_config, monkeypatch):
 def test_status_of_something_else_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no run.json"):
         status(tmp_path)
+
+
+def test_damaged_line_of_metrics_is_told_and_those_around_it_stay(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        b'{"step": 1, "loss": 3.0}',
+        b'{"step": 2, "l\xe4ss": 2.0}',
+        b'{"step": 3, "loss": 1.0}',
+        b'{"st',
+    ]
+    path.write_bytes(b"\n".join(lines))
+    assert last_metrics(RunDir(tmp_path)) == {"step": 3, "loss": 1.0}
+    keep_metrics_until(path, 3)
+    assert path.read_bytes() == lines[0] + b"\n" + lines[2] + b"\n"
+    assert capsys.readouterr().err == f"{path}: line 2 is damaged and left out\n"
