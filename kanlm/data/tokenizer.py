@@ -147,7 +147,7 @@ def _sample(config: RunConfig) -> Iterator[str]:
 def beginning(texts: Iterable[Text], characters: int) -> Iterator[str]:
     """The first `characters` of `texts`."""
     for text in texts:
-        for piece in (text,) if isinstance(text, str) else cut_at_words(text, BLOCK_CHARACTERS, strict=False):
+        for piece in (text,) if isinstance(text, str) else cut_at_words(text, BLOCK_CHARACTERS, strict=True):
             if characters <= 0:
                 return
             yield piece[:characters]
@@ -165,7 +165,7 @@ def sampled(texts: Iterable[Text], characters: int, seed: int = 0) -> Iterator[s
     size = number = 0
     for text in texts:
         short = isinstance(text, str) and len(text) <= SAMPLE_PIECE
-        for piece in (str(text),) if short else cut_at_words(text, SAMPLE_PIECE, strict=False):
+        for piece in (str(text),) if short else cut_at_words(text, SAMPLE_PIECE, strict=True):
             heapq.heappush(kept, (-draw(), number, piece))
             size, number = size + len(piece), number + 1
             while size > characters and len(kept) > 1:
