@@ -145,12 +145,6 @@ def detectable_difference(std: float, pairs: int, alpha: float = 0.05, power: fl
     return float(shift) * std / math.sqrt(pairs)
 
 
-def pairs_needed(std: float, difference: float, alpha: float = 0.05, power: float = 0.8) -> int | None:
-    """The fewest pairs that detect `difference`; None above 1,000."""
-    enough = (n for n in range(2, 1001) if detectable_difference(std, n, alpha, power) <= difference)
-    return next(enough, None)
-
-
 def _differences(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
     first, second = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if first.ndim != 1 or first.shape != second.shape:

@@ -232,8 +232,6 @@ def test_detectable_difference_is_that_of_the_power_tables():
     # G*Power 3.1, two-sided paired t test at 5%: d = 1 has power 0.803 with 10 pairs, d = 0.5 0.808 with 34.
     assert stats.detectable_difference(1.0, 10, power=0.8031) == pytest.approx(1.0, abs=2e-3)
     assert stats.detectable_difference(2.0, 34, power=0.8078) == pytest.approx(1.0, abs=2e-3)
-    assert stats.pairs_needed(1.0, 1.0) == 10 and stats.pairs_needed(1.0, 0.5) == 34
-    assert stats.pairs_needed(1.0, 1e-3) is None
 
 
 def test_detectable_difference_is_found_as_often_as_it_says():

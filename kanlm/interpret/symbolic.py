@@ -127,8 +127,8 @@ class Formula:
 class Formulas:
     """The best formula of each of [F, O] functions: `name` is an index into NAMES, the rest as in `Formula`.
 
-    r2_of: for each name tried, its best R^2 [F, O]. skipped: candidates (f, b, c) of an input that are not
-    defined on the range that the input visits, by name.
+    skipped: candidates (f, b, c) of an input that are not defined on the range that the input visits, by
+    name.
     """
 
     name: Tensor
@@ -139,7 +139,6 @@ class Formulas:
     r2: Tensor
     low: Tensor
     high: Tensor
-    r2_of: dict[str, Tensor] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
 
     def formula(self, place: int, output: int) -> Formula:
@@ -282,7 +281,6 @@ def fit_functions(
         index, *(torch.zeros_like(mean) for _ in range(4)), picked[0], low, high, skipped=skipped
     )
     result.b, result.c = picked[1], picked[2]
-    result.r2_of = {name: best[name][0] for name in names}
     for place_of in range(len(names)):
         name = names[place_of]
         place, output = (winner == place_of).nonzero(as_tuple=True)

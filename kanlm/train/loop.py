@@ -140,7 +140,7 @@ def run_steps(session: Session) -> None:
         state.step += 1
         state.tokens += session.config.step_tokens
         state.seconds += seconds
-        stopping = done.stopping
+        stopping = done.stopping  # on all processes, or a collective operation would wait for ever
         session.progress.step_done()
         if notice := session.busy.step_done(seconds, time.thread_time() - thread_started):
             session.progress.say(notice)
@@ -161,7 +161,7 @@ def run_steps(session: Session) -> None:
             if health:
                 values |= health_metrics(session.accelerator, session.model, done.batch)
             session.progress.log(values)
-        session.writer.check()
+        session.writer.check()  # a checkpoint that could not be written ends the run now, not at its end
         session.keep_record(state, at_most_every_seconds=10.0)
         due = done.save_due or (settings.save_every > 0 and state.step % settings.save_every == 0)
         if due or last or stopping:
@@ -174,6 +174,7 @@ def one_step(session: Session) -> Step:
     """Forward and backward over the micro-batches, then the optimiser, unless a number is not finite."""
     settings, state = session.config.train, session.state
     accelerator, model = session.accelerator, session.model
+    # The loader's place after these batches: a checkpoint of this step must not hold that of a read-ahead.
     micro_batches, state.loader = session.batches.take()
     valid_tokens, stopping, save_due = agree_over_processes(session, micro_batches)
     if session.model_config.attention_dropout > 0:  # a function of the step, so that a resumed run repeats it
@@ -186,6 +187,7 @@ def one_step(session: Session) -> Step:
         # Gradients are exchanged once a step, in the backward pass of the last micro-batch.
         with nullcontext() if number == len(micro_batches) else no_sync(accelerator, model):
             with accelerator.autocast():
+                # The model sums over its tokens and divides by those of the whole step.
                 output = model(**batch, num_items_in_batch=valid_tokens, use_cache=False)
             loss = output.loss
             loss_sum += loss.detach()
@@ -209,7 +211,7 @@ def one_step(session: Session) -> Step:
 
     if math.isfinite(mean_loss) and math.isfinite(grad_norm):
         clip_gradients(model, grad_norm, settings.max_grad_norm)
-        session.watch.observe(model, state.step + 1)
+        session.watch.observe(model, state.step + 1)  # before the gradients are cleared
         for optimizer in session.optimizers:
             optimizer.step()
         state.nonfinite_in_a_row = 0
@@ -223,8 +225,7 @@ def one_step(session: Session) -> Step:
 
 
 def agree_over_processes(session: Session, micro_batches: list[Batch]) -> tuple[int, bool, bool]:
-    """Valid tokens of the step over all processes, whether any was asked to stop, and whether `save_minutes`
-    are over for any.
+    """Of the step over all processes: valid tokens, whether to stop after it, whether to save after it.
 
     All processes learn of a signal before the same step, and all stop after it.
     """
@@ -240,7 +241,7 @@ def agree_over_processes(session: Session, micro_batches: list[Batch]) -> tuple[
 
 
 def set_learning_rates(session: Session) -> float:
-    """Those of this step into every group of every optimiser; the matrices' back."""
+    """Give every group of every optimiser its rate of this step; the one of the matrices is returned."""
     settings = session.config.train
     factor = learning_rate_factor(session.state.step, session.total_steps, settings)
     for optimizer in session.raw_optimizers:
@@ -255,8 +256,8 @@ def dropout_seed(seed: int, step: int, process: int) -> int:
     return int.from_bytes(digest, "big")
 
 
-def lowered_scale(scaler: torch.amp.GradScaler | None) -> bool:
-    """Whether fp16's loss scale was above 1, and so to blame for a gradient that is not finite; it is halved.
+def lower_scale(scaler: torch.amp.GradScaler | None) -> bool:
+    """Halve fp16's loss scale; whether it was above 1, and so to blame for a gradient that is not finite.
 
     It starts at 2^16, so at most 16 steps can be left out without the model's fault.
     """
@@ -282,7 +283,7 @@ def leave_out_step(session: Session, micro_batches: list[Batch], loss: float, gr
     state = session.state
     state.skipped_steps += 1
     blamed = "the loss scale was too high, and is halved"
-    if not lowered_scale(session.accelerator.scaler) or not math.isfinite(loss):
+    if not lower_scale(session.accelerator.scaler) or not math.isfinite(loss):
         state.nonfinite_in_a_row += 1
         blamed = f"{state.nonfinite_in_a_row} in a row"
     session.progress.say(
