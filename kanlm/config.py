@@ -7,6 +7,7 @@ kept as a plain dict here; `kanlm.sizing.architecture` checks it against the fie
 from __future__ import annotations
 
 import difflib
+import glob
 import json
 import math
 import tomllib
@@ -330,7 +331,52 @@ def toml_table(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid {kind}: {error}") from None
     if not isinstance(table, dict):
         raise UserError(f"{path}: expected a table of settings, got a {type(table).__name__}")
+    return _with_found_paths(table, path.parent) if path.suffix == ".json" else table
+
+
+WORKING_DIRECTORY = "working_directory"
+"""File of a run's folder: where it was trained, which the relative paths of its config.json start from. It is
+no part of config.json, which is published."""
+_PATHS = ("data.source", "data.validation_source", "data.cache_dir", "tokenizer.path", "init_from")
+
+
+def _with_found_paths(table: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    """A run's config.json with those of its relative paths made absolute that are not found from here.
+
+    They start from where the run was trained, or, where its folder was moved together with what lies around
+    it, from as far above it as `output_dir` and `name` say.
+    """
+    recorded = run_dir / WORKING_DIRECTORY
+    bases = [Path(recorded.read_text(encoding="utf-8").rstrip("\n"))] if recorded.is_file() else []
+    below = Path(str(table.get("output_dir", "runs")), str(table.get("name", "")))
+    resolved = run_dir.resolve()
+    if not below.is_absolute() and resolved.parts[-len(below.parts) :] == below.parts:
+        bases.append(resolved.parents[len(below.parts) - 1])
+    bases = [base for base in bases if base.is_dir()]
+    if not bases or Path.cwd() in bases:
+        return table
+    overrides = {}
+    for key in _PATHS:
+        value: Any = table
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if isinstance(value, str) and (found := _found(value, bases)):
+            overrides[key] = found
+    table = with_overrides(table, [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
+    if isinstance(mixture := table.get("data", {}).get("mixture"), list):
+        table["data"]["mixture"] = [
+            {**part, "source": _found(part.get("source", ""), bases) or part.get("source", "")}
+            for part in mixture
+        ]
     return table
+
+
+def _found(value: str, bases: list[Path]) -> str | None:
+    """The relative path or pattern `value` from the first of `bases` where it leads to something."""
+    if not value or value in ("stdlib", "stories") or value.startswith(("/", "~")):
+        return None
+    there = (str(base / value) for base in bases)
+    return next((path for path in there if Path(path).exists() or glob.glob(path)), None)
 
 
 def with_overrides(table: dict[str, Any], overrides: tuple[str, ...] | list[str]) -> dict[str, Any]:

@@ -204,6 +204,7 @@ def card_facts(run: RunDir) -> dict[str, Any]:
     return {
         "name": config["name"],
         "training": training,
+        "stated_licence": not config.get("init_from") and set(sources) <= {"stdlib", "stories"},
         "datasets": [source for source in sources if _is_hub_id(source)],
         "eval_reports": eval_reports(run),
     }
@@ -244,7 +245,7 @@ def model_card(model: KanLMForCausalLM, facts: dict[str, Any]) -> ModelCard:
     is_kan = find_arm(config.ffn_type).family == "kan"
     data = ModelCardData(
         model_name=name,
-        license="apache-2.0",
+        license="apache-2.0" if facts.get("stated_licence") else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=[
@@ -295,11 +296,23 @@ after `import kanlm` the installed package is used, and no trust is asked for.
 
 {_bullets(facts.get("training", {})) or "Not recorded."}
 
+{_licence_sentence(facts)}
+
 A base model: it continues text, it was not taught to follow instructions, and nothing was done against wrong
 or harmful text.
 
 """
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}{_evaluation_section(reports)}")
+
+
+def _licence_sentence(facts: dict[str, Any]) -> str:
+    if facts.get("stated_licence"):
+        return "The weights and the code beside them are licensed under Apache-2.0."
+    return (
+        "The code beside the weights is licensed under Apache-2.0. No licence of the weights is stated: it "
+        "is for their owner to choose, within what the text they were trained on allows; write it as "
+        "`license:` into the front matter of this card."
+    )
 
 
 def plain(text: object) -> str:

@@ -2,6 +2,7 @@
 
 runs/NAME/
   config.json             the resolved RunConfig
+  working_directory       where it was trained, which relative paths start from
   run.json                RunRecord: state, tokens, provenance, final metrics
   metrics.jsonl           one JSON object a log line
   tokenizer/              the tokenizer that the run was trained with

@@ -1,5 +1,7 @@
 """Run configuration: strict TOML, overrides, one-line errors that name key, value, rule and remedy."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,35 @@ def test_missing_key_missing_file_and_malformed_file(tmp_path):
 def test_whole_number_written_as_a_float_is_a_token_budget(tmp_path):
     config = load_run_config(written(tmp_path, MINIMAL), ["train.max_tokens=1e6"])
     assert config.train.max_tokens == 1_000_000 and isinstance(config.train.max_tokens, int)
+
+
+def test_paths_of_a_run_are_found_from_anywhere(tmp_path, monkeypatch):
+    """From its own directory as they are written; elsewhere from where it was trained, or from around it."""
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    run = project / "runs" / "x"
+    run.mkdir(parents=True)
+    elsewhere.mkdir()
+    for name in ("train.txt", "a.jsonl"):
+        (project / name).write_text("text")
+    data = {"source": "train.txt", "validation_source": "own/er", "mixture": [{"source": "*.jsonl"}]}
+    table = {"name": "x", "model": {}, "data": data, "train": {"max_tokens": 1}}
+    (run / "config.json").write_text(json.dumps(table))
+    (run / "working_directory").write_text(f"{project}\n")
+
+    def sources(run: Path) -> tuple[str, str | None, str]:
+        data = load_run_config(run / "config.json").data
+        return data.source, data.validation_source, data.mixture[0].source
+
+    monkeypatch.chdir(project)
+    assert sources(Path("runs/x")) == ("train.txt", "own/er", "*.jsonl")
+    monkeypatch.chdir(elsewhere)
+    expected = (str(project / "train.txt"), "own/er", str(project / "*.jsonl"))
+    assert sources(run) == sources(Path("../project/runs/x")) == expected
+    shutil.copytree(run, elsewhere / "moved")
+    assert sources(elsewhere / "moved") == expected
+    project.rename(tmp_path / "renamed")
+    there = str(tmp_path / "renamed")
+    assert sources(tmp_path / "renamed/runs/x") == (f"{there}/train.txt", "own/er", f"{there}/*.jsonl")
 
 
 def test_config_json_of_a_run_is_a_config_file(tmp_path):

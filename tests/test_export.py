@@ -247,6 +247,18 @@ def test_a_card_shows_names_and_texts_as_they_are_written(run):
     assert row.replace("\\|", "").count("|") == 7
 
 
+def test_no_licence_is_claimed_for_weights_of_other_texts(run):
+    model = model_of(*load_model(run.root))
+    stated, unstated = (model_card(model, {"stated_licence": stated}) for stated in (True, False))
+    assert stated.data.license == "apache-2.0" and "weights and the code beside them" in stated.text
+    assert unstated.data.license is None and "No licence of the weights is stated" in unstated.text
+    config = json.loads(run.config.read_text())
+    config["data"]["source"] = "someone/texts"
+    run.config.write_text(json.dumps(config))
+    card = ModelCard.load(export(run.root) / "README.md")
+    assert "license" not in card.data.to_dict() and "No licence of the weights is stated" in card.text
+
+
 def test_no_card_to_update(tmp_path):
     with pytest.raises(UserError, match="no model card"):
         update_card(tmp_path, [])

@@ -3,7 +3,9 @@
     `data.source`                          read by
     `stdlib`, `stories`                    kanlm.data.stdlib, kanlm.data.stories
     .txt .md [.gz ...]                     kanlm.data.text, by the piece
-    .jsonl .json .parquet [.gz ...]        datasets.load_dataset("json" | "parquet")
+    .jsonl .json .parquet .csv .tsv        datasets.load_dataset("json" | "parquet" | "csv")
+      [.gz ...]
+    a pattern (*, **, ?, [...])            the files that match, in the order of their names, as one source
     folder                                 load_from_disk where save_to_disk wrote it, else load_dataset; that
                                            says which text files belong to the split
     anything else                          datasets.load_dataset(hub id)
@@ -20,6 +22,7 @@ import hashlib
 import itertools
 import logging
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,6 +59,8 @@ _ENDINGS = {
     ".ndjson": "json",
     ".json": "json",
     ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
 }
 _COMPRESSIONS = (".gz", ".xz", ".bz2")
 _READ_ERRORS = (ValueError, OSError, EOFError, lzma.LZMAError, zlib.error, datasets.exceptions.DatasetsError)
@@ -91,6 +96,8 @@ def reader(spec: SourceConfig, *, invalid_utf8: str = "error", streaming: bool =
     path = Path(spec.source).expanduser()
     if path.exists():
         return _local(spec, path, invalid_utf8)
+    if glob.has_magic(spec.source):
+        return _local(spec, path, invalid_utf8, _matching(spec.source))
     if spec.source.startswith((".", "/", "~")) or _builder(path) is not None or spec.source.count("/") > 1:
         siblings = sorted(p.name for p in path.parent.iterdir())[:10] if path.parent.is_dir() else []
         hint = f"; {path.parent} has: {', '.join(siblings)}" if siblings else ""
@@ -128,34 +135,44 @@ def _embedded(spec: SourceConfig) -> Reader:
     return Reader("stories", stories.LICENCE, stories.VERSION, texts, stories.known_bits)
 
 
-def _local(spec: SourceConfig, path: Path, invalid_utf8: str) -> Reader:
-    files = (
-        [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.is_file() and p.name[0] != "."]
-    )
+def _matching(pattern: str) -> list[Path]:
+    """The files of one kind that match, sorted; UserError where there are none or their kinds differ."""
+    found = glob.iglob(str(Path(pattern).expanduser()), recursive=True)
+    files = sorted({path for name in found if (path := Path(name)).is_file()})
+    if not files:
+        raise UserError(f"data.source: no file matches {pattern!r}")
+    kinds: dict[str | None, Path] = {}
+    for file in files:
+        kinds.setdefault(_builder(file), file)
+    if len(kinds) > 1:
+        one, other = list(kinds.values())[:2]
+        raise UserError(
+            f"data.source: {pattern!r} matches files of several kinds ({one.name}, {other.name}); "
+            "narrow it to one ending, or make a data.mixture"
+        )
+    return files
+
+
+def _local(spec: SourceConfig, path: Path, invalid_utf8: str, matching: list[Path] | None = None) -> Reader:
+    """The reader of a file, of a folder, or of the files `matching` a pattern."""
+    named = matching or ([path] if path.is_file() else [])
+    files = named or [p for p in sorted(path.rglob("*")) if p.is_file() and p.name[0] != "."]
     if not sum(file.stat().st_size for file in files):
         raise UserError(f"data.source: {spec.source!r} is empty; give a file or folder that holds text")
-    names = [path.name if path.is_file() else file.relative_to(path).as_posix() for file in files]
+    root = Path(os.path.commonpath([file.parent for file in named])) if named else path
+    names = [file.relative_to(root).as_posix() for file in files]
     fingerprint = json_sha256([names, _content_marks(files), *_reading(spec, invalid_utf8)])
-    builder = _builder(path) if path.is_file() else _commonest_builder(files)
-    if path.is_file() and builder is None:
+    builder = _builder(named[0]) if named else _commonest_builder(files)
+    if named and builder is None:
         raise UserError(
             f"data.source: {spec.source!r} has an unknown ending; known: {' '.join(_ENDINGS)}, "
             f"plain or with {' '.join(_COMPRESSIONS)}"
         )
-    if path.is_file() and spec.config_name is not None:
+    if named and spec.config_name is not None:
         raise UserError(
             f"data.config_name: {spec.source!r} is a file and has no configurations; leave it out"
         )
-    strictness = {
-        "encoding": "utf_8",
-        "encoding_errors": "replace" if invalid_utf8 == "replace" else "strict",
-    }
-    arguments: dict[str, Any] = {}
-    if builder == "text":
-        arguments = strictness | {"sample_by": "document"}
-    elif builder == "json":
-        arguments = strictness
-
+    arguments = _builder_arguments(builder, files, spec, invalid_utf8)
     texts_of = files if arguments else []  # where bytes that are not UTF-8 can be searched for
     with _one_line_errors(spec, texts_of):
         saved = path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
@@ -163,18 +180,39 @@ def _local(spec: SourceConfig, path: Path, invalid_utf8: str) -> Reader:
             dataset = _saved(path, spec)
         else:
             where = (
-                {"path": builder, "data_files": glob.escape(str(path.resolve()))}
-                if path.is_file()
+                {"path": builder, "data_files": [glob.escape(str(file.resolve())) for file in named]}
+                if named
                 else {"path": str(path.resolve()), "name": spec.config_name}
             )
             dataset = datasets.load_dataset(split=spec.split, streaming=True, **where, **arguments)
 
-        text_files = _text_files(path, spec, arguments) if builder == "text" and not saved else None
+        text_files = None
+        if builder == "text" and not saved:
+            text_files = named or _text_files(path, spec, arguments)
     if text_files is not None:
         chunks = _text_chunks(text_files, spec, files, arguments["encoding_errors"])
     else:
         chunks = _dataset_chunks(dataset, spec, texts_of, invalid_utf8)
     return Reader(spec.source, dataset.info.license or "not stated", fingerprint, chunks)
+
+
+def _builder_arguments(
+    builder: str | None, files: list[Path], spec: SourceConfig, invalid_utf8: str
+) -> dict[str, Any]:
+    """What the library's reader of this kind of file is told."""
+    if builder not in ("text", "json", "csv"):
+        return {}
+    arguments: dict[str, Any] = {
+        "encoding": "utf_8",
+        "encoding_errors": "replace" if invalid_utf8 == "replace" else "strict",
+    }
+    if builder == "text":
+        arguments["sample_by"] = "document"
+    if builder == "csv":
+        # Texts stay what is written: "NA" and "12" are neither missing nor numbers.
+        arguments |= {"converters": {spec.text_column: str}, "keep_default_na": False}
+        arguments["sep"] = "\t" if any(".tsv" in file.suffixes for file in files) else ","
+    return arguments
 
 
 def _content_marks(files: list[Path]) -> list[tuple[int, str]]:
@@ -252,9 +290,7 @@ def _one_line_errors(spec: SourceConfig, files: list[Path]) -> Iterator[None]:
 
 
 def _text_files(path: Path, spec: SourceConfig, arguments: dict[str, Any]) -> list[Path] | None:
-    """The files of the split in the library's order; None where some are of another kind (an archive)."""
-    if path.is_file():
-        return [path]
+    """The files of a folder's split in the library's order; None where some are of another kind."""
     builder = datasets.load_dataset_builder(str(path.resolve()), spec.config_name, **arguments)
     files = [Path(file) for file in builder.config.data_files[spec.split]]
     other = next((file for file in files if _builder(file) != "text" or not file.is_file()), None)

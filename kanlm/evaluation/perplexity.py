@@ -37,7 +37,7 @@ from kanlm.config import RunConfig, SourceConfig, UserError, load_run_config, pa
 from kanlm.data import documents as split_documents
 from kanlm.data import text_documents
 from kanlm.evaluation.loading import load_causal_lm
-from kanlm.runs import EvalReport, RunDir, read_json, versions
+from kanlm.runs import EvalReport, RunDir, versions
 
 _BUFFERED_BATCHES = 32
 """Windows are sorted by length within this many batches, so that short documents are padded little."""
@@ -467,7 +467,7 @@ def held_out_documents(
     if path.suffix == ".toml":
         config = load_run_config(path)
     elif RunDir(path).record.is_file():
-        config = parsed(RunConfig, read_json(RunDir(path).config), str(RunDir(path).config))
+        config = load_run_config(RunDir(path).config)
     elif str(data) in ("stdlib", "stories"):
         table: dict[str, Any] = {
             "name": "held-out",

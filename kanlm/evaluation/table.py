@@ -15,7 +15,7 @@ from typing import Any
 
 from scipy import stats as distributions
 
-from kanlm import stats
+from kanlm import metrics, stats
 from kanlm.config import UserError
 from kanlm.evaluation.perplexity import (
     Score,
@@ -25,7 +25,7 @@ from kanlm.evaluation.perplexity import (
     score,
     usable_context,
 )
-from kanlm.runs import EvalReport
+from kanlm.runs import EvalReport, json_sha256
 
 FEWEST_DOCUMENTS = 20
 """Fewer are too few pairs for an interval."""
@@ -60,6 +60,7 @@ class Evaluation:
             return self.reports[0].model_dump(mode="json")
         return {
             "reports": [report.model_dump(mode="json") for report in self.reports],
+            "totals": [report.model_dump(mode="json") for report in totals(self.reports)],
             "differences": [asdict(difference) for difference in self.differences],
         }
 
@@ -215,6 +216,30 @@ def write_losses(path: str | Path, reports: list[EvalReport], scores: list[Score
     parquet.write_table(pyarrow.concat_tables(tables), path)
 
 
+def totals(reports: Sequence[EvalReport]) -> list[EvalReport]:
+    """For each model all its texts as one, by their sums; none where there is a single text."""
+    by_model: dict[str, list[EvalReport]] = {}
+    for report in reports:
+        by_model.setdefault(report.model, []).append(report)
+    return [_total(ours) for ours in by_model.values() if len(ours) > 1]
+
+
+SUMMED = ("tokens", "bytes", "words", "lines", "documents", "nll_nats", "seconds")
+
+
+def _total(reports: list[EvalReport]) -> EvalReport:
+    sums = {name: sum(getattr(report, name) for report in reports) for name in SUMMED}
+    derived = {
+        **metrics.ratios(sums["nll_nats"], sums["tokens"], sums["bytes"], sums["words"]),
+        "dataset": f"all {len(reports)} texts",
+        "split": "total",
+        "tokens_per_second": sums["tokens"] / sums["seconds"],
+        "data_sha256": json_sha256([report.data_sha256 for report in reports]),
+        "parts": [],
+    }
+    return reports[0].model_copy(update=sums | derived)
+
+
 COLUMNS = {
     "model": lambda report: report.model,
     "data": lambda report: f"{report.dataset} ({report.split})",
@@ -229,8 +254,9 @@ COLUMNS = {
 
 
 def text_table(evaluation: Evaluation) -> str:
-    """What a person reads: a line a report, then a line a difference."""
-    rows = [list(COLUMNS), *([show(report) for show in COLUMNS.values()] for report in evaluation.reports)]
+    """What a person reads: a line a report, one for each model's texts together, then a line a difference."""
+    reports = [*evaluation.reports, *totals(evaluation.reports)]
+    rows = [list(COLUMNS), *([show(report) for show in COLUMNS.values()] for report in reports)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(

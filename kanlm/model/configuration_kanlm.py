@@ -4,6 +4,7 @@
 Every mistake is an error at construction that names the field, its value, the rule and a remedy.
 """
 
+import difflib
 import math
 
 from huggingface_hub.dataclasses import strict
@@ -47,7 +48,8 @@ class KanLMConfig(PreTrainedConfig):
     `format_version` must be the one that this code reads; `kanlm_version` names the kanlm that exported it.
 
     Raises:
-        ValueError: sizes that do not fit each other, unknown names, another `format_version`.
+        ValueError: sizes that do not fit each other, unknown names, a key that is nearly one of these fields
+            (other unknown keys are kept, as transformers does), another `format_version`.
         huggingface_hub.errors.StrictDataclassError: a field of the wrong type.
     """
 
@@ -100,6 +102,7 @@ class KanLMConfig(PreTrainedConfig):
     kanlm_version: str | None = None
 
     def __post_init__(self, **kwargs):
+        self._refuse_misspelt(kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
@@ -150,6 +153,19 @@ class KanLMConfig(PreTrainedConfig):
             )
         if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps > 0):
             raise ValueError(f"rms_norm_eps: must be a finite number above 0, got {self.rms_norm_eps}")
+
+    def _refuse_misspelt(self, unknown):
+        """ValueError for a key of `unknown` that must be a slip: transformers would keep it and read nothing.
+
+        Names of transformers' own, such as `sep_token_id`, are near to a field too and stay.
+        """
+        own = [name for name in vars(type(self)).get("__annotations__", {}) if not name.endswith("_token_id")]
+        for key in unknown:
+            cutoff = 0.5 if key.startswith("kan_") else 0.88
+            close = difflib.get_close_matches(key, own, n=1, cutoff=cutoff)
+            if not hasattr(type(self), key) and (close or key.startswith("kan_")):
+                hint = f"did you mean {close[0]!r}?" if close else "leave it out"
+                raise ValueError(f"{key}: unknown field; {hint}")
 
     def _validate_attention(self):
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads

@@ -1,5 +1,6 @@
 """Every kind of source gives the same documents, and every mistake one line."""
 
+import csv
 import errno
 import gzip
 import json
@@ -200,9 +201,45 @@ def test_invalid_utf8_can_be_replaced(tmp_path, spec_for):
         assert list(text_documents(spec_for(tmp_path / name), invalid_utf8="replace")) == expected
 
 
+def test_tables_keep_every_text_as_it_is_written(tmp_path, spec_for):
+    texts = ["NA", "12", 'two\nlines, "quoted"', "\u00e4", ""]
+    for name, separator in (("a.csv", ","), ("a.tsv", "\t")):
+        with open(tmp_path / name, "w", newline="") as file:
+            csv.writer(file, delimiter=separator).writerows([["n", "body"], *enumerate(texts)])
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
+    for name in ("a.csv", "a.tsv", "b.csv.gz"):
+        found = list(text_documents(spec_for(tmp_path / name, text_column="body")))
+        assert found == [text for text in texts if text]
+    (tmp_path / "bad.csv").write_bytes(b"text\na\xffb\n")
+    with pytest.raises(UserError, match="bad.csv', byte 6: not UTF-8"):
+        list(text_documents(spec_for(tmp_path / "bad.csv")))
+    assert list(text_documents(spec_for(tmp_path / "bad.csv"), invalid_utf8="replace")) == ["a\ufffdb"]
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_a_pattern_is_its_files_in_the_order_of_their_names(tmp_path, spec_for, ending):
+    def write(path, text):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text if ending == "txt" else json.dumps({"text": text}) + "\n")
+
+    for place in ("b/2", "a/1", "a/3", "left/out"):
+        write(tmp_path / f"{place}.{ending}", f"text of {place}")
+    (tmp_path / "a" / "notes.csv").write_text("text\nno\n")
+    pattern = tmp_path / "[ab]" / f"*.{ending}"
+    assert list(text_documents(spec_for(pattern))) == ["text of a/1", "text of a/3", "text of b/2"]
+    before = reader(spec_for(pattern)).fingerprint
+    shutil.copytree(tmp_path, tmp_path.with_name("copy"), dirs_exist_ok=True)
+    assert reader(spec_for(tmp_path.with_name("copy") / "[ab]" / f"*.{ending}")).fingerprint == before
+    write(tmp_path / "b" / f"4.{ending}", "one more")
+    assert reader(spec_for(pattern)).fingerprint != before
+
+
 def test_mistakes_are_one_line(every_form, tmp_path, spec_for):
     (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "table.csv").write_text("text\nhello\n")
+    (tmp_path / "table.xml").write_text("<text>hello</text>")
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "a.txt").write_text("a")
+    (tmp_path / "mixed" / "b.csv").write_text("text\nb\n")
     (tmp_path / "broken.jsonl").write_text('{"text": "ab"}\n{"text": "ab"\n')
     (tmp_path / "fake.parquet").write_text("x" * 100)
     (tmp_path / "cut.txt.xz").write_bytes(lzma.compress(b"hello " * 200)[:-20])
@@ -215,7 +252,10 @@ def test_mistakes_are_one_line(every_form, tmp_path, spec_for):
         (tmp_path / "empty.txt", {}, "is empty"),
         (tmp_path / "nothing", {}, "is empty"),
         (tmp_path / "packed.jsonl.gz", {}, "packed.jsonl.gz.*is empty"),
-        (tmp_path / "table.csv", {}, r"unknown ending; known: \.txt"),
+        (tmp_path / "table.xml", {}, r"unknown ending; known: \.txt"),
+        (tmp_path / "mixed" / "b.csv", {"text_column": "body"}, "no column 'body'; it has: text"),
+        (tmp_path / "mixed" / "*.md", {}, "no file matches"),
+        (tmp_path / "mixed" / "*", {}, r"several kinds \(a.txt, b.csv\); narrow it"),
         (tmp_path / "broken.jsonl", {}, "broken.jsonl.*JSON parse error"),
         (tmp_path / "fake.parquet", {}, "fake.parquet.*Parquet magic bytes"),
         (tmp_path / "cut.txt.xz", {}, "cut.txt.xz.*ended before"),

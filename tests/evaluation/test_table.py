@@ -16,7 +16,7 @@ from kanlm.cli import cli
 from kanlm.config import UserError
 from kanlm.data.tokenizer import trained_tokenizer
 from kanlm.evaluation.perplexity import evaluate_spec, token_ids
-from kanlm.evaluation.table import difference, evaluate_all, text_table
+from kanlm.evaluation.table import difference, evaluate_all, text_table, totals
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 
 TEXT = [f"the {name} sat on the {place}, and {name} slept.\n" for name in "abcde" for place in "vwxyz"]
@@ -59,8 +59,20 @@ def test_every_model_on_every_text(folder, tmp_path):
     single = by[str(models[1]), str(texts[1])]
     assert single.paired_by == "parts of the text" and single.low < single.bits_per_byte < single.high
     assert by[str(models[2]), str(texts[1])].pairs == 1  # other tokens, one document: no interval
+    for model, total in zip(models, totals(found.reports), strict=True):
+        parts = [report for report in found.reports if report.model == str(model)]
+        nats = sum(report.nll_nats for report in parts)
+        assert total.loss == pytest.approx(nats / sum(report.tokens for report in parts))
+        assert total.bits_per_byte * sum(r.bytes for r in parts) * math.log(2) == pytest.approx(nats)
+        assert min(r.loss for r in parts) < total.loss < max(r.loss for r in parts)
+    assert totals(found.reports[:1]) == []
     lines = text_table(found).splitlines()
-    assert len(lines) == 1 + 6 + 4 and "bits/byte" in lines[0] and "95% interval" in lines[-1]
+    assert (
+        len(lines) == 1 + 6 + 3 + 4
+        and "all 2 texts (total)" in lines[7]
+        and "bits/byte" in lines[0]
+        and "95% interval" in lines[-1]
+    )
 
     rows = parquet.read_table(tmp_path / "losses.parquet").to_pandas()
     for (model, data), part in rows.groupby(["model", "data"]):

@@ -22,6 +22,42 @@ def test_json_round_trip_keeps_every_field_and_unknown_ones(tmp_path):
     assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "config.json").read_text()
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("kan_gridsize", "kan_grid_size"),
+        ("hidden_sizes", "hidden_size"),
+        ("num_hidden_layer", "num_hidden_layers"),
+    ],
+)
+def test_a_slip_in_a_name_is_refused(key, meant, tmp_path):
+    with pytest.raises(ValueError, match=f"{key}: unknown field; did you mean '{meant}'?"):
+        KanLMConfig(**{key: 4})
+    KanLMConfig().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(saved | {key: 4}))
+    with pytest.raises(ValueError, match=meant):
+        KanLMConfig.from_pretrained(tmp_path)
+
+
+def test_keys_of_transformers_and_of_others_are_kept():
+    theirs = {
+        "sep_token_id": 3,
+        "id2label": {0: "no", 1: "yes"},
+        "output_attentions": True,
+        "attn_implementation": "eager",
+        "transformers_version": "5.0.0",
+        "_name_or_path": "x",
+        "hidden_act": "silu",
+        "rope_theta": 5000.0,
+        "quantization_config": {"bits": 8},
+    }
+    config = KanLMConfig(**theirs)
+    assert (
+        config.hidden_act == "silu" and config.num_labels == 2 and config.quantization_config == {"bits": 8}
+    )
+
+
 def test_derived_sizes_and_rope_parameters():
     config = KanLMConfig(hidden_size=96, num_attention_heads=6, rope_theta=5000.0)
     assert (config.head_dim, config.num_key_value_heads) == (16, 6)

@@ -238,6 +238,16 @@ def test_a_serving_engine_can_bring_its_attention_and_flat_batches(build, arm, i
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+def test_dynamic_quantisation_serves_every_arm(build, arm, ids):
+    model = build(arm)
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert "LinearPackedParams" in {type(part).__name__ for part in quantised.model.layers[0].mlp.modules()}
+    with torch.no_grad():
+        expected, found = model(ids).logits, quantised(ids).logits
+    assert not torch.equal(found, expected) and (found - expected).norm() < 0.1 * expected.norm()
+
+
 def test_loading_on_the_meta_device_keeps_the_basis(build, arm, ids, tmp_path):
     """from_pretrained builds on meta; one built there by hand gets its values with to_empty and a load."""
     model = build(arm)

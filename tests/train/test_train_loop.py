@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 from kanlm.config import UserError
 from kanlm.data import TokenLoader
+from kanlm.evaluation.perplexity import held_out_documents
 from kanlm.model import KanLMForCausalLM
 from kanlm.model.ffn_kan import KANGLU
 from kanlm.model.kan import kan_coefficient_names
@@ -397,6 +399,20 @@ def test_batch_must_divide_among_processes(run_config):
         run_config("train.micro_batch_size=4").train.micro_batches(2)
     assert run_config("train.micro_batch_size=1").train.micro_batches(2) == (1, 2)
     assert run_config().total_steps == 12
+
+
+def test_a_run_is_read_from_another_directory(run_config, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("own.txt").write_text("one line of text, and a second.\n" * 400)
+    config = run_config("data.source=own.txt", "train.max_tokens=128", "output_dir=runs")
+    loop.train(config)
+    monkeypatch.chdir(tmp_path)
+    texts, name, part = held_out_documents(tmp_path / "here" / config.run_dir)
+    assert (name, part) == (str(tmp_path / "here" / "own.txt"), "validation") and "second" in next(texts)
+    assert str(tmp_path) not in Path("here/runs/tiny/config.json").read_text().replace(
+        config.data.cache_dir, ""
+    )
 
 
 def test_second_process_on_the_same_run_is_refused(run_config):
