@@ -118,6 +118,7 @@ def test_capsule_is_flat_and_imports_only_its_siblings_torch_and_transformers():
         "types",
         "typing",
         "dataclasses",
+        "difflib",
         "collections",
         "contextlib",
         "hashlib",
