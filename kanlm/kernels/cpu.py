@@ -193,14 +193,14 @@ def edge(layer: KANLinear, x: Tensor) -> Tensor:
             y = _Edge.apply(flat, layer.plain_weight(), base, layer.basis)
         else:
             base = None if base is None else base.float()
-            _, few, packed = _kept_layer(layer)
+            _, few, packed = _cached_layer(layer)
             y = _edge_output(_wide(flat), packed, base, layer.basis, layer.out_features, few.K)
     return y.to(dtype).view(*x.shape[:-1], layer.out_features)
 
 
 def _few_rows(layer: KANLinear, x: Tensor) -> Tensor:
     """`edge` for a few rows in fp32 without gradients."""
-    address, *_ = _kept_layer(layer)
+    address, *_ = _cached_layer(layer)
     x = x.contiguous()
     shape = x.shape[:-1]
     y = x.new_empty((*shape, layer.out_features))
@@ -208,7 +208,7 @@ def _few_rows(layer: KANLinear, x: Tensor) -> Tensor:
     return y
 
 
-def _kept_layer(layer: KANLinear) -> tuple[int, Few, Tensor]:
+def _cached_layer(layer: KANLinear) -> tuple[int, Few, Tensor]:
     spline: Any = layer._modules["spline"]
     base: Any = layer._modules.get("base")
     sources = [spline._parameters["weight"]]
@@ -216,7 +216,7 @@ def _kept_layer(layer: KANLinear) -> tuple[int, Few, Tensor]:
         sources.append(base._parameters["weight"])
     if (whitening := layer._buffers["whitening"]) is not None:
         sources.append(whitening)
-    return kept(layer, sources, _packed_layer)
+    return cache_on(layer, sources, _packed_layer)
 
 
 def _packed_layer(layer: KANLinear) -> tuple[int, Few, Tensor]:
@@ -233,17 +233,17 @@ def _packed_layer(layer: KANLinear) -> tuple[int, Few, Tensor]:
     return ctypes.addressof(few), few, packed
 
 
-class Kept:
+class Cached:
     """A value and what it was made from. A copy of the layer, or one read from a file, makes its own."""
 
     def __init__(self, mark: list | None = None, value: tuple = ()):
         self.mark, self.value = mark, value
 
     def __reduce__(self):
-        return Kept, ()
+        return Cached, ()
 
 
-def kept(layer: nn.Module, sources: list[Tensor], made: Callable[..., tuple], *about: Any) -> tuple:
+def cache_on(layer: nn.Module, sources: list[Tensor], made: Callable[..., tuple], *about: Any) -> tuple:
     """`made(layer, *about)`, kept between calls without gradients as long as `sources` do not change.
 
     It is made again when a source is another tensor or was written in place. A write through `.data` moves no
@@ -258,11 +258,11 @@ def kept(layer: nn.Module, sources: list[Tensor], made: Callable[..., tuple], *a
         return made(layer, *about)
     found = layer.__dict__.get("_packed")
     if found is None or found.mark != mark:
-        found = layer.__dict__["_packed"] = Kept(mark, made(layer, *about))
+        found = layer.__dict__["_packed"] = Cached(mark, made(layer, *about))
     return found.value
 
 
-class _Function:
+class _Plan:
     """What the elementwise kernel needs to know of a function beside its coefficients."""
 
     def __init__(
@@ -291,7 +291,7 @@ class _Function:
         library().kanlm_tables(wide.data_ptr(), tables.data_ptr(), self.groups, order, cells)
         return tables
 
-    def prepared(self, coefficients: Tensor | None) -> Prepared:
+    def prepare(self, coefficients: Tensor | None) -> Prepared:
         """What the kernels need beside a and u."""
         tables = None if coefficients is None else self.tables(coefficients)
         needed = Function(pointer(tables), *self.arguments)
@@ -302,7 +302,7 @@ Prepared = tuple[int, int, Function, Tensor | None]
 """Address of a Function, its channels, and what must live as long."""
 
 
-def value(prepared: Prepared, a: Tensor, u: Tensor | None) -> Tensor:
+def evaluate(prepared: Prepared, a: Tensor, u: Tensor | None) -> Tensor:
     """phi(a) * u, fp32, of tensors [..., C]."""
     address, channels, *_ = prepared
     a = _wide(a)
@@ -316,15 +316,15 @@ def value(prepared: Prepared, a: Tensor, u: Tensor | None) -> Tensor:
     return y
 
 
-_function = cache(_Function)
+_plan = cache(_Plan)
 
 
 class _Elementwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, u, coefficients, function):
         ctx.save_for_backward(a, u, coefficients)
-        ctx.prepared = function.prepared(coefficients)
-        return value(ctx.prepared, a, u).to(a.dtype)
+        ctx.prepared = function.prepare(coefficients)
+        return evaluate(ctx.prepared, a, u).to(a.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -363,18 +363,18 @@ def learned(layer: LearnedFunction, a: Tensor, u: Tensor | None, normed: int = 0
     coefficients: Any = layer._parameters["coefficients"]
     if torch.is_grad_enabled():
         layer.__dict__.pop("_packed", None)
-        return _Elementwise.apply(a, u, coefficients, _function_of(layer, normed, eps))
-    y = value(kept(layer, [coefficients], _prepared, normed, eps), a, u)
+        return _Elementwise.apply(a, u, coefficients, _plan_of(layer, normed, eps))
+    y = evaluate(cache_on(layer, [coefficients], _prepare, normed, eps), a, u)
     return y if y.dtype is a.dtype else y.to(a.dtype)
 
 
-def _function_of(layer: LearnedFunction, normed: int, eps: float) -> _Function:
+def _plan_of(layer: LearnedFunction, normed: int, eps: float) -> _Plan:
     kind, basis = (RATIONAL, None) if layer.is_rational else (SPLINE, layer.basis)
-    return _function(kind, layer.channels, layer.groups, basis, layer.base is not None, normed, eps)
+    return _plan(kind, layer.channels, layer.groups, basis, layer.base is not None, normed, eps)
 
 
-def _prepared(layer: LearnedFunction, normed: int, eps: float) -> Prepared:
-    return _function_of(layer, normed, eps).prepared(layer.coefficients)
+def _prepare(layer: LearnedFunction, normed: int, eps: float) -> Prepared:
+    return _plan_of(layer, normed, eps).prepare(layer.coefficients)
 
 
 def of_normed(function: LearnedFunction, a: Tensor, u: Tensor | None, norms_u: bool, eps: float) -> Tensor:
@@ -408,28 +408,28 @@ def _fixed(kind: int, a: Tensor, u: Tensor | None, normed: int, eps: float) -> T
     if torch.compiler.is_compiling():
         return OPERATORS.elementwise(a, u, None, *activation_numbers(kind, channels), normed, eps)
     if torch.is_grad_enabled():
-        return _Elementwise.apply(a, u, None, _function(kind, channels, normed=normed, eps=eps))
-    return value(_without_table(kind, channels, normed, eps), a, u).to(a.dtype)
+        return _Elementwise.apply(a, u, None, _plan(kind, channels, normed=normed, eps=eps))
+    return evaluate(_without_table(kind, channels, normed, eps), a, u).to(a.dtype)
 
 
 @cache
 def _without_table(kind: int, channels: int, normed: int, eps: float) -> Prepared:
-    return _function(kind, channels, normed=normed, eps=eps).prepared(None)
+    return _plan(kind, channels, normed=normed, eps=eps).prepare(None)
 
 
-def _function_from(kind, channels, groups, order, cells, low, high, silu, normed, eps) -> _Function:
+def _plan_from(kind, channels, groups, order, cells, low, high, silu, normed, eps) -> _Plan:
     """Of an operator's numbers."""
     basis = basis_of(order, cells, low, high) if kind == SPLINE else None
-    return _function(kind, channels, groups, basis, silu, normed, eps)
+    return _plan(kind, channels, groups, basis, silu, normed, eps)
 
 
 def _elementwise_operator(a: Tensor, u: Tensor | None, coefficients: Tensor | None, *numbers) -> Tensor:
-    return value(_function_from(*numbers).prepared(coefficients), a, u).to(a.dtype)
+    return evaluate(_plan_from(*numbers).prepare(coefficients), a, u).to(a.dtype)
 
 
 def _elementwise_gradient_operator(grad, a, u, coefficients, *numbers):
     *numbers, wanted = numbers
-    prepared = _function_from(*numbers).prepared(coefficients)
+    prepared = _plan_from(*numbers).prepare(coefficients)
     return _elementwise_gradients(prepared, grad, a, u, coefficients, wanted)
 
 

@@ -480,7 +480,7 @@ class _Elementwise(torch.autograd.Function):
         return *_elementwise_gradients(grad, *ctx.saved_tensors, ctx.function, wanted), None
 
 
-def _elementwise_output(a: Tensor, u: Tensor | None, tables: Tensor | None, function: _Function) -> Tensor:
+def _elementwise_output(a: Tensor, u: Tensor | None, tables: Tensor | None, function: _Plan) -> Tensor:
     """phi(a) * u of contiguous tensors."""
     y = torch.empty_like(a)
     block = 1024
@@ -500,7 +500,7 @@ def _elementwise_gradients(
     u: Tensor | None,
     coefficients: Tensor | None,
     tables: Tensor | None,
-    function: _Function,
+    function: _Plan,
     wanted: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients by contiguous a and u and, where they are wanted, the coefficients."""
@@ -528,7 +528,7 @@ def _elementwise_gradients(
     return da, du, dc
 
 
-class _Function:
+class _Plan:
     """What a launch needs to know of a function beside its coefficients."""
 
     def __init__(
@@ -578,7 +578,7 @@ def learned(layer: LearnedFunction, a: Tensor, u: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
         return OPERATORS.elementwise(a, u, layer.coefficients, *function_numbers(layer), *NO_NORM)
     basis = None if layer.is_rational else layer.basis
-    function = _Function(
+    function = _Plan(
         layer.channels, layer.groups, basis, rational=layer.is_rational, silu=layer.base is not None
     )
     return _Elementwise.apply(a, u, layer.coefficients, function)
@@ -593,28 +593,28 @@ def _silu(module: Any, a: Tensor, u: Tensor) -> Tensor:
     a, u = module.normalize(a), module.normalize(u)
     if torch.compiler.is_compiling():
         return OPERATORS.elementwise(a, u, None, *activation_numbers(SILU, a.shape[-1]), *NO_NORM)
-    return _Elementwise.apply(a, u, None, _Function(a.shape[-1], silu=True))
+    return _Elementwise.apply(a, u, None, _Plan(a.shape[-1], silu=True))
 
 
 of_normed = norm = None
 """The norms of hidden values are torch's own here: none is part of a kernel."""
 
 
-def _function_from(kind, channels, groups, order, cells, low, high, silu, *norms) -> _Function:
+def _plan_from(kind, channels, groups, order, cells, low, high, silu, *norms) -> _Plan:
     """Of an operator's numbers."""
     basis = basis_of(order, cells, low, high) if kind == SPLINE else None
-    return _Function(channels, groups, basis, rational=kind == RATIONAL, silu=silu or kind == SILU)
+    return _Plan(channels, groups, basis, rational=kind == RATIONAL, silu=silu or kind == SILU)
 
 
 def _elementwise_operator(a: Tensor, u: Tensor | None, coefficients: Tensor | None, *numbers) -> Tensor:
-    function = _function_from(*numbers)
+    function = _plan_from(*numbers)
     second = None if u is None else u.contiguous()
     return _elementwise_output(a.contiguous(), second, function.tables(coefficients), function)
 
 
 def _elementwise_gradient_operator(grad, a, u, coefficients, *numbers):
     *numbers, wanted = numbers
-    function = _function_from(*numbers)
+    function = _plan_from(*numbers)
     tables, second = function.tables(coefficients), None if u is None else u.contiguous()
     return _elementwise_gradients(grad, a.contiguous(), second, coefficients, tables, function, wanted)
 
