@@ -375,9 +375,13 @@ def finish(session: Session) -> None:
     assert record.final_validation is not None
     if notice := blind_notice(record.final_validation["loss"], session.model_config.vocab_size):
         session.progress.say(notice)
+    bits_per_byte = record.final_validation["bits_per_byte"]
+    manifest, beyond = session.validation.manifest, ""
+    if known := manifest.get("known_bits"):  # a text whose entropy is known: no model is expected below it
+        beyond = f", {bits_per_byte - known / manifest['bytes']:.4f} above the text's entropy"
     session.progress.say(
         f"finished: {state.tokens:,} tokens in {timedelta(seconds=round(state.seconds))}, validation "
-        f"{record.final_validation['bits_per_byte']:.4f} bits/byte; next: kanlm export {run.root}"
+        f"{bits_per_byte:.4f} bits/byte{beyond}; next: kanlm export {run.root}"
     )
 
 

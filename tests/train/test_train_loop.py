@@ -557,6 +557,8 @@ def test_last_step_is_one_line_and_a_closing_line_names_the_next_command(run_con
         out = capsys.readouterr().out
         assert out.count("step 12/12") == 1
         assert out.splitlines()[-1].startswith("finished: 1,536 tokens in ")
+        (above,) = re.findall(r"bits/byte, (\d\.\d+) above the text's entropy", out.splitlines()[-1])
+        assert float(above) > 1  # of stories, whose entropy is below 0.2 bits/byte
         assert out.rstrip().endswith(f"next: kanlm export {each.run_dir}")
     assert metrics(whole)[-1]["validation_loss"] == record.final_validation["loss"]
 
