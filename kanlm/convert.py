@@ -28,7 +28,7 @@ from kanlm.interpret.removal import sequence_losses
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.model.kan import kan_coefficient_names
 from kanlm.model.modeling_converted import CONVERTED, feed_forward_blocks, register
-from kanlm.runs import new_folder, write_text
+from kanlm.runs import new_folder, save_tokenizer, write_text
 
 ARMS = ("kan_glu", "kan_act", "kan_grouped", "kan")
 LEARNING_RATE = 3e-3
@@ -302,7 +302,7 @@ def save(model: Any, tokenizer: Any, out: Path, name: str, lines: list[str]) -> 
         return
     with new_folder(out) as folder:
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         card = [f"# {name}", f"Converted by kanlm {__version__}.", *(f"- {line}" for line in lines)]
         write_text(folder / "README.md", "\n\n".join(card) + "\n")
         write_text(folder / checksums.NAME, checksums.checksums(folder))

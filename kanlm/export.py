@@ -27,7 +27,7 @@ from kanlm.edge.onnx_export import needs, write_onnx
 from kanlm.evaluation.loading import load_causal_lm
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.model.ffn import FeedForward, find_arm
-from kanlm.runs import EvalReport, RunDir, new_folder, read_json, write_text
+from kanlm.runs import EvalReport, RunDir, new_folder, read_json, save_tokenizer, write_text
 from kanlm.train.checkpoint import load_model, load_tokenizer
 
 LOG = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def export_model(
     with new_folder(out) as folder:
         model.save_pretrained(folder)
         add_arm_of_other_package(folder, find_arm(model.config.ffn_type))
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         for weights in folder.glob("*.safetensors"):  # safetensors writes for the owner alone
             weights.chmod((folder / "config.json").stat().st_mode)
         write_text(folder / "README.md", str(model_card(model, {**card, "eval_reports": reports})))

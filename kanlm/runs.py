@@ -179,6 +179,20 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path}: damaged, not JSON ({error})") from None
 
 
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """`tokenizer.save_pretrained(folder)` that raises OSError where the disk gives an error.
+
+    The tokenizers library has no class of its own for that, only the system's number in a text.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception or not (found := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(folder / "tokenizer.json")) from None
+
+
 def json_sha256(value: Any, sort_keys: bool = False) -> str:
     """sha256 of `value` as JSON: the identity of data, of a tokenizer, of a recipe."""
     return hashlib.sha256(json.dumps(value, sort_keys=sort_keys).encode("utf-8")).hexdigest()

@@ -16,6 +16,7 @@ from kanlm.data.tokenizer import loaded_tokenizer, trained_tokenizer
 from kanlm.evaluation.harness import harness_perplexity
 from kanlm.evaluation.loading import load_causal_lm
 from kanlm.export import export_model
+from kanlm.initial import initial_config
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 
 TEXT = "the cat sat on the mat; the dog did not.\n" * 40
@@ -127,6 +128,16 @@ def test_a_verb_names_foreign_code_and_the_flag_and_runs_nothing(
         line = str(refused.value)
         assert str(model / "code.py") in line and "--trust-remote-code" in line and "\n" not in line
     assert not marker.exists() and not (tmp_path / "out").exists()
+
+
+def test_onnx_export_and_a_start_from_a_model_run_nothing_either(foreign_model, foreign_tokenizer, marker):
+    pytest.importorskip("onnxscript")
+    for model in (foreign_model, foreign_tokenizer):
+        with pytest.raises(UserError, match="code.py.*--trust-remote-code"):
+            cli.main(["export", str(model), "--onnx"], standalone_mode=False)
+    with pytest.raises(UserError, match="init_from: .*; give a folder written by `kanlm export`"):
+        initial_config(foreign_model)
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "convert"])  # a KAN is one already

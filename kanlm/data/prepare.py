@@ -14,7 +14,7 @@ from kanlm.data import remote
 from kanlm.data.cache import TokenCache, cached_share, token_cache, train_caches
 from kanlm.data.corpus import split_sources
 from kanlm.data.tokenizer import tokenizer_for, tokenizer_hash
-from kanlm.runs import new_folder
+from kanlm.runs import new_folder, save_tokenizer
 
 
 def tokenize(config: RunConfig, workers: int | None, shard: str | None, push: str | None) -> Iterator[str]:
@@ -46,7 +46,7 @@ def tokenize(config: RunConfig, workers: int | None, shard: str | None, push: st
         folder = Path(config.data.cache_dir) / "tokenizers" / f"published-{tokenizer_hash(tokenizer)[:16]}"
         shutil.rmtree(folder, ignore_errors=True)
         with new_folder(folder) as temporary:
-            tokenizer.save_pretrained(temporary)
+            save_tokenizer(tokenizer, temporary)
         local = remote.Published(folder, tuple(cache.folder for cache in train), validation.folder)
         yield f"pushed: {remote.publish(config, push.rstrip('/'), local)}"
 

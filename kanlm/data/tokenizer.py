@@ -19,7 +19,7 @@ from kanlm.config import RunConfig, UserError
 from kanlm.data import remote
 from kanlm.data.corpus import TextStream, split_sources
 from kanlm.data.text import BLOCK_CHARACTERS, Text, cut_at_words
-from kanlm.runs import json_sha256, new_folder, remove_leftovers
+from kanlm.runs import json_sha256, new_folder, remove_leftovers, save_tokenizer
 from kanlm.trust import refuse_tokenizer_code
 
 END_OF_TEXT = "<|endoftext|>"
@@ -53,7 +53,7 @@ def tokenizer_for(config: RunConfig) -> PreTrainedTokenizerFast:
             tokenizer = trained_tokenizer(itertools.chain([first], sample), config.tokenizer.vocab_size)
             remove_leftovers(folder)
             with new_folder(folder) as temporary:
-                tokenizer.save_pretrained(temporary)
+                save_tokenizer(tokenizer, temporary)
     return loaded_tokenizer(folder)
 
 

@@ -33,7 +33,7 @@ from kanlm.config import UserError
 from kanlm.edge.browser import add_page
 from kanlm.edge.functions import translations, with_graph_functions
 from kanlm.model.modeling_kanlm import CACHE
-from kanlm.runs import new_folder, write_json, write_text
+from kanlm.runs import new_folder, save_tokenizer, write_json, write_text
 
 FP32, INT8 = "model.onnx", "model_int8.onnx"
 ONE_FILE_BYTES = 1_500_000_000
@@ -97,7 +97,7 @@ def write_onnx(
             from kanlm.edge.int8 import with_int8_weights
 
             save(with_int8_weights(proto), made / INT8)
-        tokenizer.save_pretrained(made)
+        save_tokenizer(tokenizer, made)
         sizes = model_sizes(model, tokenizer)
         write_json(made / "config.json", transformers_js_config(sizes))
         write_json(made / "genai_config.json", genai_config(sizes))

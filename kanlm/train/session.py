@@ -20,7 +20,16 @@ from kanlm.config import WORKING_DIRECTORY, RunConfig, UserError
 from kanlm.data import TokenCache, TokenLoader, token_cache, tokenizer_for
 from kanlm.model import KanLMConfig
 from kanlm.model.kan import kan_coefficient_names
-from kanlm.runs import RunDir, RunRecord, provenance, read_json, step_of, write_json, write_text
+from kanlm.runs import (
+    RunDir,
+    RunRecord,
+    provenance,
+    read_json,
+    save_tokenizer,
+    step_of,
+    write_json,
+    write_text,
+)
 from kanlm.sizing import architecture, parameter_counts, training_flops_per_token
 from kanlm.train import checkpoint, parallel
 from kanlm.train.build import Trainable, build
@@ -170,7 +179,7 @@ def open_session(
     if accelerator.is_main_process:
         write_json(run.config, config)
         write_text(run.root / WORKING_DIRECTORY, f"{Path.cwd()}\n")
-        text.tokenizer.save_pretrained(run.tokenizer)
+        save_tokenizer(text.tokenizer, run.tokenizer)
     record = RunRecord(
         state="running",
         step=state.step,

@@ -1,5 +1,8 @@
 """Byte-level BPE gives every text back, and no text can pose as a special token."""
 
+import errno
+from pathlib import Path
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -16,6 +19,7 @@ from kanlm.data.tokenizer import (
     tokenizer_hash,
     trained_tokenizer,
 )
+from kanlm.runs import save_tokenizer
 
 TOKENIZER = trained_tokenizer(iter(sample_texts(200)), 400)
 PACKER = Packer(TOKENIZER)
@@ -126,3 +130,12 @@ def test_parts_keep_the_order():
     assert "".join(piece for part in parts for piece in part.pieces) == "".join(texts)
     assert [fragment.text for part in parts for fragment in part.fragments] == texts
     assert len(parts) > 10
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full disk")
+def test_full_disk_is_an_error_of_the_system(tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(OSError) as refused:
+        save_tokenizer(trained_tokenizer(iter(["the cat sat"] * 9), 260), tmp_path)
+    assert refused.value.errno == errno.ENOSPC
+    assert refused.value.filename == str(tmp_path / "tokenizer.json")

@@ -358,12 +358,14 @@ def main() -> int:
 
 
 def gone_on(journal: Path, faults: list[Fault], seed: int) -> tuple[collections.Counter[str], list[Fault]]:
-    """What became well by `journal`, counted, and the faults that are left, in a drawn order."""
+    """What became well by `journal`, counted, and the faults left: those that failed, then a drawn order."""
     lines = journal.read_text().splitlines() if journal.exists() else []
-    verdicts = {fault: verdict for verdict, fault in (line.split("\t") for line in lines) if verdict in WELL}
-    left = [fault for fault in faults if str(fault) not in verdicts]
+    verdicts = dict(reversed(line.split("\t")) for line in lines)
+    well = {fault: verdict for fault, verdict in verdicts.items() if verdict in WELL}
+    left = [fault for fault in faults if str(fault) not in well]
     random.Random(seed).shuffle(left)
-    return collections.Counter(verdicts.values()), left
+    left.sort(key=lambda fault: str(fault) not in verdicts)
+    return collections.Counter(well.values()), left
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ def ran(*arguments: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_sampled_faults_end_in_one_line_and_lose_nothing():
     assert "6 faults injected: " in ran("--no-report", "--sample", "6", "--seed", "3")
 
