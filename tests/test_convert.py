@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from kanlm.config import UserError
-from kanlm.convert import convert, converted_model
+from kanlm.convert import convert, converted_model, perplexity, text_batch
 from kanlm.data.tokenizer import trained_tokenizer
 from kanlm.evaluation.loading import load_causal_lm
 from kanlm.model import KanLMConfig, KanLMForCausalLM
@@ -135,6 +136,13 @@ def test_swiglu_of_kanlm_becomes_kan_glu(tmp_path):
     assert converted.config.ffn_type == "kan_glu"
 
 
+@torch.no_grad()
+def divergence_from(source, model, ids) -> float:
+    """Kullback-Leibler divergence of the next token, source from `model`, in nats."""
+    theirs, ours = (one(ids).logits.log_softmax(-1).flatten(0, 1) for one in (source, model))
+    return float(F.kl_div(ours, theirs, log_target=True, reduction="batchmean"))
+
+
 @pytest.mark.parametrize(
     "family", ["llama", pytest.param("gpt2", marks=[pytest.mark.slow, pytest.mark.long])]
 )
@@ -146,11 +154,12 @@ def test_edge_functions_learn_the_blocks(saved, tmp_path, family):
     before, after = (float(part.split()[0]) for part in said.split("perplexity")[1].split("->"))
     untrained = converted_model(original(family), "kan")
     model, tokenizer = load_causal_lm(tmp_path / "out")
-    from kanlm.convert import perplexity, text_batch
-
     batch = text_batch(model, tokenizer, str(tmp_path / "text.txt"), None, 2048)[1::2]
     assert perplexity(model, batch) == pytest.approx(after, rel=1e-3)
-    assert abs(after - before) < 0.9 * abs(perplexity(untrained, batch) - before)
+    # A source of random weights is hardly worse without its blocks, so its perplexity tells little; what it
+    # answers, on text that was not distilled, tells whether they were learned.
+    source = original(family)
+    assert divergence_from(source, model, batch) < 0.5 * divergence_from(source, untrained, batch)
 
 
 def test_mistakes_are_one_line(saved, tokenizer, tmp_path):
