@@ -49,7 +49,7 @@ def reading_arms(
     *_, sequences, positions = SIZES[size]
     text = some_text(12 * sequences * positions)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][: 2 * sequences * positions]
-    text = tokenizer.decode(ids)
+    text = str(tokenizer.decode(ids))
     batch = torch.tensor(ids[: sequences * positions]).view(sequences, positions)
     exported = str(export_model(model, tokenizer, folder, {"name": name}))
     scorer, its_tokenizer = load_fast(exported, "float32", "cpu", False)

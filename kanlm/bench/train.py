@@ -233,7 +233,7 @@ def run(
     built_arms = [
         training_arm(name, size, backend, device, mode, optimizer) for mode in modes for name in names
     ]
-    peaks = {}
+    peaks: dict[str, dict[str, int] | None] = {}
     if memory:
         for arm in built_arms:
             if device == "cuda":
