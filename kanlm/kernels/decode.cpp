@@ -29,6 +29,8 @@ constexpr int BYTES = 16;
 constexpr int L = BYTES / 4;       // floats in a vector
 constexpr int W = 32;              // columns of a tile
 constexpr int VECS = W / L;        // vectors in a tile's row
+constexpr int AHEAD = 6;           // inputs that an edge layer fetches ahead; a line of a cache has LINE bytes
+constexpr int LINE = 64;
 constexpr int BANKS = BYTES / 16;  // sums of a column that wait for each other: together they hide the latency
 
 typedef float vec __attribute__((vector_size(BYTES)));
@@ -152,6 +154,25 @@ inline float tabulated(const Operation& k, const float* table, float x) {  // ta
     return (k.order == 3 ? piece(p, 4, at) : piece(p, k.order + 1, at)) + (k.silu ? silu(x) : 0.0f);
 }
 
+// What `tabulated` gives without SiLU, for L values of one group at once on a grid that does not repeat.
+inline vec tabulated(const Operation& k, const float* table, vec x) {
+    const int terms = k.order + 1;
+    const vec zero = {}, one = zero + 1.0f, top = zero + float(k.cells - 1);
+    const vec t = (x - k.lo) * k.inv_h;
+    const vec inside = t > 0 ? (t < top ? t : top) : zero;
+    const ints cell = __builtin_convertvector(inside, ints);
+    const vec local = t - __builtin_convertvector(cell, vec), r = local < 0 ? zero : local > 1 ? one : local;
+    vec p[8];  // of each lane's piece
+    for (int l = 0; l < L; ++l)
+        for (int j = 0; j < terms; ++j) p[j][l] = table[cell[l] * terms + j];
+    vec value = p[terms - 1], slope = zero;
+    for (int j = terms - 2; j >= 0; --j) {
+        slope = slope * r + value;
+        value = value * r + p[j];
+    }
+    return value + (local - r) * slope;
+}
+
 inline float rational(const float* c, float x) {
     float p = c[5];
     for (int n = 4; n >= 0; --n) p = p * x + c[n];
@@ -218,12 +239,21 @@ void edge(Operation k, int thread, int threads) {
         value[terms + 1] = float(at.cell);
     }
 #pragma omp barrier
+    // Weights that no cache holds: the processor sees no stream in rows that are left out, but they are known ahead.
+    const bool fetch = k.I * k.K * k.O * int64_t(sizeof(X)) > 1 << 20;
     for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
         const X* w = static_cast<const X*>(k.w) + tile * k.I * k.K * W;
         vec sums[2][VECS] = {};
         for (int64_t i = 0; i < k.I; ++i) {
             const float* value = values + i * (terms + 2);
             const X* rows = w + (i * k.K + int64_t(value[terms + 1])) * W;
+            if (fetch && i + AHEAD < k.I) {
+                const X* input = w + (i + AHEAD) * k.K * W;
+                const X* next = input + int64_t(value[AHEAD * (terms + 2) + terms + 1]) * W;
+                for (int64_t at = 0; at < terms * W; at += LINE / sizeof(X)) __builtin_prefetch(next + at);
+                const X* base = input + (k.K - 1) * W;
+                for (int64_t at = 0; k.silu && at < W; at += LINE / sizeof(X)) __builtin_prefetch(base + at);
+            }
             for (int j = 0; j < terms; ++j)
                 for (int v = 0; v < VECS; ++v) sums[j & 1][v] += value[j] * load(rows + j * W + v * L);
             if (k.silu) {
@@ -321,6 +351,23 @@ inline void each(const Operation& k, int thread, int threads, F function) {
         for (int64_t i = own.begin; i < own.end; ++i) k.y[i] = function(i);
 }
 
+// y = phi(a) * u, group by group.
+void table(const Operation& k, int thread, int threads) {
+    const Share own = share_of(k.I, thread, threads);
+    const int64_t width = k.I / k.groups, size = int64_t(k.cells) * (k.order + 1);
+    const bool vectors = !k.silu && !k.periodic;
+    for (int64_t group = own.begin / width; group * width < own.end; ++group) {
+        const float* own_table = static_cast<const float*>(k.w) + group * size;
+        const int64_t end = std::min(own.end, (group + 1) * width);
+        int64_t i = std::max(own.begin, group * width);
+        for (; vectors && i + L <= end; i += L) {
+            const vec value = tabulated(k, own_table, load(k.a + i));
+            store(k.y + i, k.u ? value * load(k.u + i) : value);
+        }
+        for (; i < end; ++i) k.y[i] = tabulated(k, own_table, k.a[i]) * (k.u ? k.u[i] : 1.0f);
+    }
+}
+
 void run(const Decoder& d, const Operation& k, int64_t token, int64_t position, int thread, int threads) {
     const float *a = k.a, *w = static_cast<const float*>(k.w);
     const int64_t width = k.groups ? k.I / k.groups : k.I;
@@ -333,11 +380,7 @@ void run(const Decoder& d, const Operation& k, int64_t token, int64_t position, 
             break;
         case MATRIX: k.int8 ? matrix<int8_t>(k, thread, threads) : matrix<float>(k, thread, threads); break;
         case ATTENTION: attention(d, k, position, thread, threads); break;
-        case TABLE: {
-            const int64_t size = int64_t(k.cells) * (k.order + 1);
-            each(k, thread, threads, [&](int64_t i) { return tabulated(k, w + i / width * size, a[i]); });
-            break;
-        }
+        case TABLE: table(k, thread, threads); break;
         case RATIONAL:
             each(k, thread, threads, [&](int64_t i) {
                 return rational(w + i / width * 10, a[i]) + (k.silu ? silu(a[i]) : 0.0f);
