@@ -16,10 +16,13 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
+import mmap
 import operator
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +46,8 @@ KINDS = (
 """As the Kind of decode.cpp."""
 PRODUCTS = ("table", "rational", "silu", "gelu", "relu", "square", "xielu")
 """Those that multiply what they compute by a second input."""
+ALIGNMENT = 64
+"""Bytes of a line of a cache."""
 TABLE_ERROR = 1e-6
 """Largest error of a tabulated function, relative to its largest value on the grid."""
 Weights = Literal["float32", "int8"]
@@ -217,6 +222,30 @@ class Value:
         self.memory, self.size = memory, memory.numel()
 
 
+class LargePages:
+    """Tensors one after the other in memory of large pages, where the system has them.
+
+    A token reads every weight once: in pages of 4 KiB it looks up an address for every 32 rows of a tile.
+    """
+
+    CHUNK = 1 << 25
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        whole = -(-size // ALIGNMENT) * ALIGNMENT
+        if len(self._free) < whole:
+            # Nothing of it takes memory before it is written to.
+            memory = mmap.mmap(-1, max(self.CHUNK, whole))
+            with suppress(AttributeError, OSError):  # another system, or a kernel without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            self._free = torch.frombuffer(memory, dtype=torch.uint8)
+        taken, self._free = self._free[:size], self._free[whole:]
+        return taken.view(dtype).view(*shape)
+
+
 class Program:
     """The operations of one token through `model`, and what they read and write."""
 
@@ -226,6 +255,7 @@ class Program:
         self.int8, self.capacity, self.vocab_size = int8, capacity, config.vocab_size
         self.weight_bytes = 0
         self._kept: list[Tensor] = []
+        self._weights = LargePages()
         self._squares = [0.0, 0.0]
         self._buffers: dict[tuple[int, int], Tensor] = {}
         self._written: set[int] = set()
@@ -376,7 +406,8 @@ class Program:
         tiles = -(-outputs // tile)
         padded = weight.new_zeros(tiles * tile, functions, inputs)
         padded[:outputs] = weight
-        packed = self.keep(padded.view(tiles, tile, functions, inputs).permute(0, 3, 2, 1))
+        padded = padded.view(tiles, tile, functions, inputs).permute(0, 3, 2, 1)
+        packed = self.keep(self._weights.empty(padded.shape, padded.dtype).copy_(padded))
         self.weight_bytes += packed.numel() * packed.element_size()
         return packed, None if scales is None else self.keep(scales)
 
