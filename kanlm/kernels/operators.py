@@ -2,7 +2,7 @@
 
 Each backend has four, `kanlm::BACKEND_elementwise`, `kanlm::BACKEND_edge` and their gradients. An operator
 takes tensors and numbers, no modules. Eager calls go past them to autograd functions: an operator's
-dispatch costs about ten microseconds a call.
+dispatch takes several times as long (docs/performance.md).
 
 Shapes: ... leading, C channels, N rows, I inputs, O outputs, K basis functions.
 """
