@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -125,10 +127,10 @@ def restore(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimiz
     checkpoint.
     """
     config = KanLMConfig.from_dict(read_json(folder / "model.json"))
-    weights: dict[str, Any] = with_tied(load_file(folder / "model.safetensors"), config)
+    weights: dict[str, Any] = with_tied(read_tensors(folder / "model.safetensors"), config)
     _, states = gather_states(model, optimizers)  # for the structure: groups and parameter names
     state: dict[str, Any] = {}
-    for name, tensor in load_file(folder / "optimizer.safetensors").items():
+    for name, tensor in read_tensors(folder / "optimizer.safetensors").items():
         parameter, _, key = name.rpartition("/")
         state.setdefault(parameter, {})[key] = tensor
     if torch.distributed.is_initialized():  # only the main process holds the gathered structure
@@ -334,7 +336,18 @@ def load_model(run_dir: str | Path, step: int | None = None) -> tuple[KanLMConfi
             raise UserError(f"{run.root}: no checkpoint of step {step}; steps that it holds: {found}")
         verify(folder)
     config = KanLMConfig.from_dict(read_json(folder / "model.json"))
-    return config, with_tied(load_file(folder / "model.safetensors"), config)
+    return config, with_tied(read_tensors(folder / "model.safetensors"), config)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file; OSError where it cannot be read, for which torch has RuntimeError."""
+    try:
+        return load_file(path)
+    except RuntimeError as error:
+        if (found := re.search(r"unable to (?:open|mmap).*\((\d+)\)$", str(error), re.S)) is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from None
 
 
 def load_tokenizer(run_dir: str | Path) -> PreTrainedTokenizerFast:

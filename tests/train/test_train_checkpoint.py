@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -331,3 +332,15 @@ def test_disk_too_full_for_metrics_can_be_outlived_by_option(
     assert capsys.readouterr().out.count("metrics.jsonl: cannot be written") == 1
     steps = [line["step"] for line in metrics(config)]
     assert steps == sorted(set(steps)) and steps[-1] == 12 and len(steps) >= 10
+
+
+def test_tensors_that_the_disk_does_not_give_are_an_error_of_the_system(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+
+    def refused(path):
+        raise RuntimeError(f"unable to open file <{path}> in read-only mode: Input/output error (5)")
+
+    monkeypatch.setattr(checkpoint, "load_file", refused)
+    with pytest.raises(OSError) as told:
+        checkpoint.read_tensors(path)
+    assert (told.value.errno, told.value.filename) == (errno.EIO, str(path))
