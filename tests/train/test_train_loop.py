@@ -513,6 +513,7 @@ def test_compiled_layers_learn_the_same(run_config, losses):
     torch._dynamo.utils.counters.clear()
     loop.train(compiled)
     assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
     assert load_model(compiled.run_dir)[1].keys() == load_model(plain.run_dir)[1].keys()
 
