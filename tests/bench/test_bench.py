@@ -61,6 +61,7 @@ def test_machine_floor_is_measured():
     assert 1e9 < floor.matmul_flops < 1e15 and 1e8 < floor.copy_bytes < 1e14
 
 
+@pytest.mark.slow
 def test_peak_memory_sees_a_buffer_of_known_size():
     measured = measure.peak_memory(_arm_with_buffer, 64)
     if measured is None:

@@ -195,6 +195,7 @@ def builder(config, pause):
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_killed_build_resumes_and_two_builders_share_one_build(jsonl, tmp_path, config_for, monkeypatch):
     config = config_for(jsonl)
     tokenizer = tokenizer_for(config)

@@ -123,7 +123,7 @@ def test_the_verb_prints_a_table_or_json(folder, tmp_path):
     printed = json.loads(CliRunner().invoke(cli, [*asked, "--json"]).stdout)
     assert printed["bits_per_byte"] == json.loads((tmp_path / "a.json").read_text())["bits_per_byte"]
     both = CliRunner().invoke(cli, [*asked[:2], str(folder / "two"), *asked[2:], "--json"])
-    assert {"reports", "differences"} == set(json.loads(both.stdout))
+    assert {"reports", "totals", "differences"} == set(json.loads(both.stdout))
 
 
 def test_a_tokenizer_that_loses_text_is_refused(folder):

@@ -323,6 +323,7 @@ def _refuse_on_rank(rank: int, world_size: int, path: str):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_bad_samples_of_one_rank_are_refused_on_all(tmp_path):
     """A rank that alone refuses would leave the others waiting for it."""
     context = multiprocessing.spawn(_refuse_on_rank, args=(2, str(tmp_path)), nprocs=2, join=False)

@@ -69,6 +69,7 @@ def test_eager_and_sdpa_agree(build, arm, ids, padded):
     torch.testing.assert_close(eager[1, 4:], sdpa[1, 4:], **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [

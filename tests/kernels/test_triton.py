@@ -21,6 +21,7 @@ DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
 here = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="runs in the interpreter's process")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HAS_GPU or INTERPRETED, reason="the kernels run in this process")
 def test_kernels_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

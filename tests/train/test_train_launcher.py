@@ -33,6 +33,7 @@ def waited_for(happened, process: subprocess.Popen, log: Path) -> None:
 slow = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "number"),
     [

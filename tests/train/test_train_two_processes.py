@@ -73,6 +73,7 @@ def jobs_of(table, kind: str) -> list[dict]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one(kind, run_table, run_config, tmp_path, losses, worker, monkeypatch):
     alone = run_config("name=alone")
