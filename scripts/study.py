@@ -33,6 +33,7 @@ import click
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from safetensors.torch import load_file
 
 from kanlm import kernels
 from kanlm.compare.judgement import ArmLosses, Judgement, judge, mean, sentence
@@ -51,7 +52,7 @@ from kanlm.model.ffn import find_arm
 from kanlm.model.learned_function import LearnedFunction
 from kanlm.runs import RunDir, read_json, write_json
 from kanlm.sizing import matched_width, parameter_counts
-from kanlm.stats import holm, paired_difference, standard_error
+from kanlm.stats import Rung, holm, paired_difference, size_ratio, standard_error
 from kanlm.train.checkpoint import load_model
 from kanlm.train.loop import train
 
@@ -65,6 +66,8 @@ PAIRS_EACH, LAST_WORDS = 100, 1_000
 """Zero-shot questions: pairs of each of BLiMP's 67 paradigms, passages of LAMBADA."""
 FROZEN = 1e-12
 """A rate at which coefficients of about 1 stay as they are in fp32."""
+AVERAGED, AVERAGED_EVERY = 8, 16
+"""Of a final phase's run, the weights of the last 8 checkpoints, 16 steps apart, are averaged and judged, too."""
 SEGMENTS = 64
 """The test text is scored in so many equal parts, whose spread is its sampling error."""
 
@@ -152,6 +155,10 @@ def write_documents(path: Path, documents: list[str]) -> None:
     print(f"{path}: {len(documents)} documents, {path.stat().st_size:,} bytes")
 
 
+OF_A_PHASE = ("name", "about", "arms", "seeds", "ladder")
+"""Keys of a phase that change none of its trials."""
+
+
 def plan() -> list[dict[str, Any]]:
     return tomllib.loads(PLAN.read_text(encoding="utf-8"))["phase"]
 
@@ -162,7 +169,7 @@ def trials_of(names: tuple[str, ...]) -> list[dict[str, Any]]:
     for phase in plan():
         if names and phase["name"] not in names:
             continue
-        common = {key: value for key, value in phase.items() if key not in ("name", "about", "arms", "seeds")}
+        common = {key: value for key, value in phase.items() if key not in OF_A_PHASE}
         rows = []
         for arm in phase["arms"]:
             table = {**common, **arm}
@@ -200,7 +207,8 @@ def run_config(trial: dict[str, Any]) -> RunConfig:
         "learning_rate": trial["learning_rate"],
         "eval_every": 0,
         "save_minutes": 60.0,
-        "save_every": 0,
+        "save_every": AVERAGED_EVERY if trial.get("role") == "final" else 0,
+        "keep_last": AVERAGED,
         "min_lr_ratio": trial.get("min_lr_ratio", 0.1),
     }
     if trial.get("frozen"):
@@ -321,6 +329,9 @@ def train_and_judge(trial: dict[str, Any]) -> dict[str, Any]:
         result["test_bits_per_byte"] = sums.sum() / cache.manifest["bytes"] / math.log(2)
         result["test_segments"] = [round(float(s), 2) for s in sums]
         result |= zero_shot(model, tokenizer) if trial.get("zero_shot") else {}
+        averaged = averaged_model(config)
+        result["valid_averaged"] = mean_nll(averaged, text_cache(config, tokenizer, "valid"))
+        result["test_averaged"] = mean_nll(averaged, cache)
         functions = [module for module in model.modules() if isinstance(module, LearnedFunction)]
         if functions:
             for module in functions:
@@ -336,6 +347,18 @@ def train_and_judge(trial: dict[str, Any]) -> dict[str, Any]:
 def trained_model(config: RunConfig) -> KanLMForCausalLM:
     """The model of the run's newest checkpoint, with the fastest kernels."""
     model = model_of(*load_model(config.run_dir))
+    kernels.select(model)
+    return model
+
+
+def averaged_model(config: RunConfig) -> KanLMForCausalLM:
+    """The mean of the weights of the run's last checkpoints (LAWA, Kaddour 2022); the last one counts, too."""
+    folders = RunDir(config.run_dir).checkpoint_folders()[-AVERAGED:]
+    model = model_of(*load_model(config.run_dir))
+    states = [load_file(folder / "model.safetensors") for folder in folders]
+    mean_state = {name: torch.stack([state[name] for state in states]).mean(dim=0) for name in states[0]}
+    missing, unexpected = model.load_state_dict(mean_state, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     kernels.select(model)
     return model
 
@@ -366,6 +389,11 @@ def segment_nll(model: torch.nn.Module, cache: TokenCache, block_size: int = 128
         for start, row in zip(batch, nll, strict=True):
             sums[start * SEGMENTS // targets] += float(row.double().sum())
     return sums
+
+
+def mean_nll(model: torch.nn.Module, cache: TokenCache) -> float:
+    """Nats/token of the whole text."""
+    return float(segment_nll(model, cache).sum() / (len(cache) - 1))
 
 
 def zero_shot(model: torch.nn.Module, tokenizer: Any) -> dict[str, Any]:
@@ -509,6 +537,7 @@ def report() -> None:
         else:
             text = seeds_table(done) if len(phase["seeds"]) > 1 else rates_table(done)
         parts.append(f"{title}\n{text}")
+    parts += ladders(rows)
     RESULTS.with_name("report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     write_json(RESULTS.with_name("report.json"), {"verdict": {"judgements": judged}})
     print(RESULTS.with_name("report.md"))
@@ -614,6 +643,7 @@ def judged_phase(phase: dict[str, Any], done: list[dict[str, Any]]) -> tuple[lis
             if twin.family == "mlp" and twin.name != one.baseline
             for other in judge([next(a for a in arms if a.name == one.arm), twin])
         ]
+    lines += averaging(by_arm, judgements)
     lines += zero_shot_table(by_arm, judgements)
     return [{**one.as_dict(), "phase": phase["name"]} for one in judgements], "\n".join(lines)
 
@@ -629,6 +659,90 @@ def text_error(by_arm: dict[str, list[dict[str, Any]]], one: Judgement) -> float
     gaps = [np.subtract(own[seed]["test_segments"], other[seed]["test_segments"]) for seed in seeds]
     tokens = sum(own[seeds[0]]["test_segments"]) / own[seeds[0]]["test"]
     return standard_error(np.mean(gaps, axis=0).tolist(), [tokens / SEGMENTS] * SEGMENTS)
+
+
+def averaging(by_arm: dict[str, list[dict[str, Any]]], judgements: list[Judgement]) -> list[str]:
+    """The differences with the weights of the last checkpoints averaged, beside those of the same seeds without."""
+    lines = []
+    for one in judgements:
+        own, other = (
+            {row["seed"]: row for row in by_arm[name] if "test_averaged" in row}
+            for name in (one.arm, one.baseline)
+        )
+        seeds = sorted(set(own) & set(other))
+        if len(seeds) < 2:
+            continue
+        lines += [
+            "",
+            f"| weights of {len(seeds)} seeds | {one.arm} | {one.baseline} | difference | interval | spread |",
+            "|---|---|---|---|---|---|",
+        ]
+        for words, key in (("the last", "test"), (f"mean of {AVERAGED} checkpoints", "test_averaged")):
+            a, b = ([rows[seed][key] for seed in seeds] for rows in (own, other))
+            gap, spread = paired_difference(a, b), np.std(np.subtract(a, b), ddof=1)
+            lines.append(
+                f"| {words} | {mean(a):.4f} | {mean(b):.4f} | {gap.mean:+.4f} | "
+                f"{gap.low:+.4f} to {gap.high:+.4f} | {spread:.4f} |"
+            )
+    return lines
+
+
+def ladders(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Power laws over the phases of each ladder: how many times the MLP's parameters the KAN needs."""
+    by_ladder = defaultdict(list)
+    for phase in plan():
+        if "ladder" in phase:
+            by_ladder[phase["ladder"]].append(phase)
+    parts = []
+    for name, phases in by_ladder.items():
+        rungs, lines = [], ["| parameters | tokens | seeds | KAN | MLP | difference |", "|---|---|---|---|---|---|"]
+        for phase in phases:
+            arms: dict[str, dict[int, dict[str, Any]]] = {"kan": {}, "mlp": {}}
+            for trial in trials_of((phase["name"],)):
+                row = rows.get(key_of(trial), {})
+                if "test" in row:
+                    arms[find_arm(row["arm"]).family][row["seed"]] = row
+            seeds = sorted(set(arms["kan"]) & set(arms["mlp"]))
+            if not seeds:
+                continue
+            own, other = ([arms[f][seed] for seed in seeds] for f in ("kan", "mlp"))
+            losses = [[row["test"] for row in both] for both in (own, other)]
+            sizes = [both[0]["non_embedding_parameters"] for both in (own, other)]
+            rungs.append(Rung(*map(float, sizes), *losses))
+            gap = f"{mean(losses[0]) - mean(losses[1]):+.4f}"
+            if len(seeds) > 1:
+                found = paired_difference(*losses)
+                gap += f" ({found.low:+.4f} to {found.high:+.4f})"
+            lines.append(
+                f"| {sizes[0]:,} | {phase['tokens']:,} | {len(seeds)} | {mean(losses[0]):.4f} | "
+                f"{mean(losses[1]):.4f} | {gap} |"
+            )
+        if not rungs:
+            continue
+        parts.append(f"## Ladder: {name}\n\n" + "\n".join(lines) + "\n\n" + ladder_sentence(rungs))
+    return parts
+
+
+def ladder_sentence(rungs: list[Rung]) -> str:
+    if len(rungs) < 3:
+        return f"{len(rungs)} of the sizes are trained; a power law needs three."
+    found = size_ratio(rungs)
+    by_size = ", ".join(
+        f"{float(size):,.0f}: {'beyond' if value is None else f'{value:.2f}'}"
+        for size, value in found.by_size.items()
+    )
+    laws = "; ".join(
+        f"{arm} {fit.irreducible:.2f} + ({fit.scale:.3g} / N)^{fit.exponent:.3f}"
+        for arm, fit in (("KAN", found.fit), ("MLP", found.other_fit))
+    )
+    ratio = "no ratio" if found.ratio is None else f"{found.ratio:.2f} times the MLP's parameters"
+    if found.low is not None:
+        ratio += f" ({found.low:.2f} to {found.high:.2f}, 95%)"
+    short = f" Too short to say: {found.too_short}." if found.too_short else ""
+    return (
+        f"For equal loss the KAN needs {ratio}, claimed 1/100; by size {by_size}. Loss in nats/token of N "
+        f"parameters: {laws}.{short}"
+    )
 
 
 def zero_shot_table(by_arm: dict[str, list[dict[str, Any]]], judgements: list[Judgement]) -> list[str]:
