@@ -695,7 +695,10 @@ def ladders(rows: dict[str, dict[str, Any]]) -> list[str]:
             by_ladder[phase["ladder"]].append(phase)
     parts = []
     for name, phases in by_ladder.items():
-        rungs, lines = [], ["| parameters | tokens | seeds | KAN | MLP | difference |", "|---|---|---|---|---|---|"]
+        rungs, lines = (
+            [],
+            ["| parameters | tokens | seeds | KAN | MLP | difference |", "|---|---|---|---|---|---|"],
+        )
         for phase in phases:
             arms: dict[str, dict[int, dict[str, Any]]] = {"kan": {}, "mlp": {}}
             for trial in trials_of((phase["name"],)):

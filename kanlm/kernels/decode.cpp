@@ -31,6 +31,7 @@ constexpr int W = 32;              // columns of a tile
 constexpr int VECS = W / L;        // vectors in a tile's row
 constexpr int AHEAD = 6;           // inputs that an edge layer fetches ahead; a line of a cache has LINE bytes
 constexpr int LINE = 64;
+constexpr int64_t FETCHED = 1 << 16;  // bytes of a layer from which on: other layers drive it out of the nearest caches
 constexpr int BANKS = BYTES / 16;  // sums of a column that wait for each other: together they hide the latency
 
 typedef float vec __attribute__((vector_size(BYTES)));
@@ -240,7 +241,7 @@ void edge(Operation k, int thread, int threads) {
     }
 #pragma omp barrier
     // Weights that no cache holds: the processor sees no stream in rows that are left out, but they are known ahead.
-    const bool fetch = k.I * k.K * k.O * int64_t(sizeof(X)) > 1 << 20;
+    const bool fetch = k.I * k.K * k.O * int64_t(sizeof(X)) > FETCHED;
     for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
         const X* w = static_cast<const X*>(k.w) + tile * k.I * k.K * W;
         vec sums[2][VECS] = {};
