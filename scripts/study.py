@@ -67,7 +67,7 @@ PAIRS_EACH, LAST_WORDS = 100, 1_000
 FROZEN = 1e-12
 """A rate at which coefficients of about 1 stay as they are in fp32."""
 AVERAGED, AVERAGED_EVERY = 8, 16
-"""Of a final phase's run, the weights of the last 8 checkpoints, 16 steps apart, are averaged and judged, too."""
+"""Of a final phase's run, the mean weights of the last 8 checkpoints, 16 steps apart, are judged, too."""
 SEGMENTS = 64
 """The test text is scored in so many equal parts, whose spread is its sampling error."""
 
@@ -662,7 +662,7 @@ def text_error(by_arm: dict[str, list[dict[str, Any]]], one: Judgement) -> float
 
 
 def averaging(by_arm: dict[str, list[dict[str, Any]]], judgements: list[Judgement]) -> list[str]:
-    """The differences with the weights of the last checkpoints averaged, beside those of the same seeds without."""
+    """The differences with the last checkpoints averaged, beside those of the same seeds without."""
     lines = []
     for one in judgements:
         own, other = (
@@ -674,7 +674,8 @@ def averaging(by_arm: dict[str, list[dict[str, Any]]], judgements: list[Judgemen
             continue
         lines += [
             "",
-            f"| weights of {len(seeds)} seeds | {one.arm} | {one.baseline} | difference | interval | spread |",
+            f"| test, weights of {len(seeds)} seeds | {one.arm} | {one.baseline} | difference | interval | "
+            "spread |",
             "|---|---|---|---|---|---|",
         ]
         for words, key in (("the last", "test"), (f"mean of {AVERAGED} checkpoints", "test_averaged")):
