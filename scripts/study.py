@@ -352,7 +352,7 @@ def trained_model(config: RunConfig) -> KanLMForCausalLM:
 
 
 def averaged_model(config: RunConfig) -> KanLMForCausalLM:
-    """The mean of the weights of the run's last checkpoints (LAWA, Kaddour 2022); the last one counts, too."""
+    """The mean weights of the run's last checkpoints (LAWA, Kaddour 2022)."""
     folders = RunDir(config.run_dir).checkpoint_folders()[-AVERAGED:]
     model = model_of(*load_model(config.run_dir))
     states = [load_file(folder / "model.safetensors") for folder in folders]
