@@ -18,17 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kanlm import __version__, checksums
 from kanlm.config import UserError
 from kanlm.evaluation.loading import load_causal_lm
 from kanlm.evaluation.perplexity import held_out_documents
-from kanlm.export import export_model
+from kanlm.export import export_model, plain
 from kanlm.interpret.functions import token_batch
 from kanlm.interpret.removal import sequence_losses
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.model.kan import kan_coefficient_names
 from kanlm.model.modeling_converted import CONVERTED, feed_forward_blocks, register
-from kanlm.runs import new_folder, save_tokenizer, write_text
 
 ARMS = ("kan_glu", "kan_act", "kan_grouped", "kan")
 LEARNING_RATE = 3e-3
@@ -296,13 +294,8 @@ def text_batch(model: Any, tokenizer: Any, data: str, split: str | None, tokens:
 
 def save(model: Any, tokenizer: Any, out: Path, name: str, lines: list[str]) -> None:
     """The converted `model` with its code, tokenizer, card and checksums as the new folder `out`."""
-    if isinstance(model, KanLMForCausalLM):
-        facts = dict(line.split("  ", 1) for line in lines)
-        export_model(model, tokenizer, out, {"name": name, "training": facts})
-        return
-    with new_folder(out) as folder:
-        model.save_pretrained(folder)
-        save_tokenizer(tokenizer, folder)
-        card = [f"# {name}", f"Converted by kanlm {__version__}.", *(f"- {line}" for line in lines)]
-        write_text(folder / "README.md", "\n\n".join(card) + "\n")
-        write_text(folder / checksums.NAME, checksums.checksums(folder))
+    facts = {"Made by": "`kanlm convert`"}
+    for line in lines:
+        key, _, value = line.partition("  ")
+        facts[key.capitalize()] = plain(value)
+    export_model(model, tokenizer, out, {"name": name, "training": facts})

@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kanlm import __version__, checksums
 from kanlm.config import UserError
 from kanlm.edge.onnx_export import needs, write_onnx
 from kanlm.evaluation.loading import load_causal_lm
-from kanlm.model import KanLMConfig, KanLMForCausalLM
+from kanlm.initial import model_class, tied_weights
+from kanlm.model import KanLMForCausalLM
 from kanlm.model.ffn import FeedForward, find_arm
 from kanlm.runs import EvalReport, RunDir, new_folder, read_json, save_tokenizer, write_text
 from kanlm.train.checkpoint import load_model, load_tokenizer
@@ -91,9 +93,9 @@ def export_onnx(
 
 
 def export_model(
-    model: KanLMForCausalLM, tokenizer: PreTrainedTokenizerBase, out: str | Path, card: dict[str, Any]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: str | Path, card: dict[str, Any]
 ) -> Path:
-    """Write `model` and `tokenizer` to the new folder `out`.
+    """Write `model`, of kanlm or converted, and `tokenizer` to the new folder `out`.
 
     `card` may hold `name`, `training` (facts shown as a list; the values are Markdown, see `plain`),
     `datasets` (hub ids) and `eval_reports`. Special token ids that the model's config leaves open are the
@@ -118,7 +120,8 @@ def export_model(
     reports = list(card.get("eval_reports", ()))
     with new_folder(out) as folder:
         model.save_pretrained(folder)
-        add_arm_of_other_package(folder, find_arm(model.config.ffn_type))
+        if isinstance(model, KanLMForCausalLM):
+            add_arm_of_other_package(folder, find_arm(model.config.ffn_type))
         save_tokenizer(tokenizer, folder)
         for weights in folder.glob("*.safetensors"):  # safetensors writes for the owner alone
             weights.chmod((folder / "config.json").stat().st_mode)
@@ -162,12 +165,14 @@ def shipped_tokenizer(tokenizer: PreTrainedTokenizerBase, positions: int) -> Pre
     return shipped
 
 
-def model_of(config: KanLMConfig, weights: dict[str, Any]) -> KanLMForCausalLM:
+def model_of(config: Any, weights: dict[str, Any]) -> Any:
     """The fp32 model of `config` with exactly `weights`; a missing or unexpected name is an error."""
-    model = KanLMForCausalLM(config)
+    model = model_class(config)(config)
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    missing = set(missing) - (set(model.all_tied_weights_keys) if config.tie_word_embeddings else set())
-    for names, what in ((missing, "lacks"), (unexpected, "has, and the model has not,")):
+    for names, what in (
+        (set(missing) - set(tied_weights(config)), "lacks"),
+        (unexpected, "has, and the model has not,"),
+    ):
         if names:
             raise UserError(
                 f"checkpoint: it {what} {', '.join(sorted(names))}; train the run with this version again"
@@ -238,11 +243,12 @@ def _kan_rate(settings: dict[str, Any]) -> str:
     return f"{settings['kan_lr_multiplier']:g} times that"
 
 
-def model_card(model: KanLMForCausalLM, facts: dict[str, Any]) -> ModelCard:
+def model_card(model: PreTrainedModel, facts: dict[str, Any]) -> ModelCard:
     """The card of `model`: YAML front matter (with a model-index) and a text that ends in the evaluation."""
     config, name = model.config, plain(facts.get("name", "kanlm"))
     reports = facts.get("eval_reports", [])
-    is_kan = find_arm(config.ffn_type).family == "kan"
+    converted = not isinstance(model, KanLMForCausalLM)
+    arm = config.kan["arm"] if converted else config.ffn_type
     data = ModelCardData(
         model_name=name,
         license="apache-2.0" if facts.get("stated_licence") else None,
@@ -250,21 +256,22 @@ def model_card(model: KanLMForCausalLM, facts: dict[str, Any]) -> ModelCard:
         pipeline_tag="text-generation",
         tags=[
             "kanlm",
-            "kolmogorov-arnold-network" if is_kan else "mlp",
-            config.ffn_type,
+            "kolmogorov-arnold-network" if find_arm(arm).family == "kan" else "mlp",
+            arm,
         ],
         datasets=facts.get("datasets") or None,
         eval_results=_eval_results(reports),
     )
-    embedding = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    embedded = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    embedded.add(model.get_output_embeddings().weight)
+    embedding = sum(parameter.numel() for parameter in embedded)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    ffn = f"`{config.ffn_type}`"
-    if config.hidden_norm:
-        ffn += " with a hidden norm"
-    if is_kan:
-        ffn += f" (`{config.kan_basis}`, {config.kan_grid_size} intervals of order {config.kan_order})"
+    ffn = f"`{arm}`"
+    body = (
+        f"a `{config.model_type.removeprefix('kanlm_')}` model with" if converted else "rotary attention and"
+    )
     architecture = {
-        "Feed-forward blocks": ffn,
+        "Feed-forward blocks": ffn + _functions(config),
         "Parameters": f"{parameters:,} ({parameters - embedding:,} without embeddings)",
         "Layers": config.num_hidden_layers,
         "Width": config.hidden_size,
@@ -274,7 +281,7 @@ def model_card(model: KanLMForCausalLM, facts: dict[str, Any]) -> ModelCard:
     }
     text = f"""# {name}
 
-A small decoder-only language model by kanlm {__version__}: rotary attention and {ffn} feed-forward blocks.
+A small decoder-only language model by kanlm {__version__}: {body} {ffn} feed-forward blocks.
 
 {_bullets(architecture)}
 
@@ -303,6 +310,17 @@ or harmful text.
 
 """
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}{_evaluation_section(reports)}")
+
+
+def _functions(config: Any) -> str:
+    """What a card says of the learned functions, after the arm."""
+    if not hasattr(config, "ffn_type"):
+        kan = config.kan
+        return f" (`{kan['basis']}`, {kan['grid_size']} intervals of order {kan['order']})"
+    norm = " with a hidden norm" if config.hidden_norm else ""
+    if find_arm(config.ffn_type).family != "kan":
+        return norm
+    return norm + f" (`{config.kan_basis}`, {config.kan_grid_size} intervals of order {config.kan_order})"
 
 
 def _licence_sentence(facts: dict[str, Any]) -> str:

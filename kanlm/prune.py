@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,11 +89,14 @@ def prune_table(
     split: str | None = None,
     tokens: int = 16_384,
     seeds: Sequence[int] = (0, 1, 2),
+    tune: Callable[[Any, Any], Any] | None = None,
 ) -> list[dict[str, Any]]:
     """For each model and share in KEPT: parameters, loss pruned by importance and at random, step time.
 
     A row has model, ffn_type, keep, parameters, ffn_parameters, loss, random (mean over `seeds`) and
     step_seconds (forward and backward of 2,048 tokens, the fastest of rounds in turns with the whole model).
+    With `tune`, which gives a model (with its tokenizer) back fine-tuned: also tuned, and random_tuned of the
+    first seed.
     """
     from kanlm.interpret.pruning import blocks
     from kanlm.interpret.timing import step_seconds
@@ -104,25 +107,28 @@ def prune_table(
         model, tokenizer = load_causal_lm(path)
         batch = text_batch(model, tokenizer, data, split, tokens)
         fit, held = batch[::2], batch[1::2]
+
+        def loss(network: Any, held=held) -> float:
+            return float(sequence_losses(network, held).mean())
+
         small = {1.0: model} | {keep: pruned(model, fit, keep)[0] for keep in KEPT}
         seconds = step_seconds(list(small.values()), fit[: max(1, 2048 // fit.shape[1])])
         for (keep, network), step in zip(small.items(), seconds, strict=True):
-            at_random = [
-                float(sequence_losses(pruned(model, fit, keep, "random", seed)[0], held).mean())
-                for seed in seeds
-            ]
-            rows.append(
-                {
-                    "model": str(path),
-                    "ffn_type": getattr(model.config, "ffn_type", model.config.model_type),
-                    "keep": keep,
-                    "parameters": sum(p.numel() for p in network.parameters()),
-                    "ffn_parameters": sum(
-                        p.numel() for block in blocks(network).values() for p in block.parameters()
-                    ),
-                    "loss": float(sequence_losses(network, held).mean()),
-                    "random": sum(at_random) / len(at_random),
-                    "step_seconds": step,
-                }
-            )
+            at_random = [pruned(model, fit, keep, "random", seed)[0] for seed in seeds]
+            row = {
+                "model": str(path),
+                "ffn_type": getattr(model.config, "ffn_type", model.config.model_type),
+                "keep": keep,
+                "parameters": sum(p.numel() for p in network.parameters()),
+                "ffn_parameters": sum(
+                    p.numel() for block in blocks(network).values() for p in block.parameters()
+                ),
+                "loss": loss(network),
+                "random": sum(map(loss, at_random)) / len(at_random),
+                "step_seconds": step,
+            }
+            if tune is not None:
+                row["tuned"] = loss(tune(network, tokenizer))
+                row["random_tuned"] = row["tuned"] if keep == 1 else loss(tune(at_random[0], tokenizer))
+            rows.append(row)
     return rows

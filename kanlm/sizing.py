@@ -12,6 +12,9 @@ FLOPs (a multiply-add is 2), per token, forward and backward (twice the forward)
     elementwise   3 x FLOPs of activations and basis functions, which each arm's class states;
                   exp, tanh and erf count as 1
 The sum is what arms are matched by, so a KAN pays for the evaluation of its basis.
+
+A converted model of another family has no closed form: its parameters are counted on a model built without
+memory, and of its elementwise work learned functions and the activations beside them.
 """
 
 from __future__ import annotations
@@ -23,19 +26,24 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import PreTrainedConfig
 
 from kanlm.config import RunConfig, UserError, did_you_mean, one_line
-from kanlm.initial import initial_config
-from kanlm.model import KanLMConfig, KanLMForCausalLM
+from kanlm.initial import decoder_layers, initial_config, model_class
+from kanlm.model import KanLMConfig
 from kanlm.model.ffn import arm_names, find_arm
+from kanlm.model.ffn_kan import SILU_FLOPS
+from kanlm.model.kan import KANLinear
+from kanlm.model.learned_function import LearnedFunction
 
 TOLERANCE = {"parameters": 0.005, "flops": 0.01}
 """Relative mismatch up to which two arms count as equal in size."""
 
 
-def architecture(config: RunConfig, vocab_size: int | None = None, **token_ids: int | None) -> KanLMConfig:
-    """The `KanLMConfig` of a run whose tokenizer has `vocab_size` entries, or before it has a tokenizer.
+def architecture(config: RunConfig, vocab_size: int | None = None, **token_ids: int | None) -> Any:
+    """The `KanLMConfig` of a run whose tokenizer has `vocab_size` entries, or before it has a tokenizer; with
+    `init_from` a converted model, the config of its family.
 
     `[model]` keys are checked against the fields of KanLMConfig. `vocab_size` defaults to the tokenizer's
     size and `max_position_embeddings` to `data.block_size`; `token_ids` (bos_token_id, eos_token_id,
@@ -89,14 +97,14 @@ def planned_vocab_size(config: RunConfig) -> int:
     return config.tokenizer.vocab_size
 
 
-def started_from(config: RunConfig) -> KanLMConfig:
+def started_from(config: RunConfig) -> Any:
     """The architecture of `init_from`; UserError where `[model]` asks for another."""
     assert config.init_from is not None
     found = initial_config(config.init_from)
     for key, value in config.model.items():
-        if getattr(found, key) != value:
+        if getattr(found, key, None) != value:
             raise UserError(
-                f"model.{key}: got {value!r}, but the model of init_from has {getattr(found, key)!r}; "
+                f"model.{key}: got {value!r}, but the model of init_from has {getattr(found, key, None)!r}; "
                 "leave the key out"
             )
     return found
@@ -130,8 +138,10 @@ def _attention_parameters(config: KanLMConfig) -> int:
     return 2 * sum(_head_channels(config)) * config.hidden_size
 
 
-def parameter_counts(config: KanLMConfig) -> Counts:
-    """Parameters in closed form; equal to the numbers of the built model."""
+def parameter_counts(config: Any) -> Counts:
+    """Parameters, of a KanLMConfig in closed form; equal to the numbers of the built model."""
+    if not isinstance(config, KanLMConfig):
+        return built_counts(config)
     embedding = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     ffn = config.num_hidden_layers * sum(find_arm(config.ffn_type).count_parameters(config))
     norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
@@ -139,14 +149,20 @@ def parameter_counts(config: KanLMConfig) -> Counts:
     return Counts(embedding + non_embedding, embedding, non_embedding, ffn)
 
 
-def built_counts(config: KanLMConfig) -> Counts:
-    """The same numbers, counted on a model built without memory (meta device)."""
+def built(config: Any) -> Any:
+    """The model without memory (meta device)."""
     with torch.device("meta"):
-        model = KanLMForCausalLM(config)
-    embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+        return model_class(config)(config)
+
+
+def built_counts(config: Any) -> Counts:
+    """The same numbers, counted on the built model."""
+    model = built(config)
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings.add(model.get_output_embeddings().weight)
     total = sum(p.numel() for p in model.parameters())
     embedding = sum(p.numel() for p in embeddings)
-    ffn = sum(p.numel() for layer in model.model.layers for p in layer.mlp.parameters())
+    ffn = sum(p.numel() for layer in decoder_layers(model) for p in layer.mlp.parameters())
     return Counts(total, embedding, total - embedding, ffn)
 
 
@@ -173,8 +189,31 @@ def training_flops(config: KanLMConfig, block_size: int) -> Flops:
     return Flops(6 * (matrices + head), attention, 3 * layers * block.count_flops(config))
 
 
-def training_flops_per_token(config: KanLMConfig, block_size: int) -> int:
+def converted_flops(config: Any, block_size: int) -> Flops:
+    """`training_flops` of a converted model of another family, read from the model."""
+    model = built(config)
+    matrices = sum(
+        parameter.numel()
+        for name, parameter in decoder_layers(model).named_parameters()
+        if parameter.ndim > 1 and not name.endswith(".coefficients")
+    )
+    elementwise = 0
+    for module in model.modules():
+        if isinstance(module, LearnedFunction):  # the function, and the activation that it is added to
+            elementwise += module.channels * (4 + 2 * config.kan["order"] + SILU_FLOPS)
+        elif isinstance(module, KANLinear):
+            order = config.kan["order"]
+            elementwise += module.in_features * (3 + (order + 1) * 2 * order + SILU_FLOPS)
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    attention = 12 * config.num_hidden_layers * width * block_size
+    return Flops(6 * (matrices + config.vocab_size * config.hidden_size), attention, 3 * elementwise)
+
+
+def training_flops_per_token(config: Any, block_size: int) -> int:
     """`training_flops(...)` in all."""
+    if not isinstance(config, KanLMConfig):
+        return converted_flops(config, block_size).total
     return training_flops(config, block_size).total
 
 
@@ -345,10 +384,18 @@ def plan(
     peak_flops: float = PEAK_FLOPS,
     utilisation: float = UTILISATION,
 ) -> dict[str, Any]:
-    """What `kanlm plan` prints: parameters (proved on the meta device), FLOPs, memory, days, matched arms."""
+    """What `kanlm plan` prints: parameters (proved on the meta device), FLOPs, memory, days, matched arms.
+
+    UserError for a converted model of another family.
+    """
     model = architecture(config)
-    counts, built = parameter_counts(model), built_counts(model)
-    assert counts == built, (counts, built)
+    if not isinstance(model, KanLMConfig):
+        raise UserError(
+            f"init_from: {config.init_from} is a converted {model.model_type!r} model, and only kanlm's "
+            "own are planned; `kanlm train` trains it"
+        )
+    counts, on_meta = parameter_counts(model), built_counts(model)
+    assert counts == on_meta, (counts, on_meta)
     block_size = config.data.block_size
     flops = training_flops(model, block_size)
     steps, step_tokens = config.total_steps, config.step_tokens
@@ -362,7 +409,7 @@ def plan(
         "intermediate_size": model.intermediate_size,
         "block_size": block_size,
         "parameters": dataclasses.asdict(counts),
-        "parameters_built": dataclasses.asdict(built),
+        "parameters_built": dataclasses.asdict(on_meta),
         "flops_per_token": {**dataclasses.asdict(flops), "total": flops.total},
         "steps": steps,
         "tokens": tokens,

@@ -14,12 +14,12 @@ from torch import nn
 
 from kanlm import kernels
 from kanlm.config import TrainConfig, UserError, one_line
-from kanlm.model import KanLMConfig, KanLMForCausalLM
+from kanlm.initial import decoder_layers, model_class
 from kanlm.model.kan import kan_coefficient_names
 from kanlm.train.optimizer import optimizers
 
-MakeOptimizers = Callable[[KanLMForCausalLM], list[torch.optim.Optimizer]]
-Placement = Callable[[KanLMForCausalLM, MakeOptimizers], tuple[nn.Module, list[Any]]]
+MakeOptimizers = Callable[[Any], list[torch.optim.Optimizer]]
+Placement = Callable[[Any, MakeOptimizers], tuple[nn.Module, list[Any]]]
 """Where a model goes, and how: it returns the model and the optimisers to use from then on."""
 
 
@@ -34,7 +34,7 @@ class Trainable:
 
 
 def build(
-    architecture: KanLMConfig,
+    architecture: Any,
     settings: TrainConfig,
     device: torch.device,
     *,
@@ -44,11 +44,11 @@ def build(
 ) -> Trainable:
     """The model of `architecture` in training mode, with checkpointing, compilation, kernels and optimisers.
 
-    `init_from`: a folder whose weights it begins with. Without a `placement` (accelerate's DDP or FSDP2) the
-    model simply goes to `device`.
+    `architecture`: a KanLMConfig, or the config of a converted family. `init_from`: a folder whose weights it
+    begins with. Without a `placement` (accelerate's DDP or FSDP2) the model simply goes to `device`.
     """
     torch.manual_seed(seed)
-    model = initial_model(init_from, architecture) if init_from else KanLMForCausalLM(architecture)
+    model = initial_model(init_from, architecture) if init_from else model_class(architecture)(architecture)
     if settings.trainable == "functions":
         freeze_all_but_functions(model)
     if settings.gradient_checkpointing:
@@ -57,7 +57,7 @@ def build(
             model.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.compile:
         # Layer by layer: all layers of one shape share a compiled graph, and FSDP2 shards at the same places.
-        for layer in model.model.layers:
+        for layer in decoder_layers(model):
             layer.compile()
     # Optimisers come after the move: FSDP2 replaces the parameters by shards.
     place = placement or partial(plain_placement, device)
@@ -68,14 +68,15 @@ def build(
     return Trainable(placed, made, chosen)
 
 
-def initial_model(folder: str | Path, architecture: KanLMConfig) -> KanLMForCausalLM:
+def initial_model(folder: str | Path, architecture: Any) -> Any:
     """The fp32 model of `architecture` with the weights in `folder`.
 
     Raises:
         UserError: weights of another model.
     """
     try:
-        return KanLMForCausalLM.from_pretrained(str(folder), config=architecture, dtype=torch.float32)
+        kind = model_class(architecture)
+        return kind.from_pretrained(str(folder), config=architecture, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UserError(f"init_from: {one_line(error)}") from None
 
@@ -94,7 +95,7 @@ def freeze_all_but_functions(model: nn.Module) -> None:
 
 
 def plain_placement(
-    device: torch.device, model: KanLMForCausalLM, make_optimizers: MakeOptimizers
+    device: torch.device, model: nn.Module, make_optimizers: MakeOptimizers
 ) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
     """All on one device, without accelerate."""
     nn.Module.to(model, device)

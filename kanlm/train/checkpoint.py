@@ -2,7 +2,7 @@
 
     checkpoints/step-00001000/
       manifest.json           size and sha256 of every other file; written last
-      model.json              KanLMConfig
+      model.json              KanLMConfig, or that of a converted family
       model.safetensors       full (unsharded) parameters; a tied head is not stored twice
       optimizer.safetensors   full optimiser state, `PARAMETER/exp_avg` and so on
       trainer.json            step, tokens, loader state, and what else an exact resume needs
@@ -38,7 +38,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kanlm.checksums import must_be_readable
 from kanlm.config import UserError
-from kanlm.model import KanLMConfig
+from kanlm.initial import config_of, tied_weights
 from kanlm.runs import RunDir, new_folder, read_json, step_of, write_json
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -95,12 +95,12 @@ def snapshot(
     step: int,
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
-    config: KanLMConfig,
+    config: Any,
     trainer: dict[str, Any],
 ) -> Snapshot:
     """The state of `model` and `optimizers` in CPU memory. All processes call it; the main one has it."""
     weights, states = gather_states(model, optimizers)
-    tied = tied_names(config)
+    tied = tied_weights(config)
     # On a CPU the state dict may still share memory with the model.
     on_cpu = next(model.parameters()).device.type == "cpu"
 
@@ -126,7 +126,7 @@ def restore(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimiz
     Hyperparameters stay those of the optimisers passed in: a run's configuration decides them, not its
     checkpoint.
     """
-    config = KanLMConfig.from_dict(read_json(folder / "model.json"))
+    config = config_of(read_json(folder / "model.json"))
     weights: dict[str, Any] = with_tied(read_tensors(folder / "model.safetensors"), config)
     _, states = gather_states(model, optimizers)  # for the structure: groups and parameter names
     state: dict[str, Any] = {}
@@ -147,14 +147,9 @@ def restore(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimiz
     return read_json(folder / "trainer.json")
 
 
-def tied_names(config: KanLMConfig) -> set[str]:
-    """Names that a state dict repeats and a file leaves out."""
-    return {"lm_head.weight"} if config.tie_word_embeddings else set()
-
-
-def with_tied(weights: dict[str, torch.Tensor], config: KanLMConfig) -> dict[str, torch.Tensor]:
+def with_tied(weights: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
     """`weights` with the tied head pointing at the embedding, as a strict load expects it."""
-    return weights | {name: weights["model.embed_tokens.weight"] for name in tied_names(config)}
+    return weights | {name: weights[source] for name, source in tied_weights(config).items()}
 
 
 def verify(folder: Path) -> None:
@@ -316,7 +311,7 @@ class CheckpointWriter:
                 shutil.rmtree(folder)
 
 
-def load_model(run_dir: str | Path, step: int | None = None) -> tuple[KanLMConfig, dict[str, torch.Tensor]]:
+def load_model(run_dir: str | Path, step: int | None = None) -> tuple[Any, dict[str, torch.Tensor]]:
     """Architecture and weights of the newest intact checkpoint below `run_dir`, or of `step`.
 
     The state dict fits a strict `load_state_dict`. Raises UserError where there is no such checkpoint,
@@ -335,7 +330,7 @@ def load_model(run_dir: str | Path, step: int | None = None) -> tuple[KanLMConfi
             found = ", ".join(str(step_of(path)) for path in run.checkpoint_folders()) or "none"
             raise UserError(f"{run.root}: no checkpoint of step {step}; steps that it holds: {found}")
         verify(folder)
-    config = KanLMConfig.from_dict(read_json(folder / "model.json"))
+    config = config_of(read_json(folder / "model.json"))
     return config, with_tied(read_tensors(folder / "model.safetensors"), config)
 
 

@@ -22,6 +22,7 @@ import torch
 
 from kanlm.config import RunConfig, UserError
 from kanlm.evaluation.perplexity import validation_loss
+from kanlm.initial import has_dropout
 from kanlm.runs import RunDir, RunRecord
 from kanlm.train import checkpoint
 from kanlm.train.faults import (
@@ -177,7 +178,7 @@ def one_step(session: Session) -> Step:
     # The loader's place after these batches: a checkpoint of this step must not hold that of a read-ahead.
     micro_batches, state.loader = session.batches.take()
     valid_tokens, stopping, save_due = agree_over_processes(session, micro_batches)
-    if session.model_config.attention_dropout > 0:  # a function of the step, so that a resumed run repeats it
+    if has_dropout(session.model_config):  # a function of the step, so that a resumed run repeats it
         torch.manual_seed(dropout_seed(session.config.seed, state.step, accelerator.process_index))
     learning_rate = set_learning_rates(session)
 

@@ -17,17 +17,17 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from kanlm.config import TrainConfig
-from kanlm.model import KanLMForCausalLM
 from kanlm.model.kan import kan_coefficient_names
 from kanlm.train.muon import BatchedMuon
 
 GROUPS = ("matrices", "kan", "embeddings", "vectors")
 
 
-def parameter_groups(model: KanLMForCausalLM) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Every trainable parameter of a KanLM model, exactly once, as (name, parameter) by its group's name."""
+def parameter_groups(model: PreTrainedModel) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Every trainable parameter of a causal LM, exactly once, as (name, parameter) by its group's name."""
     kan = kan_coefficient_names(model)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings()
@@ -53,7 +53,7 @@ def kan_peak(config: TrainConfig) -> float:
 
 
 def optimizers(
-    model: KanLMForCausalLM, config: TrainConfig, device: torch.device
+    model: PreTrainedModel, config: TrainConfig, device: torch.device
 ) -> list[torch.optim.Optimizer]:
     """AdamW alone, or Muon for the matrices and AdamW for the rest.
 

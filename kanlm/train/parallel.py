@@ -22,10 +22,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from kanlm.config import RunConfig, TrainConfig, UserError
 from kanlm.data.exchange import Exchange
-from kanlm.model import KanLMForCausalLM
+from kanlm.initial import decoder_layers
 from kanlm.runs import RunDir, RunRecord, read_json, write_json
 from kanlm.train import tracking
 from kanlm.train.build import MakeOptimizers
@@ -42,7 +43,7 @@ def fsdp_requested() -> bool:
 
 
 def place(
-    accelerator: Accelerator, model: KanLMForCausalLM, make_optimizers: MakeOptimizers
+    accelerator: Accelerator, model: PreTrainedModel, make_optimizers: MakeOptimizers
 ) -> tuple[nn.Module, list[AcceleratedOptimizer]]:
     """The model and its optimisers as this launch runs them; UserError where it asks for what cannot be."""
     if fsdp_requested() and accelerator.num_processes == 1:
@@ -53,7 +54,7 @@ def place(
     if fsdp_requested() and not accelerator.is_fsdp2:
         if accelerator.device.type != "cpu":
             raise UserError("accelerate: fsdp_config.fsdp_version: expected 2; FSDP1 is not supported")
-        for layer in model.model.layers:
+        for layer in decoder_layers(model):
             fully_shard(layer)
         fully_shard(model)
         optimizers = [accelerator.prepare(optimizer) for optimizer in make_optimizers(model)]
@@ -63,7 +64,7 @@ def place(
     # and the loop opens autocast itself.
     if not isinstance(placed, FSDPModule):
         accelerator.unwrap_model(placed, keep_fp32_wrapper=False)
-    expected = {"none": KanLMForCausalLM, "ddp": DistributedDataParallel, "fsdp2": FSDPModule}[
+    expected = {"none": PreTrainedModel, "ddp": DistributedDataParallel, "fsdp2": FSDPModule}[
         wrapper(accelerator)
     ]
     assert isinstance(placed, expected), f"{wrapper(accelerator)}: got a {type(placed).__name__}"

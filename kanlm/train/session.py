@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerFast
 
 from kanlm.config import WORKING_DIRECTORY, RunConfig, UserError
 from kanlm.data import TokenCache, TokenLoader, token_cache, tokenizer_for
-from kanlm.model import KanLMConfig
 from kanlm.model.kan import kan_coefficient_names
 from kanlm.runs import (
     RunDir,
@@ -79,7 +78,8 @@ class Session:
     run: RunDir
     accelerator: Accelerator
     stop_signal: StopSignal
-    model_config: KanLMConfig
+    model_config: Any
+    """KanLMConfig, or that of a converted family."""
     model: nn.Module
     """As accelerate or FSDP2 wrapped it."""
     optimizers: list[Any]
@@ -165,7 +165,7 @@ def open_session(
 
     UserError, which run.json then names, where the checkpoint is that of other text or every one is damaged.
     """
-    model_config: KanLMConfig = accelerator.unwrap_model(trainable.model).config
+    model_config = accelerator.unwrap_model(trainable.model).config
     wrapper = parallel.wrapper(accelerator)
     state = TrainerState(world_size=accelerator.num_processes)
     said: list[str] = []  # there is a place to say it once the step to go on from is known
