@@ -331,7 +331,7 @@ def toml_table(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid {kind}: {error}") from None
     if not isinstance(table, dict):
         raise UserError(f"{path}: expected a table of settings, got a {type(table).__name__}")
-    return _with_found_paths(table, path.parent) if path.suffix == ".json" else table
+    return with_found_paths(table, path.parent) if path.suffix == ".json" else table
 
 
 WORKING_DIRECTORY = "working_directory"
@@ -340,7 +340,7 @@ no part of config.json, which is published."""
 _PATHS = ("data.source", "data.validation_source", "data.cache_dir", "tokenizer.path", "init_from")
 
 
-def _with_found_paths(table: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+def with_found_paths(table: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     """A run's config.json with those of its relative paths made absolute that are not found from here.
 
     They start from where the run was trained, or, where its folder was moved together with what lies around

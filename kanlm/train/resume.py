@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from kanlm.config import RunConfig, UserError
+from kanlm.config import RunConfig, UserError, with_found_paths
 from kanlm.runs import RunDir, RunRecord, read_json, remove_leftovers
 from kanlm.train import checkpoint
 
@@ -64,7 +64,9 @@ def check_same_run(config: RunConfig, run: RunDir) -> None:
     """UserError naming the first differing key where the folder of `run` holds another configuration."""
     if not run.config.exists():
         return
-    before, now = leaves(read_json(run.config)), leaves(config.model_dump(mode="json"))
+    # From another directory the same command reads its relative paths from where the run was trained.
+    before = leaves(with_found_paths(read_json(run.config), run.root))
+    now = leaves(config.model_dump(mode="json"))
     for key in sorted(before.keys() | now.keys()):
         if key not in FREE_TO_CHANGE and before.get(key) != now.get(key):
             raise UserError(

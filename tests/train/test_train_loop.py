@@ -21,7 +21,7 @@ import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
-from kanlm.config import UserError
+from kanlm.config import UserError, load_run_config
 from kanlm.data import TokenLoader
 from kanlm.evaluation.perplexity import held_out_documents
 from kanlm.model import KanLMForCausalLM
@@ -54,6 +54,31 @@ def test_run_leaves_config_record_metrics_tokenizer_and_checkpoint(run_config, m
     assert sum(p.numel() for p in model.parameters()) == record.parameters
     assert len(load_tokenizer(run.root)) == 300
     assert record.provenance["wrapper"] == "none" and record.provenance["processes"] == 1
+
+
+def test_moved_run_is_trained_again_from_its_config(write_toml, losses, tmp_path, monkeypatch):
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    project.mkdir()
+    elsewhere.mkdir()
+    (project / "my.txt").write_text(
+        "".join(f"{age} cats see {n} birds.\n" for age in ("old", "new") for n in range(99))
+    )
+    toml = write_toml("data.source=my.txt", "output_dir=runs", "train.max_tokens=512")
+    monkeypatch.chdir(project)
+    first = load_run_config(toml)
+    loop.train(first)
+    expected = losses(first)
+    monkeypatch.chdir(elsewhere)
+    shutil.copytree(project / "runs/tiny", "moved")
+    again = load_run_config("moved/config.json")
+    assert loop.train(again).state == "finished"
+    assert losses(again) == expected and again.run_dir == Path("runs/tiny")
+    # The run itself, known by its absolute place, is the same run from here.
+    config = (project / "runs/tiny/config.json").read_text()
+    (project / "runs/tiny/config.json").write_text(
+        config.replace('"runs"', json.dumps(str(project / "runs")))
+    )
+    assert loop.train(load_run_config(project / "runs/tiny/config.json")).step == len(expected)
 
 
 @pytest.mark.parametrize("kernels", ["reference", "auto"])
