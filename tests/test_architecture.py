@@ -42,6 +42,7 @@ CAPSULE = {
     "basis",
     "whitening",
     "learned_function",
+    "rational",
     "kan",
     "ffn",
     "ffn_kan",

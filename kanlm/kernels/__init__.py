@@ -141,7 +141,7 @@ def _fused(module: nn.Module, ops: Any) -> Callable | None:
     if isinstance(module, ChannelKAN) and module.hidden_norm:
         functions = [child for child in module.children() if isinstance(child, LearnedFunction)]
         served = all(supports_learned(function, ops.FUNCTION_ORDER) for function in functions)
-        return ops.of_normed if served else None
+        return ops.apply_normed if served else None
     if isinstance(module, EdgeKAN):
         served = all(parameter.dtype != torch.float64 for parameter in module.parameters())
         return ops.norm if served else None

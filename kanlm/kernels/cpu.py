@@ -377,7 +377,7 @@ def _prepare(layer: LearnedFunction, normed: int, eps: float) -> Prepared:
     return _plan_of(layer, normed, eps).prepare(layer.coefficients)
 
 
-def of_normed(function: LearnedFunction, a: Tensor, u: Tensor | None, norms_u: bool, eps: float) -> Tensor:
+def apply_normed(function: LearnedFunction, a: Tensor, u: Tensor | None, norms_u: bool, eps: float) -> Tensor:
     """function(norm(a)) * u, with norm(u) where `norms_u`: what an arm with `hidden_norm` computes."""
     return learned(function, a, u, NORM_A | NORM_U if norms_u else NORM_A, eps)
 

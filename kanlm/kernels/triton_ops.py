@@ -596,7 +596,7 @@ def _silu(module: Any, a: Tensor, u: Tensor) -> Tensor:
     return _Elementwise.apply(a, u, None, _Plan(a.shape[-1], silu=True))
 
 
-of_normed = norm = None
+apply_normed = norm = None
 """The norms of hidden values are torch's own here: none is part of a kernel."""
 
 

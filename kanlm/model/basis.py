@@ -19,6 +19,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MAX_ORDER = 5
@@ -27,6 +28,11 @@ MAX_ORDER = 5
 
 def at_least_fp32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def per_channel(coefficients: Tensor, channels: int) -> Tensor:
+    """Coefficients [groups, K] as [K, C]: a group is a run of neighbours among the C channels."""
+    return at_least_fp32(coefficients).t().repeat_interleave(channels // len(coefficients), dim=-1)
 
 
 def _raised(pieces: list[list[float]]) -> list[list[float]]:
@@ -139,6 +145,10 @@ class Basis:
         x = at_least_fp32(x)
         return self._derivatives(x.clamp(self.grid_min, self.grid_max))
 
+    def combine(self, coefficients: Tensor, x: Tensor) -> Tensor:
+        """sum_m c_gm B_m(x), g the group of the channel: [groups, K] and x [..., C] to [..., C]."""
+        return (self.values(x) * per_channel(coefficients, x.shape[-1])).sum(-2)
+
     def _edge_slopes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Slopes [K, 1] at both edges of the grid."""
         return (
@@ -191,6 +201,38 @@ class BSpline(Basis):
         inside = u.clamp(0, 1)
         # A NaN has no interval; it must come out as NaN, not as an index outside the memory.
         return interval.long().clamp(0, self.grid_size - 1), inside, u - inside
+
+    def combine(self, coefficients: Tensor, x: Tensor) -> Tensor:
+        """As of every basis, by the polynomial of each x's interval: a gather, not K basis functions."""
+        groups, channels = len(coefficients), x.shape[-1]
+        position = (x - self.grid_min) * (1 / self.step)
+        index = position.detach().floor().clamp(-1, self.grid_size)
+        u = position - index.clamp(min=0)
+        group = torch.arange(groups, device=x.device).repeat_interleave(channels // groups)
+        # A NaN has no interval; it must come out as NaN, not as an index outside the memory.
+        rows = (index.long() + 1).clamp(0, self.grid_size + 1) + group * (self.grid_size + 2)
+        # Gathered power by power: the gradient of gathering whole rows takes three times as long.
+        powers = self.table(coefficients).flatten(0, 1).t().contiguous()  # [k + 1, groups * (G + 2)]
+        gathered = [power.index_select(0, rows.flatten()).view_as(x) for power in powers]
+        total = gathered[-1]
+        for coefficient in gathered[-2::-1]:
+            total = torch.addcmul(coefficient, total, u)
+        return total
+
+    def table(self, coefficients: Tensor) -> Tensor:
+        """The polynomials of sum_m c_gm B_m, [groups, G + 2, k + 1], fp32 or fp64, differentiable.
+
+        Entry [g, j, p] is the coefficient of u^p on interval j - 1, u = (x - left edge) / step; rows 0 and
+        G + 1 are the linear continuations outside the grid, with u measured from the grid's edge.
+        """
+        c = at_least_fp32(coefficients)
+        pieces = torch.tensor(uniform_pieces(self.order), dtype=c.dtype, device=c.device)
+        pieces = F.pad(pieces, (0, 2 - min(2, len(pieces))))  # a slope, 0, also at order 0
+        inner = exact_product(c.unfold(-1, len(pieces), 1), pieces)  # [groups, G, powers]
+        powers = torch.arange(inner.shape[-1], device=c.device)
+        left, last = inner[:, :1] * (powers < 2), inner[:, -1:]
+        right = torch.stack((last.sum(-1), (last * powers).sum(-1)), dim=-1)  # value and slope at u = 1
+        return torch.cat((left, inner, F.pad(right, (0, len(powers) - 2))), dim=1)
 
 
 def exact_product(matrix: Tensor, values: Tensor) -> Tensor:

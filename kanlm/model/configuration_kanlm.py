@@ -17,6 +17,12 @@ from .ffn_kan import KAN_TYPES
 FORMAT_VERSION = 1
 """Meaning of the fields and names of the parameters. Raised where an older checkpoint would load wrongly."""
 
+POSITIVE = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "kan_grid_size", "kan_num_groups"),
+)
+"""Fields that are at least 1."""
+
 FFN_TYPES = arm_names("mlp") + KAN_TYPES + arm_names("control")
 """The arms that kanlm brings; other packages may register more (ffn.py)."""
 
@@ -131,18 +137,7 @@ class KanLMConfig(PreTrainedConfig):
                 f"{self.format_version}, this code reads {FORMAT_VERSION}; load it with the kanlm "
                 "that wrote it, or with trust_remote_code=True and the code beside the weights"
             )
-        for field in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-            "kan_grid_size",
-            "kan_num_groups",
-        ):
+        for field in POSITIVE:
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}: must be at least 1, got {getattr(self, field)}")
         self._validate_attention()

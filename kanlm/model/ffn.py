@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .basis import at_least_fp32
 from .whitening import normal_points
 
 Family = Literal["mlp", "kan", "control"]
@@ -92,7 +93,7 @@ class FeedForward(nn.Module):
     ffn_type: ClassVar[str]
     family: ClassVar[Family]
     gated: ClassVar[bool] = False
-    kept: ClassVar[tuple[int, int]] = (2, 0)
+    channel_saves: ClassVar[tuple[int, int]] = (2, 0)
     """What a hidden channel of a token leaves for the backward pass: activations, and bytes in fp32."""
     keeps_casts: ClassVar[bool] = True
     """Autocast keeps a copy of every matrix until the backward pass."""
@@ -144,7 +145,7 @@ class FeedForward(nn.Module):
     @classmethod
     def saved_bytes(cls, config, half: int) -> int:
         """Bytes that one token leaves for the backward pass, its input aside; an activation has `half`."""
-        activations, fp32 = cls.kept
+        activations, fp32 = cls.channel_saves
         norms = 4 * (2 if cls.gated else 1) * config.hidden_norm
         return config.intermediate_size * (activations * half + fp32 + norms)
 
@@ -213,7 +214,7 @@ class GatedMLP(MLP):
     """down(act(gate u) * up u): 3 D h parameters. With `hidden_norm` both branches are normed first."""
 
     gated = True
-    kept = (4, 0)
+    channel_saves = (4, 0)
 
     def forward(self, u: Tensor) -> Tensor:
         gate, up = self.gate_proj(u), self.up_proj(u)
@@ -269,7 +270,7 @@ class PolyNorm(nn.Module):
         init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype != torch.float64 else x
+        wide = at_least_fp32(x)
         powers = (wide, wide.square(), wide**3)
         total = self.bias
         for weight, power in zip(self.weight, powers, strict=True):
@@ -283,7 +284,7 @@ class PolyNormMLP(MLP):
 
     channelwise = False
     activation_parameters, activation_flops = 4, 14
-    kept = (1, 24)  # three powers, each with its norm
+    channel_saves = (1, 24)  # three powers, each with its norm
     make_activation = staticmethod(PolyNorm)
 
 
@@ -307,7 +308,7 @@ class XIELU(nn.Module):
         init.constant_(self.alpha_n, math.log(math.expm1(0.8 - self.beta)))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype != torch.float64 else x
+        wide = at_least_fp32(x)
         positive, negative = F.softplus(self.alpha_p), self.beta + F.softplus(self.alpha_n)
         below = wide.clamp(max=0)
         curved = positive * wide.clamp(min=0).square() + negative * (torch.expm1(below) - below)
@@ -320,5 +321,5 @@ class XIELUMLP(MLP):
 
     channelwise = False  # its numbers would need a plan of their own
     activation_parameters, activation_flops = 2, 9
-    kept = (1, 20)
+    channel_saves = (1, 20)
     make_activation = staticmethod(XIELU)

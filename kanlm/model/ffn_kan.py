@@ -29,6 +29,12 @@ BASIS_FLOPS = {"rbf": 5, "relu_switch": 5, "chebyshev": 2, "fourier": 3, "wavele
 by their polynomial pieces."""
 
 
+def grid_settings(config) -> dict:
+    """The config's grid as arguments of a layer."""
+    names = ("grid_size", "order", "grid_min", "grid_max")
+    return {name: getattr(config, f"kan_{name}") for name in names}
+
+
 def num_basis_functions(config) -> int:
     """K of one learned function."""
     if config.kan_basis == "rational":
@@ -87,7 +93,7 @@ class ChannelKAN(FeedForward):
         super().__init__(config)
         self.kernel = None  # a norm and its function in one
 
-    def of_normed(
+    def apply_normed(
         self, function: LearnedFunction, a: Tensor, u: Tensor | None = None, *, norms_u: bool = True
     ) -> Tensor:
         """function(norm(a)), or that times norm(u), or times u; norms are those of `hidden_norm`."""
@@ -128,14 +134,11 @@ class ChannelKAN(FeedForward):
     def make_function(config, channels: int, initial: str, base: str | None = None) -> LearnedFunction:
         return LearnedFunction(
             channels,
-            groups=config.kan_num_groups,
-            basis=config.kan_basis,
-            grid_size=config.kan_grid_size,
-            order=config.kan_order,
-            grid_min=config.kan_grid_min,
-            grid_max=config.kan_grid_max,
+            config.kan_num_groups,
+            config.kan_basis,
             base=base,
             initial=initial,
+            **grid_settings(config),
         )
 
 
@@ -148,7 +151,7 @@ class ActivationKAN(ChannelKAN):
         self.phi = self.make_function(config, config.intermediate_size, "gelu")
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.down_proj(self.of_normed(self.phi, self.up_proj(u)))
+        return self.down_proj(self.apply_normed(self.phi, self.up_proj(u)))
 
 
 @arm("kan_grouped", "kan")
@@ -166,7 +169,7 @@ class GroupedKAN(ChannelKAN):
         self.phi_hidden = self.make_function(config, config.intermediate_size, "gelu")
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.down_proj(self.of_normed(self.phi_hidden, self.up_proj(self.phi_in(u))))
+        return self.down_proj(self.apply_normed(self.phi_hidden, self.up_proj(self.phi_in(u))))
 
     @classmethod
     def check(cls, config):
@@ -195,7 +198,7 @@ class KANGLU(ChannelKAN):
     """
 
     gated = True
-    kept = (3, 0)
+    channel_saves = (3, 0)
 
     def __init__(self, config):
         super().__init__(config)
@@ -204,7 +207,7 @@ class KANGLU(ChannelKAN):
         self.phi = self.make_function(config, config.intermediate_size, initial, base)
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.down_proj(self.of_normed(self.phi, self.gate_proj(u), self.up_proj(u)))
+        return self.down_proj(self.apply_normed(self.phi, self.gate_proj(u), self.up_proj(u)))
 
     @classmethod
     def channel_flops(cls, config):
@@ -218,7 +221,7 @@ class ProductKAN(ChannelKAN):
 
     functions = 2
     gated = True
-    kept = (4, 0)
+    channel_saves = (4, 0)
 
     def __init__(self, config):
         super().__init__(config)
@@ -226,8 +229,8 @@ class ProductKAN(ChannelKAN):
         self.psi = self.make_function(config, config.intermediate_size, "identity")
 
     def forward(self, u: Tensor) -> Tensor:
-        up = self.of_normed(self.psi, self.up_proj(u))
-        return self.down_proj(self.of_normed(self.phi, self.gate_proj(u), up, norms_u=False))
+        up = self.apply_normed(self.psi, self.up_proj(u))
+        return self.down_proj(self.apply_normed(self.phi, self.gate_proj(u), up, norms_u=False))
 
 
 class EdgeKAN(FeedForward):
@@ -237,9 +240,8 @@ class EdgeKAN(FeedForward):
     block's own input is. So `hidden_norm` changes nothing here.
     """
 
-    keeps_casts = False  # recomputed in the backward pass
-
-    kept = (0, 8)  # the norm's input and the layer's, which computes its basis again
+    keeps_casts = False  # the cast weights are made again in the backward pass, as the basis values are
+    channel_saves = (0, 8)  # the norm's input and the layer's
     layers = 1
 
     def __init__(self, config):
@@ -258,14 +260,11 @@ class EdgeKAN(FeedForward):
             inputs,
             outputs,
             config.kan_basis,
-            grid_size=config.kan_grid_size,
-            order=config.kan_order,
-            grid_min=config.kan_grid_min,
-            grid_max=config.kan_grid_max,
             base="silu" if has_base else None,
             conditioning=config.kan_conditioning,
             # Coefficients from zero: the block starts as its base branch and learns the corrections.
             spline_share=0.0 if has_base else 1.0,
+            **grid_settings(config),
         )
 
     def forward(self, u: Tensor) -> Tensor:
@@ -310,7 +309,7 @@ class EdgeKAN(FeedForward):
 
     @classmethod
     def saved_bytes(cls, config, half):
-        return config.intermediate_size * cls.kept[1]  # the same with and without `hidden_norm`
+        return config.intermediate_size * cls.channel_saves[1]  # the same with and without `hidden_norm`
 
 
 @arm("kan", "kan")

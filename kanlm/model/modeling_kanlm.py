@@ -136,13 +136,10 @@ class KanLMAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch_and_time = hidden_states.shape[:-1]
         heads = (*batch_and_time, -1, self.head_dim)
-        query = rotated(
-            self.q_proj(hidden_states).view(heads).transpose(1, 2), *position_embeddings
-        )  # [B, H, T, E]
-        key = rotated(
-            self.k_proj(hidden_states).view(heads).transpose(1, 2), *position_embeddings
-        )  # [B, C, T, E]
+        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # [B, H, T, E]
+        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)  # [B, C, T, E]
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        query, key = rotated(query, *position_embeddings), rotated(key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # [B, C, S, E]
 

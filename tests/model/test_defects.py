@@ -16,28 +16,29 @@ import test_refit
 import torch
 
 from kanlm.fitting import adaptive, refit
-from kanlm.model import KanLMConfig, ffn, learned_function
-from kanlm.model.basis import BSpline
+from kanlm.model import KanLMConfig, ffn, rational
+from kanlm.model.basis import BSpline, per_channel
 from kanlm.model.ffn_kan import EdgeKAN
-from kanlm.model.kan import KANLinear, LearnedFunction
+from kanlm.model.kan import KANLinear
 from kanlm.model.modeling_kanlm import KanLMDecoderLayer
 
 
 def denominator_without_gradient(patch):
     """Q = 1 + (0)^2: right values for SiLU's numerator, and q = 0 never moves."""
-    for name, (numerator, denominator) in learned_function.RATIONAL_INITIAL.items():
-        patch.setitem(learned_function.RATIONAL_INITIAL, name, (numerator, (0.0,) * len(denominator)))
+    for name, (numerator, denominator) in rational.FITS.items():
+        patch.setitem(rational.FITS, name, (numerator, (0.0,) * len(denominator)))
 
 
 def other_denominator_than_the_fits(patch):
     """P / (1 + |q_0 x + q_1 x^2| + |q_2 x + q_3 x^2|) with coefficients that were fitted to squares."""
 
-    def rational(x, c):
+    def combine(function, coefficients, x):
+        c = per_channel(coefficients, x.shape[-1])
         above = sum(c[n] * x**n for n in range(6))
         first, second = (c[6] + c[7] * x) * x, (c[8] + c[9] * x) * x
         return above / (1 + first.abs() + second.abs())
 
-    patch.setattr(LearnedFunction, "_rational", staticmethod(rational))
+    patch.setattr(rational.Rational, "combine", combine)
 
 
 def knots_moved_without_a_refit(patch):
@@ -128,8 +129,8 @@ def edge_coefficients_are_not_trained(patch):
 
 
 def function_coefficients_are_not_trained(patch):
-    table = LearnedFunction.table
-    patch.setattr(LearnedFunction, "table", lambda layer: table(layer).detach() + 0 * table(layer))
+    table = BSpline.table
+    patch.setattr(BSpline, "table", lambda grid, c: table(grid, c).detach() + 0 * table(grid, c))
 
 
 def basis_in_half_precision(patch):
