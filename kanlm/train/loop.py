@@ -25,6 +25,7 @@ from kanlm.evaluation.perplexity import validation_loss
 from kanlm.initial import has_dropout
 from kanlm.runs import RunDir, RunRecord
 from kanlm.train import checkpoint
+from kanlm.train.batches import Batch
 from kanlm.train.faults import (
     MAX_NONFINITE_STEPS,
     Diverged,
@@ -33,18 +34,12 @@ from kanlm.train.faults import (
     failure_kind,
     nonfinite_error,
 )
+from kanlm.train.gradients import clip_gradients, global_sum, gradient_norm, no_sync
 from kanlm.train.health import health_metrics
-from kanlm.train.parallel import (
-    clip_gradients,
-    global_sum,
-    gradient_norm,
-    new_accelerator,
-    no_sync,
-    watched_machines,
-)
+from kanlm.train.parallel import new_accelerator, watched_machines
 from kanlm.train.resume import finished_record, held_by_this_process
 from kanlm.train.schedule import learning_rate_factor
-from kanlm.train.session import Batch, Session, build_for, open_session, opening_recorded, read_text
+from kanlm.train.session import Session, build_for, open_session, opening_recorded, read_text
 
 HIGH_LOSS, MAX_HIGH_STEPS = 1.5, 20
 """A loss above so many times ln(vocabulary), in so many steps in a row, stops a run."""
@@ -193,10 +188,8 @@ def one_step(session: Session) -> Step:
             loss = output.loss
             loss_sum += loss.detach()
             if settings.z_loss > 0:
-                loss = (
-                    loss
-                    + settings.z_loss * squared_log_partition(output.logits, batch["labels"]) / valid_tokens
-                )
+                squares = squared_log_partition(output.logits, batch["labels"])
+                loss = loss + settings.z_loss * squares / valid_tokens
             del output  # backward needs the logits' memory
             # DDP and FSDP2 average gradients over processes. The factor makes that a sum, and the division
             # by the global number of valid tokens, which the model has done, makes it exact for documents

@@ -20,7 +20,6 @@ from accelerate.utils import ProjectConfiguration
 from accelerate.utils.environment import parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
@@ -76,27 +75,6 @@ def wrapper(accelerator: Accelerator) -> str:
     if accelerator.num_processes == 1:
         return "none"
     return "fsdp2" if fsdp_requested() else "ddp"
-
-
-@contextmanager
-def no_sync(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
-    """Gradients stay local to the process: for every micro-batch of a step but the last."""
-    if not isinstance(model, FSDPModule):
-        with accelerator.no_sync(model):
-            yield
-        return
-    model.set_requires_gradient_sync(False)  # accelerate does not know of the sharding done here on a CPU
-    try:
-        yield
-    finally:
-        model.set_requires_gradient_sync(True)
-
-
-def global_sum(values: torch.Tensor) -> torch.Tensor:
-    """`values` summed over all processes, in place."""
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        torch.distributed.all_reduce(values)
-    return values
 
 
 @contextmanager
@@ -230,20 +208,3 @@ def keep_freed_memory() -> None:
         return
     mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def gradient_norm(model: nn.Module) -> torch.Tensor:
-    """L2 norm of all gradients, over all shards; 0-dim, on the device."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def clip_gradients(model: nn.Module, norm: float, max_norm: float) -> None:
-    """Scale all gradients so that their norm, which is `norm`, is at most `max_norm`; 0 = no clipping.
-
-    torch's own clipping multiplies every gradient in every step, by 1 where nothing is to do.
-    """
-    if max_norm > 0 and norm > max_norm:
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        torch._foreach_mul_(gradients, max_norm / norm)

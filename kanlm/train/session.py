@@ -31,34 +31,13 @@ from kanlm.runs import (
 )
 from kanlm.sizing import architecture, parameter_counts, training_flops_per_token
 from kanlm.train import checkpoint, parallel
+from kanlm.train.batches import StepBatches
 from kanlm.train.build import Trainable, build
 from kanlm.train.checkpoint import CheckpointWriter
 from kanlm.train.faults import StopSignal, ZeroGradientWatch, failure_kind
 from kanlm.train.progress import BusyNotice, Progress, RecordKeeper, peak_flops_per_second
 from kanlm.train.resume import TrainerState
 from kanlm.train.tracking import start_trackers
-
-Batch = dict[str, torch.Tensor]
-
-
-class StepBatches:
-    """The micro-batches of one step after the other, with the loader's state after them."""
-
-    def __init__(self, loader: TokenLoader, accumulation_steps: int):
-        self.loader, self.accumulation_steps = loader, accumulation_steps
-        self._iterator = iter(loader)
-        self._ahead: tuple[list[Batch], dict[str, Any]] | None = None
-
-    def read_ahead(self) -> None:
-        """Read the next step's, for instance while a GPU is at work on this one's."""
-        self._ahead = [next(self._iterator) for _ in range(self.accumulation_steps)], self.loader.state_dict()
-
-    def take(self) -> tuple[list[Batch], dict[str, Any]]:
-        if self._ahead is None:
-            self.read_ahead()
-        assert self._ahead is not None
-        taken, self._ahead = self._ahead, None
-        return taken
 
 
 @dataclass(frozen=True)
@@ -267,14 +246,16 @@ def resume(
     UserError where the checkpoint is that of another text or tokenizer, or where every checkpoint of the run
     is damaged.
     """
+    damaged: list[str] = []
     choice: list[Any] = [None, False]  # made once, so that all processes load the same
     if accelerator.is_main_process:
-        folder = checkpoint.newest_good(run, say)
-        choice = [folder, bool(run.checkpoint_folders())]
+        choice = [checkpoint.newest_good(run, damaged.append), bool(damaged)]
     if accelerator.num_processes > 1:
         torch.distributed.broadcast_object_list(choice)
-    folder, any_folder = choice
-    if folder is None and any_folder:
+    folder, any_damaged = choice
+    for line in damaged:
+        say(line)
+    if folder is None and any_damaged:
         raise UserError(
             f"{run.checkpoints}: every checkpoint is damaged; delete the folder to start the run anew"
         )

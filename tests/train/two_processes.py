@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from kanlm.config import RunConfig, parsed
 from kanlm.data import TokenLoader
 from kanlm.train import loop
-from kanlm.train.session import StepBatches
+from kanlm.train.batches import StepBatches
 
 
 def mask_labels(batches):
