@@ -36,8 +36,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 
 from kanlm import kernels
-from kanlm.compare.judgement import ArmLosses, Judgement, judge, mean, sentence
-from kanlm.compare.verdict import learned_nothing
+from kanlm.compare.judgement import ArmLosses, Judgement, judge, learned_nothing, mean, sentence
 from kanlm.config import RunConfig, parsed
 from kanlm.data import tokenizer_for
 from kanlm.data.cache import TokenCache, cached

@@ -19,14 +19,15 @@ runs/NAME/
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from kanlm.compare.schema import CompareConfig, Family, Matching, PlannedArm, Trial
+from kanlm.compare.judgement import learned_nothing, mean
+from kanlm.compare.schema import MATCHINGS, CompareConfig, Matching, PlannedArm, Trial
 from kanlm.config import UserError, parsed
 from kanlm.runs import EvalReport, RunDir, RunRecord, named_errors, read_json, write_json
 from kanlm.train.status import last_metrics
@@ -154,6 +155,36 @@ class Result:
 
 
 @dataclass(frozen=True)
+class ArmRuns:
+    """One arm at one matching and size: what was planned, and what its runs left."""
+
+    planned: PlannedArm
+    results: list[Result]
+    """By seed."""
+    evaluations: dict[int, EvalReport]
+    """Of the finished runs, by seed."""
+    taught: dict[int, EvalReport]
+    """Those of them that did not learn nothing."""
+    bits_per_byte: float | None
+    """Mean over the evaluations."""
+    learned_nothing: bool
+    """Whether every baseline beats that mean."""
+    speed: dict[str, Any] | None
+    """The row of speed.json at the same rule of widths, whatever the budget."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """All arms at one matching and size, in the file's order."""
+
+    matching: Matching
+    size: str
+    arms: dict[str, ArmRuns]
+    results: list[Result]
+    """Of all arms, by seed."""
+
+
+@dataclass(frozen=True)
 class Artifacts:
     """Everything the report is made of."""
 
@@ -161,31 +192,21 @@ class Artifacts:
     config: CompareConfig
     provenance: dict[str, Any]
     data: dict[str, Any]
-    arms: list[PlannedArm]
     sweep: list[dict[str, Any]]
     results: list[Result]
+    tables: list[Table]
     speed: dict[str, Any] | None
     baselines: list[dict[str, Any]]
 
     @property
+    def shown(self) -> Table:
+        """The table that pictures and claims are of: the first matching, the last size."""
+        place = self.config.matching[0], self.config.sizes[-1].name
+        return next(table for table in self.tables if (table.matching, table.size) == place)
+
+    @property
     def sweep_ran(self) -> bool:
         return any(len(row["trials"]) > 1 for row in self.sweep)
-
-    def family(self, arm: str) -> Family:
-        return next(planned.family for planned in self.arms if planned.arm == arm)
-
-    def planned(self, matching: str, size: str, arm: str) -> PlannedArm:
-        return next(p for p in self.arms if (p.matching, p.size, p.arm) == (matching, size, arm))
-
-    def at(self, matching: str, size: str, arm: str | None = None) -> list[Result]:
-        """Results by seed."""
-        found = [
-            result
-            for result in self.results
-            if (result.trial.matching, result.trial.size) == (matching, size)
-            and arm in (None, result.trial.arm)
-        ]
-        return sorted(found, key=lambda result: result.trial.seed)
 
 
 class Files:
@@ -346,17 +367,57 @@ def load(root: str | Path) -> Artifacts:
             "compare` again"
         ) from None
     by_key = {(arm.matching, arm.size, arm.arm): arm for arm in arms}
+    results = [
+        load_result(directory, files, trial, by_key[trial.matching, trial.size, trial.arm])
+        for trial in trials
+    ]
+    config = parsed(CompareConfig, stored["config"], str(directory.compare))
+    speed = files.json(directory.speed, Speed)
+    baselines = files.json(directory.baselines, list[Baseline]) or []
+    tables = []
+    for matching in config.matching:
+        for size in config.sizes:
+            here = [one for one in results if (one.arm.matching, one.arm.size) == (matching, size.name)]
+            here.sort(key=lambda result: result.trial.seed)
+            planned = [by_key[matching, size.name, arm.name] for arm in config.arms]
+            runs = {arm.arm: arm_runs(arm, here, speed, baselines) for arm in planned}
+            tables.append(Table(matching, size.name, runs, here))
     return Artifacts(
         directory=directory,
-        config=parsed(CompareConfig, stored["config"], str(directory.compare)),
+        config=config,
         provenance=stored["provenance"],
         data=stored["data"],
-        arms=arms,
         sweep=plan["sweep"],
-        results=[
-            load_result(directory, files, trial, by_key[trial.matching, trial.size, trial.arm])
-            for trial in trials
-        ],
-        speed=files.json(directory.speed, Speed),
-        baselines=files.json(directory.baselines, list[Baseline]) or [],
+        results=results,
+        tables=tables,
+        speed=speed,
+        baselines=baselines,
+    )
+
+
+def arm_runs(
+    arm: PlannedArm,
+    results: Sequence[Result],
+    speed: dict[str, Any] | None,
+    baselines: Sequence[dict[str, Any]],
+) -> ArmRuns:
+    """The arm's part of all `results` at its matching and size."""
+    own = [result for result in results if result.trial.arm == arm.arm]
+    evaluations = {result.trial.seed: result.eval for result in own if result.eval}
+    bits = mean([report.bits_per_byte for report in evaluations.values()]) if evaluations else None
+    place = MATCHINGS[arm.matching].width, arm.size, arm.arm
+    rows = speed["arms"] if speed else []
+    at_place = [row for row in rows if (MATCHINGS[row["matching"]].width, row["size"], row["arm"]) == place]
+    return ArmRuns(
+        planned=arm,
+        results=own,
+        evaluations=evaluations,
+        taught={
+            seed: report
+            for seed, report in evaluations.items()
+            if not learned_nothing(report.bits_per_byte, baselines)
+        },
+        bits_per_byte=bits,
+        learned_nothing=bits is not None and learned_nothing(bits, baselines),
+        speed=at_place[0] if at_place else None,
     )

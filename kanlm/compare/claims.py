@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from kanlm.compare.artifacts import Artifacts
+import numpy as np
+
+from kanlm.compare.artifacts import Artifacts, Result, Table
 from kanlm.compare.judgement import Judgement, mean
 from kanlm.compare.schema import MATCHINGS
-from kanlm.compare.verdict import best_mlp, finished, learned_nothing, tokens_to_loss
-from kanlm.runs import EvalReport
 from kanlm.stats import Rung, median_interval, paired_difference, size_ratio
 
 CLAIMS = {
@@ -73,67 +74,44 @@ def row(
     }
 
 
-def claims(artifacts: Artifacts, judged: list[Judgement]) -> list[dict[str, Any]]:
-    """Rows of all three claims for every KAN arm."""
-    config = artifacts.config
-    size = config.sizes[-1].name
-    baseline = best_mlp(artifacts.at(config.matching[0], size))
+def claims(artifacts: Artifacts, judged: Sequence[Judgement]) -> list[dict[str, Any]]:
+    """Rows of all three claims for every KAN arm, against the baseline of the verdicts."""
+    shown = artifacts.shown
+    here = [one for one in judged if (one.matching, one.size) == (shown.matching, shown.size)]
+    baseline = here[0].baseline if here else None
+    equal = [table for table in artifacts.tables if table.matching == "parameters"]  # one for each size
     rows = []
-    for arm in [arm.name for arm in config.arms if artifacts.family(arm.name) == "kan"]:
+    for arm in [arm for arm, runs in shown.arms.items() if runs.planned.family == "kan"]:
         rows += [
-            parameters_claim(artifacts, arm, baseline, judged),
-            step_time_claim(artifacts, size, arm, baseline),
-            time_to_loss_claim(artifacts, size, arm, baseline),
+            parameters_claim(equal, arm, baseline, judged),
+            step_time_claim(equal[-1:], arm, baseline),
+            time_to_loss_claim(shown, arm, baseline),
         ]
     order = list(CLAIMS)
     return sorted(rows, key=lambda row: order.index(row["claim"]))
 
 
-def taught(artifacts: Artifacts, size: str, arm: str) -> dict[int, EvalReport]:
-    """The arm's evaluations at equal parameters by seed, without those that learned nothing."""
-    found = finished(artifacts.at("parameters", size, arm))
-    return {
-        seed: report
-        for seed, report in found.items()
-        if not learned_nothing(report.bits_per_byte, artifacts.baselines)
-    }
-
-
-def size_points(artifacts: Artifacts, arm: str) -> tuple[list[float], list[float]]:
-    """(non-embedding parameters, mean held-out loss) of the parameter-matched sizes that finished."""
-    sizes, losses = [], []
-    for size in artifacts.config.sizes:
-        done = taught(artifacts, size.name, arm)
-        if done:
-            sizes.append(float(artifacts.planned("parameters", size.name, arm).non_embedding_parameters))
-            losses.append(mean([report.loss for report in done.values()]))
-    return sizes, losses
-
-
-def ladder(artifacts: Artifacts, arm: str, baseline: str) -> list[Rung]:
-    """The sizes at which both finished a seed, losses paired by seed."""
+def ladder(tables: Sequence[Table], arm: str, baseline: str) -> list[Rung]:
+    """The sizes at which both finished a seed at equal parameters, losses paired by seed."""
     rungs = []
-    for size in artifacts.config.sizes:
-        own, other = (taught(artifacts, size.name, name) for name in (arm, baseline))
-        seeds = sorted(set(own) & set(other))
+    for table in tables:
+        own, other = table.arms[arm], table.arms[baseline]
+        seeds = sorted(set(own.taught) & set(other.taught))
         if seeds:
-            sizes = [
-                artifacts.planned("parameters", size.name, name).non_embedding_parameters
-                for name in (arm, baseline)
-            ]
-            losses = [[reports[seed].loss for seed in seeds] for reports in (own, other)]
-            rungs.append(Rung(float(sizes[0]), float(sizes[1]), *losses))
+            sizes = [float(runs.planned.non_embedding_parameters) for runs in (own, other)]
+            losses = [[runs.taught[seed].loss for seed in seeds] for runs in (own, other)]
+            rungs.append(Rung(sizes[0], sizes[1], *losses))
     return rungs
 
 
 def parameters_claim(
-    artifacts: Artifacts, arm: str, baseline: str | None, judged: list[Judgement]
+    tables: Sequence[Table], arm: str, baseline: str | None, judged: Sequence[Judgement]
 ) -> dict[str, Any]:
     """Parameters for equal loss, by the power law that is fitted to the baseline's sizes."""
     how = f"not measured by this comparison; `{SWEEP_COMMAND}` runs several sizes"
-    if baseline is None or "parameters" not in artifacts.config.matching:
+    if baseline is None or not tables:
         return row("parameters", arm, baseline, None, how)
-    rungs = ladder(artifacts, arm, baseline)
+    rungs = ladder(tables, arm, baseline)
     if min(len({rung.size for rung in rungs}), len({rung.other_size for rung in rungs})) < 3:
         here = next((j for j in judged if j.arm == arm and j.matching == "parameters"), None)
         if here is not None and here.outcome in ("worse", "tie"):
@@ -165,22 +143,12 @@ def parameters_claim(
     )
 
 
-def step_rows(artifacts: Artifacts, size: str) -> dict[str, dict[str, Any]]:
-    """Rows of speed.json at the parameter matching by arm."""
-    rows = artifacts.speed["arms"] if artifacts.speed else []
-    return {
-        row["arm"]: row
-        for row in rows
-        if MATCHINGS[row["matching"]].width == "parameters" and row["size"] == size
-    }
-
-
-def step_time_claim(artifacts: Artifacts, size: str, arm: str, baseline: str | None) -> dict[str, Any]:
+def step_time_claim(tables: Sequence[Table], arm: str, baseline: str | None) -> dict[str, Any]:
     """Median over rounds of the ratio of two arms' step times measured next to each other."""
-    steps = step_rows(artifacts, size)
-    if baseline is None or arm not in steps or baseline not in steps:
+    speeds = {name: runs.speed for table in tables for name, runs in table.arms.items()}
+    own, other = speeds.get(arm), speeds.get(baseline or "")
+    if own is None or other is None:
         return row("step_time", arm, baseline, None, f"not measured by this comparison; `{SPEED_COMMAND}`")
-    own, other = steps[arm], steps[baseline]
     pairs = sorted(a / b for a, b in zip(own["step_seconds"], other["step_seconds"], strict=True))
     ratio = statistics.median(pairs)
     interval = median_interval(pairs) if len(pairs) > 5 else None
@@ -193,7 +161,7 @@ def step_time_claim(artifacts: Artifacts, size: str, arm: str, baseline: str | N
     return row("step_time", arm, baseline, ratio, text, interval)
 
 
-def time_to_loss_claim(artifacts: Artifacts, size: str, arm: str, baseline: str | None) -> dict[str, Any]:
+def time_to_loss_claim(table: Table, arm: str, baseline: str | None) -> dict[str, Any]:
     """Time until the worse of the two final validation losses, by the validation curves of each seed.
 
     Tokens are turned into seconds by the step times that were measured in turns, so that a machine that was
@@ -202,10 +170,10 @@ def time_to_loss_claim(artifacts: Artifacts, size: str, arm: str, baseline: str 
     how = "not measured by this comparison; set base.train.eval_every to validate while training"
     if baseline is None:
         return row("time_to_loss", arm, baseline, None, how)
-    matching = artifacts.config.matching[0]
-    own = {r.trial.seed: r for r in artifacts.at(matching, size, arm) if r.curve.validation_loss}
-    other = {r.trial.seed: r for r in artifacts.at(matching, size, baseline) if r.curve.validation_loss}
-    steps = step_rows(artifacts, size) if MATCHINGS[matching].width == "parameters" else {}
+    own, other = (
+        {run.trial.seed: run for run in table.arms[name].results if run.curve.validation_loss}
+        for name in (arm, baseline)
+    )
     ratios = []
     for seed in sorted(set(own) & set(other)):
         finals = (own[seed].curve.validation_loss[-1], other[seed].curve.validation_loss[-1])
@@ -218,11 +186,13 @@ def time_to_loss_claim(artifacts: Artifacts, size: str, arm: str, baseline: str 
         ratios.append(tokens / mlp_tokens)
     if not ratios:
         return row("time_to_loss", arm, baseline, None, how)
-    if arm not in steps or baseline not in steps:
+    equal_parameters = MATCHINGS[table.matching].width == "parameters"
+    speed, mlp_speed = table.arms[arm].speed, table.arms[baseline].speed
+    if speed is None or mlp_speed is None or not equal_parameters:
         how = f"not measured: the runs' clocks also count what else the machine did; `{SPEED_COMMAND}`"
         return row("time_to_loss", arm, baseline, None, how)
-    speed = steps[baseline]["tokens_per_second"] / steps[arm]["tokens_per_second"]
-    logs = [math.log(value * speed) for value in ratios]
+    slower = mlp_speed["tokens_per_second"] / speed["tokens_per_second"]
+    logs = [math.log(value * slower) for value in ratios]
     ratio, interval = math.exp(mean(logs)), None
     spread = " (one seed)"
     if len(logs) > 1:
@@ -234,3 +204,15 @@ def time_to_loss_claim(artifacts: Artifacts, size: str, arm: str, baseline: str 
         "step times measured in turns"
     )
     return row("time_to_loss", arm, baseline, ratio, text, interval)
+
+
+def tokens_to_loss(result: Result, target: float) -> float | None:
+    """Training tokens after which the validation loss first reached `target`, interpolated; None if never."""
+    curve = result.curve
+    points = list(zip(curve.validation_tokens, curve.validation_loss, strict=True))
+    for (earlier, before), (later, after) in zip(points, points[1:], strict=False):
+        if before <= target:
+            return earlier
+        if after <= target:
+            return float(np.interp(target, [after, before], [later, earlier]))
+    return points[0][0] if len(points) == 1 and points[0][1] <= target else None

@@ -14,14 +14,8 @@ import torch
 
 from kanlm.compare.artifacts import load
 from kanlm.compare.judging import held_out_documents
-from kanlm.compare.plan import arm_run, final_trials, planned_arms, sweep_trial
-from kanlm.compare.schema import (
-    MATCHINGS,
-    CompareConfig,
-    PlannedArm,
-    Trial,
-    load_compare_config,
-)
+from kanlm.compare.plan import Study, planned_arms
+from kanlm.compare.schema import MATCHINGS, CompareConfig, PlannedArm, Trial, load_compare_config
 from kanlm.compare.speed import measured_speed, step_sequences, step_speeds
 from kanlm.compare.sweep import Point
 from kanlm.compare.verdict import judgements
@@ -43,16 +37,17 @@ def estimate(toml_path: str | Path, overrides: Sequence[str] = ()) -> str:
     machine that stays as busy as it is.
     """
     config = load_compare_config(toml_path, overrides)
-    base = config.first_run
-    tokenizer = tokenizer_for(base)
+    tokenizer = tokenizer_for(config.first_run)
     arms = planned_arms(config, len(tokenizer))
+    study = Study(config, len(tokenizer), arms)
     timed = [arm for arm in arms if MATCHINGS[arm.matching].budget == "tokens"]
-    speed = measured_speed(config, timed, len(tokenizer), ROUNDS, WARMUP)
-    sweeping = planned_sweep(config, arms)
-    trials = {trial.name: trial for trial in final_trials(config, arms, {}, step_speeds(speed))}
-    validation = len(token_cache(base, tokenizer, "validation"))
-    test = sum(len(token_ids(tokenizer, text)) for text in held_out_documents(config, base))
-    costs = Costs(config, arms, step_speeds(speed), validation, test, startup_seconds(), len(tokenizer))
+    speed = measured_speed(study, timed, ROUNDS, WARMUP)
+    speeds = step_speeds(speed)
+    sweeping = planned_sweep(study)
+    trials = {trial.name: trial for trial in study.final_trials({}, speeds)}
+    validation = len(token_cache(study.base, tokenizer, "validation"))
+    test = sum(len(token_ids(tokenizer, text)) for text in held_out_documents(study))
+    costs = Costs(study, speeds, validation, test, startup_seconds())
     seconds = math.fsum(costs.training(trial) for trial in [*sweeping, *trials.values()]) / config.jobs
     seconds += math.fsum(costs.judging(trial) for trial in trials.values())
     seconds += costs.step_times()
@@ -65,23 +60,21 @@ def estimate(toml_path: str | Path, overrides: Sequence[str] = ()) -> str:
         "once",
         f"  tokens      {tokens:,} in all",
         f"  time        about {duration(seconds)} on this machine as busy as it is now",
-        f"  detectable  {detectable(config, arms)}",
+        f"  detectable  {detectable(study)}",
     ]
     return "\n".join(lines)
 
 
-def planned_sweep(config: CompareConfig, arms: Sequence[PlannedArm]) -> list[Trial]:
+def planned_sweep(study: Study) -> list[Trial]:
     """The trials of the lists; each arm as many as the arm with the longest lists."""
-    found = []
-    first = [arm for arm in arms if arm.matching == config.matching[0]]
-    most = 0
-    for arm in first:
+    config, found, most = study.config, [], 0
+    for arm in study.swept_arms:
         chosen = config.arm(arm.arm)
         kan_rates = config.kan_learning_rates(chosen) if arm.coefficients else ()
         most = max(most, len(config.learning_rates(chosen)) + len(kan_rates))
-    for arm in first:
+    for arm in study.swept_arms:
         rates = config.learning_rates(config.arm(arm.arm))
-        found += [sweep_trial(config, arm, Point(rates[number % len(rates)]).rates) for number in range(most)]
+        found += [study.sweep_trial(arm, Point(rates[number % len(rates)]).rates) for number in range(most)]
     return found
 
 
@@ -90,19 +83,17 @@ class Costs:
 
     def __init__(
         self,
-        config: CompareConfig,
-        arms: Sequence[PlannedArm],
+        study: Study,
         tokens_per_second: dict[tuple[str, str, str], float],
         validation_tokens: int,
         test_tokens: int,
         startup: float,
-        vocab_size: int,
     ):
-        self.config, self.speed, self.startup = config, tokens_per_second, startup
+        self.config, self.speed, self.startup = study.config, tokens_per_second, startup
         self.validation_tokens, self.test_tokens = validation_tokens, test_tokens
         by_key: dict[tuple[str, str, str], PlannedArm]
-        by_key = {(MATCHINGS[arm.matching].width, arm.size, arm.arm): arm for arm in arms}
-        self.forward = {key: forward_speed(config, arm, vocab_size) for key, arm in by_key.items()}
+        by_key = {(MATCHINGS[arm.matching].width, arm.size, arm.arm): arm for arm in study.arms}
+        self.forward = {key: forward_speed(study, arm) for key, arm in by_key.items()}
 
     def key(self, trial: Trial) -> tuple[str, str, str]:
         return MATCHINGS[trial.matching].width, trial.size, trial.arm
@@ -131,12 +122,13 @@ class Costs:
         )
 
 
-def forward_speed(config: CompareConfig, arm: PlannedArm, vocab_size: int) -> float:
+def forward_speed(study: Study, arm: PlannedArm) -> float:
     """Tokens per second of a forward pass of the plain model, as runs are judged."""
-    run = arm_run(config, arm)
-    model = KanLMForCausalLM(architecture(run, vocab_size)).eval()
+    run = study.arm_run(arm)
+    model = KanLMForCausalLM(architecture(run, study.vocab_size)).eval()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokens = torch.randint(vocab_size, (config.evaluation.batch_size, run.data.block_size), device=device)
+    shape = study.config.evaluation.batch_size, run.data.block_size
+    tokens = torch.randint(study.vocab_size, shape, device=device)
     times = []
     with torch.inference_mode():
         model.to(device)
@@ -156,8 +148,9 @@ def startup_seconds() -> float:
     return time.perf_counter() - start
 
 
-def detectable(config: CompareConfig, arms: Sequence[PlannedArm]) -> str:
+def detectable(study: Study) -> str:
     """The difference that the planned seeds find in 80% of comparisons, by the spread that is known."""
+    config = study.config
     seeds = len(config.seeds)
     if seeds < 2:
         return "nothing: one seed gives no verdict, at least 2 paired seeds do"
@@ -165,7 +158,7 @@ def detectable(config: CompareConfig, arms: Sequence[PlannedArm]) -> str:
     measured = measured_spreads(config)
     if measured:
         spread, whence = max(measured), "as the finished runs of this folder have it"
-    kans = max(1, len({arm.arm for arm in arms if arm.family == "kan"}))
+    kans = max(1, len({arm.arm for arm in study.arms if arm.family == "kan"}))
     return (
         f"{detectable_difference(spread, seeds):.3f} nats/token between two arms with {seeds} paired seeds, "
         f"if their difference spreads by {spread:.4f} nats over seeds, {whence}; with Holm over {kans} arms "
@@ -179,7 +172,7 @@ def measured_spreads(config: CompareConfig) -> list[float]:
         artifacts = load(config.directory)
     except UserError:
         return []
-    judged = judgements(artifacts, config.matching[0], config.sizes[-1].name)
+    judged = judgements(artifacts.shown, config.evaluation.equivalence_margin_nats)
     return [one.std_nats for one in judged if one.std_nats]
 
 

@@ -1,9 +1,10 @@
-"""Training processes of a comparison: how they are launched, stopped and watched."""
+"""Training a comparison's trials: processes that are launched, stopped together, and watched by one line."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -16,14 +17,91 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from tqdm import tqdm
 
+from kanlm.compare.artifacts import fraction_done, state_of
+from kanlm.compare.judging import judge_run
+from kanlm.compare.plan import Study
+from kanlm.compare.schema import Trial
 from kanlm.config import UserError
+from kanlm.runs import write_json
+from kanlm.train.status import held
 
 FAILURE_LINES = 40
 """Last lines of a dead training process that are kept; the launcher adds a traceback of its own to them."""
 POLL_SECONDS = 1.0
 T = TypeVar("T")
+
+
+def run_trials(study: Study, trials: Sequence[Trial], sweep: Sequence[dict[str, Any]] = ()) -> None:
+    """Train what is not finished, `jobs` at once; a run that is reported is judged and shown at once.
+
+    plan.json is written before, with the rates that the `sweep` chose, once it is over.
+    """
+    study.write_plan(trials, sweep)
+    work = {trial.name: trial for trial in trials}  # trials that train the same have one run
+    flops = {(arm.matching, arm.size, arm.arm): arm.flops_per_token for arm in study.arms}
+    cost = {
+        name: trial.max_tokens * flops[trial.matching, trial.size, trial.arm] for name, trial in work.items()
+    }
+
+    judging = threading.Lock()  # one run at a time: loading a model changes what all threads share
+
+    def fraction() -> float:
+        done = [cost[name] * fraction_done(study.directory.run(name)) for name in work]
+        return math.fsum(done) / math.fsum(cost.values())
+
+    def train_and_judge(processes: Processes, numbered: tuple[int, Trial]) -> None:
+        number, trial = numbered
+        finished = train_trial(study, processes, trial, f"{trial.kind} {number}/{len(work)}")
+        if finished and trial.kind == "final":
+            with judging:
+                judge_run(study, trial, say)
+
+    progress = Progress(fraction)
+    try:
+        run_all(train_and_judge, list(enumerate(work.values(), 1)), study.config.jobs, progress)
+    finally:
+        progress.close()
+
+
+def train_trial(study: Study, processes: Processes, trial: Trial, place: str) -> bool:
+    """Train `trial` unless it is finished; whether there is a finished run afterwards.
+
+    UserError for a mistake that the run's record tells, where no record was begun, and after a signal.
+    """
+    run, path = study.directory.run(trial.name), study.directory.config(trial.name)
+    if held(run):  # of a comparison that was killed, a training process can be left
+        say(f"{place}: {trial.name} is being trained by another process; waiting for it")
+        while held(run):
+            time.sleep(0.5)
+    state, reason = state_of(run)
+    if state == "diverged":
+        say(f"{place}: {trial.name} diverged before: {reason}")
+    if state in ("finished", "diverged"):
+        return state == "finished"
+    write_json(path, trial.run)
+    run.failure.unlink(missing_ok=True)
+    say(f"{place}: {trial.name}, learning rate {trial.learning_rate:g}, {trial.max_tokens:,} tokens")
+    command = launch_command(study.config.launch, path, study.config.jobs)
+    returncode, tail = processes.run(command, run.log)
+    state, reason = state_of(run)
+    if state == "finished":
+        return True
+    processes.raise_if_stopped()
+    if state == "mistaken":
+        raise UserError(f"{trial.name}: {reason}")
+    if state == "interrupted" and returncode == 0:
+        raise UserError(f"{trial.name}: interrupted; run the same command again to go on")
+    if state != "diverged":
+        message = said_last(tail)
+        write_json(run.failure, {"returncode": returncode, "message": message, "lines": tail})
+        if returncode > 0 and not run.record.is_file():
+            raise UserError(f"{trial.name}: training did not begin: {message} (see {run.log})")
+        reason = f"exit status {returncode}: {message}"
+    say(f"{place}: {trial.name} FAILED: {reason} (see {run.log})")
+    return False
 
 
 def say(line: str) -> None:
@@ -40,8 +118,6 @@ def threads_each(jobs: int) -> int:
 
 def launch_command(launch: Sequence[str], path: Path, jobs: int = 1) -> list[str]:
     """`accelerate launch` of a training process; without the user's arguments, one process on one device."""
-    import torch
-
     if not launch:
         launch = ("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no")
         launch = (*launch, "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(threads_each(jobs)))

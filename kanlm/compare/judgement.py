@@ -146,6 +146,16 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
+def learned_nothing(bits_per_byte: float, baselines: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a model is beaten by everything that needs no neural network, also by the weakest n-gram order.
+
+    A model that beats the weak orders and not the best has learned something: it is judged, and the sentence
+    says that counting predicts better.
+    """
+    known = [bits for row in baselines for bits in (row["bits_per_byte"], *row.get("orders", {}).values())]
+    return bool(known) and bits_per_byte >= max(known)
+
+
 def best_baseline(arms: Sequence[ArmLosses]) -> str | None:
     """The MLP with the lowest loss on the validation text; None where no MLP finished.
 

@@ -1,4 +1,4 @@
-"""A finished run is exported and judged as anyone would load it: loss, samples of its text, functions."""
+"""What is known of held-out text: a run's exported folder judged as anyone would load it, and baselines."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from kanlm.compare.artifacts import TrialDir
-from kanlm.compare.schema import CompareConfig, Trial
-from kanlm.config import RunConfig
+from kanlm.compare.plan import Study
+from kanlm.compare.schema import EvaluationConfig, Trial
 from kanlm.data import documents, text_documents
+from kanlm.evaluation.baselines import kneser_ney_by_order, xz_bits_per_byte
 from kanlm.evaluation.loading import load_causal_lm
 from kanlm.evaluation.perplexity import evaluate_model
 from kanlm.export import export, update_card
@@ -20,24 +20,22 @@ from kanlm.interpret.functions import learned_functions
 from kanlm.runs import write_json
 
 
-def held_out_documents(config: CompareConfig, base: RunConfig) -> Iterator[str]:
-    source = config.evaluation.source
-    found = text_documents(source) if source else documents(base, "validation")
-    return itertools.islice(found, config.evaluation.max_documents)
+def held_out_documents(study: Study) -> Iterator[str]:
+    settings = study.config.evaluation
+    found = text_documents(settings.source) if settings.source else documents(study.base, "validation")
+    return itertools.islice(found, settings.max_documents)
 
 
-def judge_run(
-    config: CompareConfig, run: TrialDir, base: RunConfig, trial: Trial, say: Callable[[str], None]
-) -> None:
-    """Export the run, then judge the exported folder as anyone would load it: loss, samples, functions."""
-    settings = config.evaluation
+def judge_run(study: Study, trial: Trial, say: Callable[[str], None]) -> None:
+    """Export the finished run of `trial`; loss, samples and functions of the exported folder."""
+    settings, run, base = study.config.evaluation, study.directory.run(trial.name), study.base
     if all(path.is_file() for path in (run.heldout, run.samples, run.functions)):
         return
     if run.hf.is_dir():
         shutil.rmtree(run.hf)
     export(run.root)
     model, tokenizer = load_causal_lm(run.hf)
-    texts = list(held_out_documents(config, base))
+    texts = list(held_out_documents(study))
     source = settings.source
     result = evaluate_model(
         model,
@@ -50,8 +48,10 @@ def judge_run(
         stride=settings.stride,
         batch_size=settings.batch_size,
     )
-    write_json(run.functions, learned_functions(model, tokenizer, texts, settings.functions_per_module))
-    write_json(run.samples, samples(model, tokenizer, texts, settings, trial.seed))
+    functions = learned_functions(model, tokenizer, texts, settings.functions_per_module)
+    continued = samples(model, tokenizer, texts, settings, trial.seed)
+    write_json(run.functions, functions)
+    write_json(run.samples, continued)
     update_card(run.hf, [result])
     write_json(run.heldout, result)
     say(
@@ -60,7 +60,9 @@ def judge_run(
     )
 
 
-def samples(model: Any, tokenizer: Any, texts: list[str], settings: Any, seed: int) -> list[dict[str, str]]:
+def samples(
+    model: Any, tokenizer: Any, texts: list[str], settings: EvaluationConfig, seed: int
+) -> list[dict[str, str]]:
     """Continuations of `settings.prompts`, or of the first words of two held-out documents."""
     if not settings.sample_tokens:
         return []
@@ -68,7 +70,7 @@ def samples(model: Any, tokenizer: Any, texts: list[str], settings: Any, seed: i
         text[:60].rsplit(None, 1)[0] for text in texts[:: max(1, len(texts) // 2)][:2]
     ]
     found = []
-    sampling = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
     if settings.temperature:
         sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": settings.top_k}
     for number, prompt in enumerate(prompts):
@@ -92,3 +94,33 @@ def samples(model: Any, tokenizer: Any, texts: list[str], settings: Any, seed: i
         text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
         found.append({"prompt": prompt, "text": text})
     return found
+
+
+def ensure_baselines(study: Study) -> None:
+    """baselines.json: what needs no neural network, trained on the same text, on the same held-out text."""
+    settings, data = study.config.evaluation, study.base.data
+    if study.directory.baselines.is_file():
+        return
+    rows: list[dict[str, Any]] = []
+    if settings.baselines and data.streaming and data.max_documents is None:
+        print("baselines: none; they would read the whole of a streamed text (data.max_documents bounds it)")
+    elif settings.baselines:
+        print("baselines: Kneser-Ney n-grams and xz -9 on the same text", flush=True)
+        training, held_out = list(documents(study.base, "train")), list(held_out_documents(study))
+        by_order = kneser_ney_by_order(training, held_out)
+        best = min(by_order, key=by_order.__getitem__)
+        rows = [
+            {
+                "name": f"{best}-gram",
+                "what": f"Kneser-Ney over bytes, the best of orders {min(by_order)} to {max(by_order)}, "
+                "counts of the training text",
+                "bits_per_byte": by_order[best],
+                "orders": by_order,
+            },
+            {
+                "name": "xz -9",
+                "what": "what the held-out text adds to the compressed training text",
+                "bits_per_byte": xz_bits_per_byte(training, held_out),
+            },
+        ]
+    write_json(study.directory.baselines, rows)

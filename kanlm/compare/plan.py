@@ -1,10 +1,14 @@
-"""From a comparison's file to work: the arms' solved widths, and the trials with their resolved runs."""
+"""From a comparison's file to work: text, the arms' solved widths, and trials with their resolved runs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from transformers.utils.logging import disable_progress_bar
+
+from kanlm.compare.artifacts import CompareDir, TrialDir
 from kanlm.compare.schema import (
     MATCHINGS,
     ArmConfig,
@@ -13,30 +17,71 @@ from kanlm.compare.schema import (
     PlannedArm,
     SizeConfig,
     Trial,
+    changed_keys,
     merged,
     run_config,
 )
-from kanlm.config import RunConfig, UserError
+from kanlm.config import RunConfig, UserError, parsed
+from kanlm.data import TokenLoader, token_cache, tokenizer_for
 from kanlm.model import KanLMConfig
 from kanlm.model.ffn import find_arm
+from kanlm.runs import provenance, read_json, write_json
 from kanlm.sizing import architecture, matched_width, parameter_counts, training_flops_per_token
 
 Rates = dict[str, float]
 """`learning_rate` and, where the sweep chose one, `kan_learning_rate`: keys of `[train]`."""
+DATA_KEYS = ("source", "licence", "documents", "bytes", "words", "tokens", "text_tokens", "sha256")
+"""What compare.json tells of a text; of a streamed one the counts are not known: null."""
+
+
+def begin_study(config: CompareConfig) -> Study:
+    """The text is read, widths are solved and said; the folder is begun, or found to be of this file.
+
+    UserError where no width fits, and where the folder holds runs of another configuration: nothing is then
+    written.
+    """
+    disable_progress_bar()  # of weights that are loaded: here lines tell the progress
+    base = config.first_run
+    names = ", ".join(arm.name for arm in config.arms)
+    print(f"comparison {config.name}: {names} in {config.directory}/", flush=True)
+    tokenizer = tokenizer_for(base)
+    study = Study(config, len(tokenizer), planned_arms(config, len(tokenizer)))
+    for arm in study.arms:
+        print(arm.line, flush=True)
+    manifests = {
+        "train": TokenLoader(base, tokenizer).manifest,
+        "validation": token_cache(base, tokenizer, "validation").manifest,
+    }
+    size = "streamed text" if base.data.streaming else f"{manifests['train']['tokens']:,} training tokens"
+    print(
+        f"  text: {manifests['train']['source']}, {size} and {manifests['validation']['tokens']:,} held out, "
+        f"vocabulary {len(tokenizer):,}",
+        flush=True,
+    )
+    study.refuse_changed(study.known_trials())
+    study.forget_old_judgements()
+    data: dict[str, Any] = {"vocab_size": study.vocab_size, "block_size": base.data.block_size}
+    for split, manifest in manifests.items():
+        data[split] = {key: manifest.get(key) for key in DATA_KEYS}
+    dumped = config.model_dump(mode="json")
+    write_json(study.directory.compare, {"config": dumped, "provenance": provenance(), "data": data})
+    return study
 
 
 def planned_arms(config: CompareConfig, vocab_size: int) -> list[PlannedArm]:
     """Every arm's solved width, in the order matching, size, arm; `UserError` where no width fits."""
-    planned = []
-    for matching in config.matching:
-        for size in config.sizes:
-            planned += _matched(config, matching, size, vocab_size)
-    return planned
+    return [
+        arm
+        for matching in config.matching
+        for size in config.sizes
+        for arm in _matched(config, matching, size, vocab_size)
+    ]
 
 
 def _matched(
     config: CompareConfig, matching: Matching, size: SizeConfig, vocab_size: int
 ) -> list[PlannedArm]:
+    """The arms of one size, each as wide as makes it equal to the reference arm."""
     block_size = config.runs[size.name].data.block_size
     rule = MATCHINGS[matching]
 
@@ -45,19 +90,18 @@ def _matched(
             return training_flops_per_token(model, block_size)
         return parameter_counts(model).non_embedding
 
-    def built(arm: ArmConfig) -> tuple[RunConfig, KanLMConfig]:
-        model = {"ffn_type": arm.ffn_type, **arm.model}
-        run = run_config(config, size, {"model": model, "train": arm.train}, f"arm {arm.name}")
+    def unsolved(arm: ArmConfig) -> tuple[dict[str, Any], KanLMConfig]:
+        model = {**config.runs[size.name].model, "ffn_type": arm.ffn_type, **arm.model}
         if arm.name != config.reference:  # a width that every arm can have stands in until it is solved
-            model["intermediate_size"] = run.model.get("kan_num_groups", KanLMConfig().kan_num_groups)
-            run = run_config(config, size, {"model": model, "train": arm.train}, f"arm {arm.name}")
-        return run, architecture(run, vocab_size)
+            model["intermediate_size"] = model.get("kan_num_groups", KanLMConfig().kan_num_groups)
+        run = run_config(config, size, {"model": model, "train": arm.train}, f"arm {arm.name}")
+        return run.model, architecture(run, vocab_size)
 
-    _, reference = built(config.arm(config.reference))
+    _, reference = unsolved(config.arm(config.reference))
     target = amount(reference)
     planned = []
     for arm in config.arms:
-        run, model = built(arm)
+        fields, model = unsolved(arm)
         if arm.name != config.reference:
             model, _ = matched_width(model, arm.ffn_type, target, rule.width, block_size)
         counts = parameter_counts(model)
@@ -77,7 +121,7 @@ def _matched(
                 family=block.family,
                 ffn_type=arm.ffn_type,
                 intermediate_size=model.intermediate_size,
-                model={**run.model, "intermediate_size": model.intermediate_size},
+                model={**fields, "intermediate_size": model.intermediate_size},
                 train=arm.train,
                 parameters=counts.total,
                 embedding_parameters=counts.embedding,
@@ -91,98 +135,149 @@ def _matched(
     return planned
 
 
-def swept_arms(config: CompareConfig, arms: Sequence[PlannedArm]) -> list[PlannedArm]:
-    """The arms whose rates are tried: those of the first matching, at every size."""
-    return [arm for arm in arms if arm.matching == config.matching[0]]
+@dataclass
+class Study:
+    """A comparison under way: what was planned, and the trials that follow from it."""
 
+    config: CompareConfig
+    vocab_size: int
+    arms: list[PlannedArm]
+    """Of every matching and size, as `planned_arms` gives them."""
 
-def known_trials(config: CompareConfig, arms: Sequence[PlannedArm]) -> list[Trial]:
-    """The trials that follow from the file alone: the sweep's first, or, without a sweep, those reported with
-    a budget of tokens.
-    """
-    if any(config.learning_rates(arm) for arm in config.arms):
-        return [
-            sweep_trial(config, arm, {"learning_rate": rate})
-            for arm in swept_arms(config, arms)
-            for rate in config.learning_rates(config.arm(arm.arm))
-        ]
-    within_tokens = [name for name in config.matching if MATCHINGS[name].budget == "tokens"]
-    return final_trials(config.model_copy(update={"matching": tuple(within_tokens)}), arms, {})
+    @property
+    def directory(self) -> CompareDir:
+        return CompareDir(self.config.directory)
 
+    @property
+    def base(self) -> RunConfig:
+        """The first size's run: text and tokenizer are those of all."""
+        return self.config.first_run
 
-def planned_trial(
-    config: CompareConfig,
-    arm: PlannedArm,
-    kind: Literal["sweep", "final"],
-    name: str,
-    seed: int,
-    rates: Mapping[str, float],
-    max_tokens: int,
-) -> Trial:
-    """A trial of `arm` with its run; seed and data order are the same for all arms of one seed."""
-    train = {**rates, "max_tokens": max_tokens}
-    run = arm_run(config, arm, name=name, seed=seed, data_seed=seed, train=train)
-    return Trial(kind=kind, matching=arm.matching, size=arm.size, arm=arm.arm, run=run)
+    @property
+    def swept_arms(self) -> list[PlannedArm]:
+        """The arms whose rates are tried: those of the first matching, at every size."""
+        return [arm for arm in self.arms if arm.matching == self.config.matching[0]]
 
+    def arm_run(self, arm: PlannedArm, **changes: Any) -> RunConfig:
+        """The run of `arm` at its size, with `changes` on top."""
+        size = next(size for size in self.config.sizes if size.name == arm.size)
+        own = merged({"model": arm.model, "train": arm.train}, changes)
+        return run_config(self.config, size, own, f"trial {changes.get('name', arm.arm)}")
 
-def arm_run(config: CompareConfig, arm: PlannedArm, **changes: Any) -> RunConfig:
-    """The run of `arm` at its size, with `changes` on top."""
-    size = next(size for size in config.sizes if size.name == arm.size)
-    own = merged({"model": arm.model, "train": arm.train}, changes)
-    return run_config(config, size, own, f"trial {changes.get('name', arm.arm)}")
+    def trial(
+        self,
+        arm: PlannedArm,
+        kind: Literal["sweep", "final"],
+        name: str,
+        seed: int,
+        rates: Mapping[str, float],
+        max_tokens: int,
+    ) -> Trial:
+        """A trial of `arm` with its run; seed and data order are the same for all arms of one seed."""
+        train = {**rates, "max_tokens": max_tokens}
+        run = self.arm_run(arm, name=name, seed=seed, data_seed=seed, train=train)
+        return Trial(kind=kind, matching=arm.matching, size=arm.size, arm=arm.arm, run=run)
 
+    def sweep_trial(self, arm: PlannedArm, rates: Rates) -> Trial:
+        """The trial of the sweep that tries `rates`."""
+        sweep, tokens = self.config.sweep, self.config.runs[arm.size].train.max_tokens
+        name = f"sweep-{arm.size}-{arm.arm}-lr{rates['learning_rate']:g}"
+        if "kan_learning_rate" in rates:
+            name += f"-kan{rates['kan_learning_rate']:g}"
+        return self.trial(arm, "sweep", name, sweep.seed, rates, min(sweep.max_tokens or tokens, tokens))
 
-def sweep_trial(config: CompareConfig, arm: PlannedArm, rates: Rates) -> Trial:
-    """One trial of the sweep."""
-    tokens = config.runs[arm.size].train.max_tokens
-    name = f"sweep-{arm.size}-{arm.arm}-lr{rates['learning_rate']:g}"
-    if "kan_learning_rate" in rates:
-        name += f"-kan{rates['kan_learning_rate']:g}"
-    tokens = min(config.sweep.max_tokens or tokens, tokens)
-    return planned_trial(config, arm, "sweep", name, config.sweep.seed, rates, tokens)
+    def final_trials(
+        self,
+        rates: Mapping[tuple[str, str], Rates],
+        tokens_per_second: Mapping[tuple[str, str, str], float] | None = None,
+        matchings: Sequence[Matching] | None = None,
+    ) -> list[Trial]:
+        """The trials that are reported, seed by seed with the arms' order rotated, so that a machine that
+        slows down hits no arm more than another. Trials that train the same have one run between them.
 
-
-def final_trials(
-    config: CompareConfig,
-    arms: Sequence[PlannedArm],
-    rates: Mapping[tuple[str, str], Rates],
-    tokens_per_second: Mapping[tuple[str, str, str], float] | None = None,
-) -> list[Trial]:
-    """The trials that are reported, seed by seed with the arms' order rotated, so that a machine that slows
-    down hits no arm more than another.
-
-    Args:
-        arms: as `planned_arms` gives them.
-        rates: by (size, arm): the sweep's choice; nothing for what is configured.
-        tokens_per_second: by (rule of widths, size, arm): measured step times; needed where the budget is
-            time, which then are the tokens that take as long as the reference takes for its own.
-    """
-    by_key = {(arm.matching, arm.size, arm.arm): arm for arm in arms}
-    names = [arm.name for arm in config.arms]
-    found: dict[str, Trial] = {}
-    trials = []
-    for matching in config.matching:
-        rule = MATCHINGS[matching]
-        for size in config.sizes:
-            for turn, seed in enumerate(config.seeds):
-                shift = turn % len(names)
-                for name in names[shift:] + names[:shift]:
-                    tokens = config.runs[size.name].train.max_tokens
-                    if rule.budget == "time":
-                        assert tokens_per_second is not None
-                        own, reference = (
-                            tokens_per_second[rule.width, size.name, one] for one in (name, config.reference)
+        Args:
+            rates: by (size, arm): the sweep's choice; nothing for what is configured.
+            tokens_per_second: by (rule of widths, size, arm): measured step times; needed where the budget
+                is time, which then are the tokens that take as long as the reference takes for its own.
+            matchings: default: all of the file.
+        """
+        config = self.config
+        by_key = {(arm.matching, arm.size, arm.arm): arm for arm in self.arms}
+        names = [arm.name for arm in config.arms]
+        found: dict[str, Trial] = {}
+        trials = []
+        for matching in config.matching if matchings is None else matchings:
+            rule = MATCHINGS[matching]
+            for size in config.sizes:
+                for turn, seed in enumerate(config.seeds):
+                    shift = turn % len(names)
+                    for arm in names[shift:] + names[:shift]:
+                        tokens = config.runs[size.name].train.max_tokens
+                        if rule.budget == "time":
+                            assert tokens_per_second is not None
+                            own, reference = (
+                                tokens_per_second[rule.width, size.name, one]
+                                for one in (arm, config.reference)
+                            )
+                            tokens = round(tokens * own / reference)
+                        name = f"{matching}-{size.name}-{arm}-seed{seed}"
+                        planned = by_key[matching, size.name, arm]
+                        trial = self.trial(
+                            planned, "final", name, seed, rates.get((size.name, arm), {}), tokens
                         )
-                        tokens = round(tokens * own / reference)
-                    trial = planned_trial(
-                        config,
-                        by_key[matching, size.name, name],
-                        "final",
-                        f"{matching}-{size.name}-{name}-seed{seed}",
-                        seed,
-                        rates.get((size.name, name), {}),
-                        tokens,
-                    )
-                    same = found.setdefault(trial.run.model_dump_json(exclude={"name"}), trial)
-                    trials.append(trial.model_copy(update={"run": same.run}))
-    return trials
+                        same = found.setdefault(trial.run.model_dump_json(exclude={"name"}), trial)
+                        trials.append(trial.model_copy(update={"run": same.run}))
+        return trials
+
+    def known_trials(self) -> list[Trial]:
+        """The trials that follow from the file alone: the sweep's first, or, without a sweep, those reported
+        with a budget of tokens.
+        """
+        config = self.config
+        if any(config.learning_rates(arm) for arm in config.arms):
+            return [
+                self.sweep_trial(arm, {"learning_rate": rate})
+                for arm in self.swept_arms
+                for rate in config.learning_rates(config.arm(arm.arm))
+            ]
+        return self.final_trials(
+            {}, matchings=[name for name in config.matching if MATCHINGS[name].budget == "tokens"]
+        )
+
+    def refuse_changed(self, trials: Sequence[Trial]) -> None:
+        """UserError where a trial's folder was trained with another configuration; it names what changed."""
+        for trial in trials:
+            stored = self.directory.run(trial.name).config
+            if not stored.is_file():
+                continue
+            before = parsed(RunConfig, read_json(stored), str(stored)).model_dump(mode="json")
+            changes = changed_keys(before, trial.run.model_dump(mode="json"))
+            if changes:
+                more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
+                raise UserError(
+                    f"{stored.parent}: trained with another configuration than this file's: "
+                    f"{changes[0]}{more}; choose another name, or delete {self.directory.root}"
+                )
+
+    def forget_old_judgements(self) -> None:
+        """Where the evaluation settings have changed, remove what was judged by the old ones."""
+        directory = self.directory
+        if not directory.compare.is_file():
+            return
+        before = read_json(directory.compare)["config"]["evaluation"]
+        if before == self.config.evaluation.model_dump(mode="json"):
+            return
+        directory.baselines.unlink(missing_ok=True)
+        for run in map(TrialDir, directory.arms.glob("*")):
+            for path in (run.heldout, run.samples, run.functions):
+                path.unlink(missing_ok=True)
+
+    def write_plan(self, trials: Sequence[Trial], sweep: Sequence[dict[str, Any]]) -> None:
+        """plan.json, unless a trial's folder holds another run; `sweep`: its rows, once it is over."""
+        self.refuse_changed(trials)
+        plan = {
+            "arms": [arm.model_dump(mode="json") for arm in self.arms],
+            "sweep": list(sweep),
+            "trials": [trial.model_dump(mode="json") for trial in trials],
+        }
+        write_json(self.directory.plan, plan)

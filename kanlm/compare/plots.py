@@ -1,7 +1,7 @@
 """Pictures of the report: matplotlib figures as inline SVG, narrow enough to be read on a phone.
 
-Every function takes the artifacts' plain lists and returns the text of one `<svg>` element. Text stays text
-(searchable, in the page's font), and the same artifacts give the same bytes.
+`report_pictures` chooses what is drawn; the functions that draw return the text of one `<svg>` element. Text
+stays text (searchable, in the page's font), and the same artifacts give the same bytes.
 """
 
 from __future__ import annotations
@@ -12,25 +12,120 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from kanlm.compare.artifacts import Result
-from kanlm.interpret.pictures import figure_svg
+from kanlm.compare.artifacts import Artifacts, Result
+from kanlm.compare.judgement import mean
+from kanlm.interpret.pictures import figure_svg, learned_functions_svg, spread
 
 KAN_COLOURS = ("#c2410c", "#b4257e", "#a16207", "#7c2d12", "#db2777")
 MLP_COLOURS = ("#1d4ed8", "#0e7490", "#475569", "#4338ca")
 CONTROL_COLOURS = ("#15803d", "#4d7c0f")
 BASELINE_COLOUR = "#6b7280"
+DRAWN_FUNCTIONS = 12
+"""Panels of learned functions for each arm."""
 
 
-def colours(arms: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """A colour for each (name, family): warm for KANs, cool for MLPs, green for controls."""
+def report_pictures(artifacts: Artifacts, content: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """`{name: {"svg", "caption", "section"}}`; a picture without data is left out. `content`: report.json."""
+    shown, colour = artifacts.shown, arm_colours(artifacts)
+    results = [result for runs in shown.arms.values() for result in runs.results]
+    pictures: dict[str, dict[str, str]] = {}
+
+    def add(name: str, section: str, svg: str, caption: str) -> None:
+        pictures[name] = {"svg": svg, "caption": caption, "section": section}
+
+    if any(result.eval for result in results):
+        add(
+            "quality",
+            "quality",
+            quality(results, artifacts.baselines, colour, "quality"),
+            "Bits per byte of unseen text: a dot for each seed, a bar at the mean; dashed: what needs no "
+            "neural network.",
+        )
+    if any(result.curve.loss for result in results):
+        measured = {arm: runs.speed["tokens_per_second"] for arm, runs in shown.arms.items() if runs.speed}
+        measured = measured if len(measured) == len(shown.arms) else {}
+        source = "step times measured in turns" if measured else "the runs' clocks"
+        for against, words in (("tokens", "tokens seen"), ("seconds", f"training time, by {source}")):
+            add(
+                f"loss-{against}",
+                "curves",
+                loss_curves(results, colour, against, f"loss-{against}", measured),
+                f"Loss against {words}. Lines: training, smoothed, one for each seed; dots: held-out text.",
+            )
+    place = shown.matching, shown.size
+    table = next(one for one in content["tables"] if (one["matching"], one["size"]) == place)
+    rows = [
+        {
+            "arm": row["arm"],
+            "low": None,
+            "high": None,
+            **(shown.arms[row["arm"]].speed or {}),
+            "tokens_per_second": row["tokens_per_second"],
+        }
+        for row in table["rows"]
+        if row["tokens_per_second"]
+    ]
+    if rows:
+        in_turns = "measured in turns; the line spans the middle half of the rounds"
+        source = in_turns if rows[0]["low"] else "of the runs"
+        add("throughput", "speed", throughput(rows, colour, "throughput"), f"Training speed, {source}.")
+    tried = [row for row in artifacts.sweep if row["size"] == shown.size and len(row["trials"]) > 1]
+    if tried:
+        add(
+            "sweep",
+            "curves",
+            sweep(tried, colour, "sweep", "learning_rate"),
+            "Learning rates tried, each with the best rate of the coefficients; the filled point was chosen.",
+        )
+    if any(trial["kan_learning_rate"] for row in tried for trial in row["trials"]):
+        add(
+            "sweep-coefficients",
+            "curves",
+            sweep(tried, colour, "sweep-coefficients", "kan_learning_rate"),
+            "Rates of the KAN coefficients tried; the filled point was chosen.",
+        )
+    series = {arm: size_points(artifacts, arm) for arm in shown.arms}
+    series = {arm: points for arm, points in series.items() if len(points) > 1}
+    if series:
+        add(
+            "scaling",
+            "quality",
+            scaling(series, colour, "scaling"),
+            "Loss at several sizes, mean over seeds.",
+        )
+    for arm, runs in shown.arms.items():
+        found = next((result.functions for result in runs.results if result.functions), None)
+        if found and found["curves"]:
+            curves = spread(found["curves"], DRAWN_FUNCTIONS)
+            add(
+                f"functions-{arm}",
+                "functions",
+                learned_functions_svg(curves, colour[arm], f"functions-{arm}"),
+                f"{arm}: {found['caption']}",
+            )
+    return pictures
+
+
+def size_points(artifacts: Artifacts, arm: str) -> list[tuple[float, float]]:
+    """(non-embedding parameters, mean held-out loss) of the parameter-matched sizes that finished."""
+    runs = [table.arms[arm] for table in artifacts.tables if table.matching == "parameters"]
+    return [
+        (float(one.planned.non_embedding_parameters), mean([report.loss for report in one.taught.values()]))
+        for one in runs
+        if one.taught
+    ]
+
+
+def arm_colours(artifacts: Artifacts) -> dict[str, str]:
+    """A colour for each arm: warm for KANs, cool for MLPs, green for controls."""
     palettes = {"kan": KAN_COLOURS, "mlp": MLP_COLOURS, "control": CONTROL_COLOURS}
     used = dict.fromkeys(palettes, 0)
-    result = {}
-    for name, family in arms:
-        palette = palettes[family]
-        result[name] = palette[used[family] % len(palette)]
+    chosen = {}
+    for name, runs in artifacts.shown.arms.items():
+        family = runs.planned.family
+        chosen[name] = palettes[family][used[family] % len(palettes[family])]
         used[family] += 1
-    return result
+    return chosen
 
 
 def short(value: float, _position: int | None = None) -> str:

@@ -14,18 +14,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from kanlm.compare import plots
-from kanlm.compare.artifacts import Artifacts, Result, load
-from kanlm.compare.claims import claims, size_points
-from kanlm.compare.judgement import MATCHED, Judgement, mean, sentence
-from kanlm.compare.schema import MATCHINGS, PlannedArm
-from kanlm.compare.verdict import judgements, learned_nothing, mean_bits
-from kanlm.interpret.pictures import learned_functions_svg, spread, standalone_svg
+from kanlm.compare.artifacts import ArmRuns, Artifacts, Result, load
+from kanlm.compare.claims import claims
+from kanlm.compare.judgement import MATCHED, Judgement, mean
+from kanlm.compare.schema import MATCHINGS
+from kanlm.compare.verdict import verdicts
+from kanlm.interpret.pictures import standalone_svg
 from kanlm.runs import EvalReport, write_json, write_text
 from kanlm.stats import standard_error
 
 SCHEMA = 1
-DRAWN_FUNCTIONS = 12
-"""Panels of learned functions for each arm."""
 TITLES = {
     "parameters": "Equal parameters",
     "flops": "Equal computation per token",
@@ -34,53 +32,52 @@ TITLES = {
 
 
 def report(directory: str | Path) -> Path:
-    """Write report.json, report.md, report.html and plots/*.svg into `directory`; returns the HTML's path."""
+    """Write the report of the comparison in `directory`; the path of its HTML."""
     artifacts = load(directory)
+    write_report(artifacts)
+    return artifacts.directory.report_html
+
+
+def write_report(artifacts: Artifacts) -> dict[str, Any]:
+    """report.json, report.md, report.html and plots/*.svg in the comparison's folder; the first's content."""
     content = report_content(artifacts)
-    pictures = report_pictures(artifacts)
+    pictures = plots.report_pictures(artifacts, content)
     paths = artifacts.directory
-    for name, picture in pictures.items():
-        write_text(paths.plots / f"{name}.svg", standalone_svg(picture["svg"]))
-    write_json(paths.report_json, content)
     values = template_values(artifacts, content, pictures)
-    write_text(paths.report_md, render("report.md.j2", values))
-    write_text(paths.report_html, render("report.html.j2", values))
-    return paths.report_html
+    texts = {
+        paths.report_md: render("report.md.j2", values),
+        paths.report_html: render("report.html.j2", values),
+        **{paths.plots / f"{name}.svg": standalone_svg(one["svg"]) for name, one in pictures.items()},
+    }
+    write_json(paths.report_json, content)  # once all is there, so that a mistake leaves the old report whole
+    for path, text in texts.items():
+        write_text(path, text)
+    return content
 
 
 def report_content(artifacts: Artifacts) -> dict[str, Any]:
     """report.json: verdict, tables, every run's EvalReport and RunRecord, claims, baselines, provenance."""
     config = artifacts.config
-    margin = config.evaluation.equivalence_margin_nats
-    tables: list[dict[str, Any]] = []
-    judged: list[Judgement] = []
-    for matching in config.matching:
-        for size in config.sizes:
-            here = judgements(artifacts, matching, size.name)
-            judged += here
-            tables.append(
-                {
-                    "matching": matching,
-                    "size": size.name,
-                    "tolerance": MATCHINGS[matching].tolerance,
-                    "rows": [
-                        arm_row(artifacts, artifacts.planned(matching, size.name, arm.name))
-                        for arm in config.arms
-                    ],
-                    "sentences": [
-                        sentence(judgement, margin) + counting_beats_both(artifacts, judgement)
-                        for judgement in here
-                    ],
-                }
-            )
-    headline = next(
-        (
-            table["sentences"][0]
-            for table in tables
-            if table["size"] == config.sizes[-1].name and table["sentences"]
-        ),
-        "No verdict: there is no KAN arm among the arms.",
-    )
+    found = verdicts(artifacts)
+    judged = [verdict.judgement for verdict in found]
+    claimed = claims(artifacts, judged)
+    tables = [
+        {
+            "matching": table.matching,
+            "size": table.size,
+            "tolerance": MATCHINGS[table.matching].tolerance,
+            "rows": [arm_row(runs) for runs in table.arms.values()],
+            "sentences": [
+                one.sentence
+                for one in found
+                if (one.judgement.matching, one.judgement.size) == (table.matching, table.size)
+            ],
+        }
+        for table in artifacts.tables
+    ]
+    largest = config.sizes[-1].name
+    sentences = [verdict.sentence for verdict in found if verdict.judgement.size == largest]
+    headline = sentences[0] if sentences else "No verdict: there is no KAN arm among the arms."
     return {
         "schema": SCHEMA,
         "name": config.name,
@@ -89,7 +86,7 @@ def report_content(artifacts: Artifacts) -> dict[str, Any]:
         "tables": tables,
         "runs": [run_entry(result) for result in artifacts.results],
         "baselines": artifacts.baselines,
-        "claims": claims(artifacts, judged),
+        "claims": claimed,
         "sweep": artifacts.sweep,
         "speed": artifacts.speed,
         "notes": notes(artifacts) + text_notes(judged),
@@ -97,18 +94,6 @@ def report_content(artifacts: Artifacts) -> dict[str, Any]:
         "provenance": artifacts.provenance,
         "config": config.model_dump(mode="json"),
     }
-
-
-def counting_beats_both(artifacts: Artifacts, judgement: Judgement) -> str:
-    """What the verdict has to add where a model that only counts or compresses predicts better than both."""
-    bits = [judgement.arm_bits_per_byte, judgement.baseline_bits_per_byte]
-    known = [value for value in bits if value is not None]
-    rows = [row for row in artifacts.baselines if known and row["bits_per_byte"] <= min(known)]
-    if not rows or judgement.outcome in ("no result", "learned nothing"):
-        return ""
-    listed = " and ".join(f"{row['name']} ({row['bits_per_byte']:.4f})" for row in rows)
-    verb = "predict" if len(rows) > 1 else "predicts"
-    return f" Without any neural network {listed} {verb} this text better than both."
 
 
 def run_entry(result: Result) -> dict[str, Any]:
@@ -126,14 +111,12 @@ def run_entry(result: Result) -> dict[str, Any]:
     }
 
 
-def arm_row(artifacts: Artifacts, planned: PlannedArm) -> dict[str, Any]:
+def arm_row(runs: ArmRuns) -> dict[str, Any]:
     """One line of a table of arms: what was planned and what all seeds gave."""
-    results = artifacts.at(planned.matching, planned.size, planned.arm)
-    evaluated = [result.eval for result in results if result.eval]
-    records = [result.record for result in results if result.record]
-    speeds = speed_row(artifacts, planned)
-    bits = mean_bits(results)
-    loss = mean([report.loss for report in evaluated]) if evaluated else None
+    planned, speed, reports = runs.planned, runs.speed, [*runs.evaluations.values()]
+    records = [result.record for result in runs.results if result.record]
+    first = runs.results[0].trial if runs.results else None
+    loss = mean([report.loss for report in reports]) if reports else None
     recorded = [record.tokens_per_second for record in records if record.tokens_per_second]
     return {
         "arm": planned.arm,
@@ -145,19 +128,17 @@ def arm_row(artifacts: Artifacts, planned: PlannedArm) -> dict[str, Any]:
         "ffn_parameters": planned.ffn_parameters,
         "mismatch": planned.mismatch,
         "flops_per_token": planned.flops_per_token,
-        "learning_rate": results[0].trial.learning_rate if results else None,
-        "training_tokens": results[0].trial.max_tokens if results else None,
-        "bits_per_byte": bits,
+        "learning_rate": first.learning_rate if first else None,
+        "training_tokens": first.max_tokens if first else None,
+        "bits_per_byte": runs.bits_per_byte,
         "loss": loss,
         "perplexity": math.exp(loss) if loss is not None else None,
-        "word_perplexity": geometric_mean([report.word_perplexity for report in evaluated]),
-        "text_error_nats": text_error_of(evaluated),
-        "learned_nothing": bits is not None and learned_nothing(bits, artifacts.baselines),
-        "seeds": [seed_entry(result) for result in results],
-        "tokens_per_second": speeds["tokens_per_second"]
-        if speeds
-        else (mean(recorded) if recorded else None),
-        "speed_source": "step times measured in turns" if speeds else "the runs' own clocks",
+        "word_perplexity": geometric_mean([report.word_perplexity for report in reports]),
+        "text_error_nats": text_error(reports),
+        "learned_nothing": runs.learned_nothing,
+        "seeds": [seed_entry(result) for result in runs.results],
+        "tokens_per_second": speed["tokens_per_second"] if speed else (mean(recorded) if recorded else None),
+        "speed_source": "step times measured in turns" if speed else "the runs' own clocks",
         "training_seconds": mean([record.seconds for record in records]) if records else None,
         "peak_memory_bytes": max((record.peak_memory_bytes or 0 for record in records), default=0) or None,
     }
@@ -176,7 +157,7 @@ def seed_entry(result: Result) -> dict[str, Any]:
     }
 
 
-def text_error_of(reports: Sequence[EvalReport]) -> float | None:
+def text_error(reports: Sequence[EvalReport]) -> float | None:
     """Sampling error of one arm's loss that is due to the held-out text, mean over seeds."""
     errors = [
         standard_error([nll for _, nll in report.parts], [tokens for tokens, _ in report.parts])
@@ -188,16 +169,6 @@ def text_error_of(reports: Sequence[EvalReport]) -> float | None:
 
 def geometric_mean(values: Sequence[float]) -> float | None:
     return math.exp(mean([math.log(value) for value in values])) if values else None
-
-
-def speed_row(artifacts: Artifacts, planned: PlannedArm) -> dict[str, Any] | None:
-    """The arm's entry in speed.json, of the same rule of widths."""
-    rule = MATCHINGS[planned.matching]
-    for row in artifacts.speed["arms"] if artifacts.speed else []:
-        same_width = MATCHINGS[row["matching"]].width == rule.width
-        if same_width and (row["size"], row["arm"]) == (planned.size, planned.arm):
-            return row
-    return None
 
 
 def notes(artifacts: Artifacts) -> list[str]:
@@ -223,7 +194,7 @@ def notes(artifacts: Artifacts) -> list[str]:
                 f"{row['arm']}: the best {axis.replace('_', ' ')}, {row[axis]:g}, lies on the edge of those "
                 "tried; a better one may lie outside."
             )
-    mlps = sorted(arm.name for arm in config.arms if artifacts.family(arm.name) == "mlp")
+    mlps = sorted(arm for arm, runs in artifacts.shown.arms.items() if runs.planned.family == "mlp")
     if len(mlps) == 1:
         found.append(f"The only MLP arm is {mlps[0]}; another MLP might have done better.")
     for result in artifacts.results:
@@ -259,114 +230,13 @@ def text_notes(judged: Sequence[Judgement]) -> list[str]:
     ]
 
 
-def report_pictures(artifacts: Artifacts) -> dict[str, dict[str, str]]:
-    """`{name: {"svg", "caption", "section"}}`; a picture without data is left out."""
-    config = artifacts.config
-    colour = plots.colours([(arm.name, artifacts.family(arm.name)) for arm in config.arms])
-    matching, size = config.matching[0], config.sizes[-1].name
-    results = artifacts.at(matching, size)
-    order = {arm.name: place for place, arm in enumerate(config.arms)}
-    results = sorted(results, key=lambda result: (order[result.trial.arm], result.trial.seed))
-    pictures: dict[str, dict[str, str]] = {}
-
-    def add(name: str, section: str, svg: str, caption: str) -> None:
-        pictures[name] = {"svg": svg, "caption": caption, "section": section}
-
-    if any(result.eval for result in results):
-        add(
-            "quality",
-            "quality",
-            plots.quality(results, artifacts.baselines, colour, "quality"),
-            "Bits per byte of unseen text: a dot for each seed, a bar at the mean; dashed: what needs no "
-            "neural network.",
-        )
-    if any(result.curve.loss for result in results):
-        measured = {
-            arm.name: speed_row(artifacts, artifacts.planned(matching, size, arm.name)) for arm in config.arms
-        }
-        speeds = {arm: row["tokens_per_second"] for arm, row in measured.items() if row}
-        speeds = speeds if len(speeds) == len(measured) else {}
-        clock = (
-            "training time, by step times measured in turns"
-            if speeds
-            else "training time, by the runs' clocks"
-        )
-        for against, words in (("tokens", "tokens seen"), ("seconds", clock)):
-            add(
-                f"loss-{against}",
-                "curves",
-                plots.loss_curves(results, colour, against, f"loss-{against}", speeds),
-                f"Loss against {words}. Lines: training, smoothed, one for each seed; dots: held-out text.",
-            )
-    rows = []
-    for arm in config.arms:
-        row = arm_row(artifacts, artifacts.planned(matching, size, arm.name))
-        speed = speed_row(artifacts, artifacts.planned(matching, size, arm.name)) or {}
-        if row["tokens_per_second"]:
-            rows.append(
-                {
-                    "arm": arm.name,
-                    "low": None,
-                    "high": None,
-                    **speed,
-                    "tokens_per_second": row["tokens_per_second"],
-                }
-            )
-    if rows:
-        source = (
-            "measured in turns; the line spans the middle half of the rounds"
-            if rows[0]["low"]
-            else "of the runs"
-        )
-        add("throughput", "speed", plots.throughput(rows, colour, "throughput"), f"Training speed, {source}.")
-    tried = [row for row in artifacts.sweep if row["size"] == size and len(row["trials"]) > 1]
-    if tried:
-        add(
-            "sweep",
-            "curves",
-            plots.sweep(tried, colour, "sweep", "learning_rate"),
-            "Learning rates tried, each with the best rate of the coefficients; the filled point was chosen.",
-        )
-    if any(trial["kan_learning_rate"] for row in tried for trial in row["trials"]):
-        add(
-            "sweep-coefficients",
-            "curves",
-            plots.sweep(tried, colour, "sweep-coefficients", "kan_learning_rate"),
-            "Rates of the KAN coefficients tried; the filled point was chosen.",
-        )
-    series = {arm.name: list(zip(*size_points(artifacts, arm.name), strict=True)) for arm in config.arms}
-    series = {arm: points for arm, points in series.items() if len(points) > 1}
-    if series:
-        add(
-            "scaling",
-            "quality",
-            plots.scaling(series, colour, "scaling"),
-            "Loss at several sizes, mean over seeds.",
-        )
-    for arm in config.arms:
-        shown = next((r.functions for r in results if r.trial.arm == arm.name and r.functions), None)
-        if shown and shown["curves"]:
-            curves = spread(shown["curves"], DRAWN_FUNCTIONS)
-            add(
-                f"functions-{arm.name}",
-                "functions",
-                learned_functions_svg(curves, colour[arm.name], f"functions-{arm.name}"),
-                f"{arm.name}: {shown['caption']}",
-            )
-    return pictures
-
-
 def template_values(
     artifacts: Artifacts, content: dict[str, Any], pictures: dict[str, dict[str, str]]
 ) -> dict[str, Any]:
-    config = artifacts.config
-    first = [r for r in artifacts.at(config.matching[0], config.sizes[-1].name) if r.samples]
     prompts: dict[str, list[dict[str, str]]] = {}
-    for arm in config.arms:
-        result = next((r for r in first if r.trial.arm == arm.name), None)
-        for sample in result.samples if result else []:
-            prompts.setdefault(sample["prompt"], []).append({"arm": arm.name, "text": sample["text"]})
-    colour = plots.colours([(arm.name, artifacts.family(arm.name)) for arm in config.arms])
+    for arm, runs in artifacts.shown.arms.items():
+        for sample in next((result.samples for result in runs.results if result.samples), []):
+            prompts.setdefault(sample["prompt"], []).append({"arm": arm, "text": sample["text"]})
     held_out = next((result.eval for result in artifacts.results if result.eval), None)
     return {
         **content,
@@ -374,7 +244,7 @@ def template_values(
         "matched": MATCHED,
         "pictures": pictures,
         "prompts": prompts,
-        "colour": colour,
+        "colour": plots.arm_colours(artifacts),
         "held_out": held_out,
         "block_size": artifacts.data.get("block_size"),
         "importance": importance_rows(artifacts),
@@ -386,11 +256,9 @@ def template_values(
 def importance_rows(artifacts: Artifacts) -> list[dict[str, Any]]:
     """One line for each layer of learned functions of each arm's first seed."""
     rows = []
-    config = artifacts.config
-    for arm in config.arms:
-        results = artifacts.at(config.matching[0], config.sizes[-1].name, arm.name)
-        shown = next((result.functions for result in results if result.functions), None)
-        rows += [{"arm": arm.name, **row} for row in (shown["layers"] if shown else [])]
+    for arm, runs in artifacts.shown.arms.items():
+        found = next((result.functions for result in runs.results if result.functions), None)
+        rows += [{"arm": arm, **row} for row in (found["layers"] if found else [])]
     return rows
 
 
@@ -430,9 +298,8 @@ FILTERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def summary(directory: str | Path) -> str:
-    """The table of arms and the verdict as plain text for a terminal, from report.json."""
-    content = json.loads((Path(directory) / "report.json").read_text(encoding="utf-8"))
+def summary(content: dict[str, Any]) -> str:
+    """The table of arms and the verdict as plain text for a terminal; `content`: report.json."""
     lines = []
     for table in content["tables"]:
         lines.append(

@@ -9,19 +9,38 @@ from typing import Any
 import torch
 
 from kanlm.bench.measure import take_turns
-from kanlm.compare.plan import arm_run
-from kanlm.compare.schema import MATCHINGS, CompareConfig, PlannedArm
+from kanlm.compare.plan import Study
+from kanlm.compare.schema import MATCHINGS, PlannedArm
 from kanlm.config import RunConfig
+from kanlm.runs import read_json, write_json
 from kanlm.sizing import architecture
 from kanlm.train.build import build
-from kanlm.train.parallel import clip_gradients, gradient_norm, mixed_precision
+from kanlm.train.gradients import clip_gradients, gradient_norm
+from kanlm.train.parallel import mixed_precision
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def measured_speed(
-    config: CompareConfig, arms: Sequence[PlannedArm], vocab_size: int, rounds: int, warmup: int
-) -> dict[str, Any]:
+def ensure_speed(study: Study) -> dict[str, Any] | None:
+    """speed.json, measured again where arms, widths or rounds changed."""
+    settings, path = study.config.speed, study.directory.speed
+    if not settings.rounds:
+        return None
+    arms = [arm for arm in study.arms if MATCHINGS[arm.matching].budget == "tokens"]
+    wanted = sorted((arm.matching, arm.size, arm.arm, arm.intermediate_size) for arm in arms)
+    if path.is_file():
+        stored = read_json(path)
+        keys = ("matching", "size", "arm", "intermediate_size")
+        same_arms = sorted(tuple(row[key] for key in keys) for row in stored["arms"]) == wanted
+        if same_arms and stored["rounds"] == settings.rounds:
+            return stored
+    print(f"step times: {settings.rounds} rounds of all arms in turns", flush=True)
+    speed = measured_speed(study, arms, settings.rounds, settings.warmup)
+    write_json(path, speed)
+    return speed
+
+
+def measured_speed(study: Study, arms: Sequence[PlannedArm], rounds: int, warmup: int) -> dict[str, Any]:
     """speed.json: `rounds` training steps of every arm, one arm after the other in each round.
 
     A step is forward, backward, clipping and optimiser on one micro-batch of random tokens, on one device,
@@ -31,13 +50,13 @@ def measured_speed(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     first = None
-    for size in config.sizes:
+    for size in study.config.sizes:
         group = [arm for arm in arms if arm.size == size.name]
-        runs = [arm_run(config, arm) for arm in group]
+        runs = [study.arm_run(arm) for arm in group]
         first = first or runs[0]
         if device.type == "cpu" and runs[0].train.num_threads:
             torch.set_num_threads(runs[0].train.num_threads)
-        steps = [training_step(run, vocab_size, device) for run in runs]
+        steps = [training_step(run, study.vocab_size, device) for run in runs]
         turns = take_turns(steps, range(warmup + rounds).__contains__, device.type)
         seconds = [taken[warmup:] for taken in turns]
         tokens = step_sequences(runs[0]) * runs[0].data.block_size

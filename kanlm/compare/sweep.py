@@ -1,7 +1,9 @@
-"""Which rates to try next, and which to take: the rules of a sweep, from losses alone.
+"""The sweep: every arm tries rates of its own, as many as any other, and takes the best.
 
-Legend: an arm's axes are its learning rate and, where it has KAN coefficients and rates for them are given,
-the coefficients' own rate. A point is one trial; its loss is infinite where the run failed.
+    search = Search(study, arm)    one arm's at one size; a `Point` is one trial, `tried` its loss
+
+The rules read losses alone. An arm's axes are its learning rate and, where it has KAN coefficients and rates
+for them are given, the coefficients' own rate. The loss of a run that failed is infinite.
 
 1  every learning rate of the list, with the coefficients' rate as configured;
 2  while the best one is the smallest or largest tried: one more beyond it, in the same ratio;
@@ -12,9 +14,113 @@ the coefficients' own rate. A point is one trial; its loss is infinite where the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+from kanlm.compare.artifacts import state_of
+from kanlm.compare.plan import Study
+from kanlm.compare.schema import PlannedArm, Trial
+from kanlm.config import UserError
+from kanlm.runs import read_json
+
+Row = dict[str, Any]
+"""Of one arm and size: the rates that were chosen, and all that was tried."""
+
+
+def run_sweep(study: Study, train: Callable[[Sequence[Trial]], None]) -> list[Row]:
+    """Let `train` try rates until every arm has its best, the same number of trials for each of a size.
+
+    UserError where no trial of an arm finished.
+    """
+    searches = [Search(study, arm) for arm in study.swept_arms]
+    while wanted := next_trials(searches):
+        trials = [study.sweep_trial(search.arm, point.rates) for search, point in wanted]
+        train(trials)
+        for (search, point), trial in zip(wanted, trials, strict=True):
+            search.read(point, trial)
+        for search in searches:
+            search.refuse_all_failed()
+    return [search.row() for search in searches]
+
+
+def next_trials(searches: Sequence[Search]) -> list[tuple[Search, Point]]:
+    """What every arm wants to try; when none does, what arms with fewer trials than others refine."""
+    wanted = [(search, point) for search in searches for point in next_points(search.axes, search.tried)]
+    if wanted:
+        return sorted(wanted, key=lambda pair: pair[1].learning_rate)
+    most: dict[str, int] = {}
+    for search in searches:
+        most[search.arm.size] = max(len(search.tried), most.get(search.arm.size, 0))
+    return [
+        (search, refinement(search.tried))
+        for search in searches
+        if 0 < len(search.tried) < most[search.arm.size]
+    ]
+
+
+@dataclass
+class Search:
+    """One arm's search at one size."""
+
+    study: Study
+    arm: PlannedArm
+    tried: dict[Point, float] = field(default_factory=dict)
+    """The validation loss of each trial; infinite where it did not finish."""
+    states: dict[Point, str] = field(default_factory=dict)
+
+    @property
+    def axes(self) -> Axes:
+        config = self.study.config
+        chosen = config.arm(self.arm.arm)
+        kan_rates = config.kan_learning_rates(chosen) if self.arm.coefficients else ()
+        return Axes(config.learning_rates(chosen), kan_rates, config.sweep.extend)
+
+    def read(self, point: Point, trial: Trial) -> None:
+        """What the run of `trial` came to."""
+        run = self.study.directory.run(trial.name)
+        self.states[point], _ = state_of(run)
+        self.tried[point] = math.inf
+        if self.states[point] == "finished":
+            loss = read_json(run.record)["final_validation"]["loss"]
+            self.tried[point] = loss if math.isfinite(loss) else math.inf
+
+    def refuse_all_failed(self) -> None:
+        if self.tried and all(math.isinf(loss) for loss in self.tried.values()):
+            raise UserError(
+                f"sweep: no learning rate of arm {self.arm.arm} finished training; lower "
+                f"sweep.learning_rates or see {self.study.directory.arms}/sweep-{self.arm.size}-"
+                f"{self.arm.arm}-*/train.log"
+            )
+
+    def row(self) -> Row:
+        """What was tried and chosen; without a sweep, the rates that are configured."""
+        train = self.study.config.runs[self.arm.size].train.model_copy(update=self.arm.train)
+        configured = Point(train.learning_rate, train.kan_learning_rate)
+        best = best_point(self.tried) if self.tried else configured
+        return {
+            "size": self.arm.size,
+            "arm": self.arm.arm,
+            "learning_rate": best.learning_rate,
+            "kan_learning_rate": best.kan_learning_rate,
+            "on_edge": edges(self.tried) if self.tried else [],
+            "trials": [
+                {
+                    "learning_rate": point.learning_rate,
+                    "kan_learning_rate": point.kan_learning_rate,
+                    "loss": None if math.isinf(loss) else loss,
+                    "state": self.states[point],
+                }
+                for point, loss in self.tried.items()
+            ],
+        }
+
+
+def chosen_rates(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, float]]:
+    """The rates that a finished sweep's `rows` chose, by (size, arm)."""
+    return {
+        (row["size"], row["arm"]): Point(row["learning_rate"], row["kan_learning_rate"]).rates for row in rows
+    }
 
 
 @dataclass(frozen=True)
@@ -98,13 +204,6 @@ def edges(tried: Tried) -> list[str]:
     if len(kan) > 1 and best.kan_learning_rate in (min(kan), max(kan)):
         found.append("kan_learning_rate")
     return found
-
-
-def chosen_rates(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
-    """The rates that a finished sweep's `rows` chose, by (size, arm)."""
-    return {
-        (row["size"], row["arm"]): Point(row["learning_rate"], row["kan_learning_rate"]).rates for row in rows
-    }
 
 
 def _line(tried: Tried) -> list[Point]:

@@ -12,7 +12,7 @@ import numpy as np
 from accelerate.tracking import GeneralTracker
 
 from kanlm.compare.artifacts import Artifacts
-from kanlm.compare.plots import colours
+from kanlm.compare.plots import DRAWN_FUNCTIONS, arm_colours
 from kanlm.compare.schema import run_config
 from kanlm.interpret.pictures import learned_functions_pixels, spread
 from kanlm.train.parallel import new_accelerator
@@ -30,7 +30,6 @@ COLUMNS = (
     "tokens_per_second",
     "peak_memory_bytes",
 )
-DRAWN_FUNCTIONS = 12
 
 
 def table_rows(content: dict[str, Any]) -> list[list[Any]]:
@@ -44,9 +43,9 @@ def table_rows(content: dict[str, Any]) -> list[list[Any]]:
 
 def pictures(artifacts: Artifacts) -> dict[str, np.ndarray]:
     """Learned functions by arm, of the first seed that has some: pixels [height, width, RGB]."""
-    colour = colours([(arm.name, artifacts.family(arm.name)) for arm in artifacts.config.arms])
+    colour = arm_colours(artifacts)
     found: dict[str, np.ndarray] = {}
-    for result in artifacts.at(artifacts.config.matching[0], artifacts.config.sizes[-1].name):
+    for result in artifacts.shown.results:
         arm = result.trial.arm
         if arm not in found and result.functions and result.functions["curves"]:
             curves = spread(result.functions["curves"], DRAWN_FUNCTIONS)

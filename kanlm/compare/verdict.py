@@ -1,90 +1,60 @@
-"""From a comparison's artifacts to its judgements; the rules are those of `kanlm.compare.judgement`."""
+"""From a comparison's artifacts to its verdicts; the rules are those of `kanlm.compare.judgement`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from kanlm.compare.artifacts import Artifacts, Result
-from kanlm.compare.judgement import ArmLosses, Judgement, best_baseline, judge, mean
+from kanlm.compare.artifacts import ArmRuns, Artifacts, Result, Table
+from kanlm.compare.judgement import ArmLosses, Judgement, judge, sentence
 from kanlm.compare.schema import MATCHINGS, MatchingRule
-from kanlm.runs import EvalReport
 from kanlm.stats import standard_error
 
 
-def finished(results: Sequence[Result]) -> dict[int, EvalReport]:
-    """Evaluations by seed."""
-    return {result.trial.seed: result.eval for result in results if result.eval is not None}
+@dataclass(frozen=True)
+class Verdict:
+    """A judgement, and how the report says it."""
+
+    judgement: Judgement
+    sentence: str
 
 
-def mean_bits(results: Sequence[Result]) -> float | None:
-    values = [result.eval.bits_per_byte for result in results if result.eval is not None]
-    return mean(values) if values else None
-
-
-def learned_nothing(bits_per_byte: float, baselines: Sequence[dict[str, Any]]) -> bool:
-    """Whether a model is beaten by everything that needs no neural network, also by the weakest n-gram order.
-
-    A model that beats the weak orders and not the best has learned something: it is judged, and the sentence
-    says that counting predicts better.
-    """
-    known = [bits for row in baselines for bits in (row["bits_per_byte"], *row.get("orders", {}).values())]
-    return bool(known) and bits_per_byte >= max(known)
-
-
-def arm_losses(results: Sequence[Result]) -> list[ArmLosses]:
-    """What every arm reached, from all results at one matching and size; arms in the order of the results."""
-    by_arm: dict[str, list[Result]] = {}
-    for result in results:
-        by_arm.setdefault(result.trial.arm, []).append(result)
-    return [_losses(name, own) for name, own in by_arm.items()]
-
-
-def _losses(name: str, results: Sequence[Result]) -> ArmLosses:
-    """Validation: the training loop's loss of the last step over all of the held-out text."""
-    reports = finished(results)
-    validated = {
-        result.trial.seed: result.record.final_validation["loss"]
-        for result in results
-        if result.trial.seed in reports and result.record and result.record.final_validation
-    }
-    return ArmLosses(
-        name=name,
-        family=results[0].arm.family,
-        validation=validated,
-        test={seed: report.loss for seed, report in reports.items()},
-        diverged=frozenset(result.trial.seed for result in results if result.state == "diverged"),
-        bits_per_byte={seed: report.bits_per_byte for seed, report in reports.items()},
-    )
-
-
-def best_mlp(results: Sequence[Result]) -> str | None:
-    """The MLP arm with the lowest loss on the validation text."""
-    return best_baseline(arm_losses(results))
-
-
-def judgements(artifacts: Artifacts, matching: str, size: str) -> list[Judgement]:
-    """One for each KAN and control arm, KANs first, the best on the test text first."""
-    results = artifacts.at(matching, size)
-    losses = arm_losses(results)
-    idle = {
-        arm.name
-        for arm in losses
-        if arm.bits_per_byte and learned_nothing(mean([*arm.bits_per_byte.values()]), artifacts.baselines)
-    }
+def verdicts(artifacts: Artifacts) -> list[Verdict]:
+    """One for each KAN and control arm at every matching and size; KANs first, then the best."""
     margin = artifacts.config.evaluation.equivalence_margin_nats
+    judged = [one for table in artifacts.tables for one in judgements(table, margin)]
+    return [Verdict(one, sentence(one, margin) + counting_beats_both(artifacts, one)) for one in judged]
+
+
+def judgements(table: Table, margin: float) -> list[Judgement]:
     judged = judge(
-        losses,
+        [arm_losses(runs) for runs in table.arms.values() if runs.results],
         margin,
-        matching=matching,
-        size=size,
-        learned_nothing=idle,
-        broken_rule=broken_rule(results, MATCHINGS[results[0].trial.matching]) if results else "",
+        matching=table.matching,
+        size=table.size,
+        learned_nothing={name for name, runs in table.arms.items() if runs.learned_nothing},
+        broken_rule=broken_rule(table.results, MATCHINGS[table.matching]),
     )
-    return [replace(one, text_error_nats=text_error(results, one)) for one in judged]
+    return [replace(one, text_error_nats=text_error(table, one)) for one in judged]
+
+
+def arm_losses(runs: ArmRuns) -> ArmLosses:
+    """What one arm reached. Validation: the training loop's loss of the last step, over all held-out text."""
+    return ArmLosses(
+        name=runs.planned.arm,
+        family=runs.planned.family,
+        validation={
+            result.trial.seed: result.record.final_validation["loss"]
+            for result in runs.results
+            if result.eval and result.record and result.record.final_validation
+        },
+        test={seed: report.loss for seed, report in runs.evaluations.items()},
+        diverged=frozenset(result.trial.seed for result in runs.results if result.state == "diverged"),
+        bits_per_byte={seed: report.bits_per_byte for seed, report in runs.evaluations.items()},
+    )
 
 
 def broken_rule(results: Sequence[Result], rule: MatchingRule) -> str:
@@ -109,32 +79,31 @@ def broken_rule(results: Sequence[Result], rule: MatchingRule) -> str:
     return ""
 
 
-def text_error(results: Sequence[Result], judgement: Judgement) -> float | None:
+def text_error(table: Table, judgement: Judgement) -> float | None:
     """Sampling error of the difference that another test text of this kind and length would show.
 
     From the difference of the two arms in up to 100 consecutive parts of the text, averaged over the seeds
     that both finished; None where evaluations keep no parts.
     """
-    own, other = (
-        finished([result for result in results if result.trial.arm == name])
-        for name in (judgement.arm, judgement.baseline)
-    )
-    seeds = sorted(set(own) & set(other))
-    kept = [report.parts for seed in seeds for report in (own[seed], other[seed])]
-    if not kept or len({len(parts) for parts in kept}) > 1 or len(kept[0]) < 2:
+    if judgement.baseline is None:
         return None
-    tokens = [tokens for tokens, _ in kept[0]]
-    nll = np.array([[nll for _, nll in parts] for parts in kept])  # [2 seeds, parts]
+    own, other = (table.arms[name].evaluations for name in (judgement.arm, judgement.baseline))
+    pairs = [(own[seed].parts, other[seed].parts) for seed in sorted(set(own) & set(other))]
+    parts = [one for pair in pairs for one in pair]
+    if not parts or len({len(one) for one in parts}) > 1 or len(parts[0]) < 2:
+        return None
+    tokens = [tokens for tokens, _ in parts[0]]
+    nll = np.array([[nll for _, nll in one] for one in parts])  # [2 seeds, parts]
     return standard_error((nll[::2] - nll[1::2]).mean(axis=0).tolist(), tokens)
 
 
-def tokens_to_loss(result: Result, target: float) -> float | None:
-    """Training tokens after which the validation loss first reached `target`, interpolated; None if never."""
-    curve = result.curve
-    points = list(zip(curve.validation_tokens, curve.validation_loss, strict=True))
-    for (earlier, before), (later, after) in zip(points, points[1:], strict=False):
-        if before <= target:
-            return earlier
-        if after <= target:
-            return float(np.interp(target, [after, before], [later, earlier]))
-    return points[0][0] if len(points) == 1 and points[0][1] <= target else None
+def counting_beats_both(artifacts: Artifacts, judgement: Judgement) -> str:
+    """What the verdict has to add where a model that only counts or compresses predicts better than both."""
+    bits = [judgement.arm_bits_per_byte, judgement.baseline_bits_per_byte]
+    known = [value for value in bits if value is not None]
+    rows = [row for row in artifacts.baselines if known and row["bits_per_byte"] <= min(known)]
+    if not rows or judgement.outcome in ("no result", "learned nothing"):
+        return ""
+    listed = " and ".join(f"{row['name']} ({row['bits_per_byte']:.4f})" for row in rows)
+    verb = "predict" if len(rows) > 1 else "predicts"
+    return f" Without any neural network {listed} {verb} this text better than both."

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from kanlm.compare.artifacts import CompareDir
-from kanlm.compare.plan import planned_trial
+from kanlm.compare.plan import Study
 from kanlm.compare.schema import CompareConfig, PlannedArm, Trial
 from kanlm.model.ffn import find_arm
 from kanlm.runs import write_json, write_text
@@ -59,7 +59,8 @@ def planned(config: CompareConfig, matching: str, size: str, arm: str, number: i
 
 def trial(config: CompareConfig, arm: PlannedArm, seed: int) -> Trial:
     name = f"{arm.matching}-{arm.size}-{arm.arm}-seed{seed}"
-    return planned_trial(config, arm, "final", name, seed, {"learning_rate": 2e-3}, 400_000)
+    study = Study(config, 512, [arm])
+    return study.trial(arm, "final", name, seed, {"learning_rate": 2e-3}, 400_000)
 
 
 def eval_report(loss: float, model: str, parameters: int) -> dict:

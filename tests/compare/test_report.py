@@ -14,8 +14,9 @@ import synthetic
 
 from kanlm import runs
 from kanlm.compare.artifacts import load, load_curve, write_bundle
-from kanlm.compare.report import report, report_content, report_pictures, summary
-from kanlm.compare.verdict import learned_nothing
+from kanlm.compare.judgement import learned_nothing
+from kanlm.compare.plots import report_pictures
+from kanlm.compare.report import report, report_content, summary
 from kanlm.config import UserError
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -167,10 +168,10 @@ def test_time_to_equal_loss_uses_the_loss_that_both_reached(tmp_path):
 
 
 def test_loss_against_time_is_drawn_by_the_step_times_where_there_are_some(tmp_path):
-    content(tmp_path, losses(kan=4.5, kan_glu=3.4, swiglu=3.9))
-    by_steps = report_pictures(load(tmp_path))["loss-seconds"]
+    found = content(tmp_path, losses(kan=4.5, kan_glu=3.4, swiglu=3.9))
+    by_steps = report_pictures(load(tmp_path), found)["loss-seconds"]
     (tmp_path / "speed.json").unlink()
-    by_clocks = report_pictures(load(tmp_path))["loss-seconds"]
+    by_clocks = report_pictures(load(tmp_path), found)["loss-seconds"]
     assert "by step times measured in turns" in by_steps["caption"]
     assert "by the runs' clocks" in by_clocks["caption"]
     assert by_steps["svg"] != by_clocks["svg"]
@@ -200,7 +201,7 @@ def test_parameters_for_equal_loss_needs_several_sizes(tmp_path):
         low, high = row["interval"]
         assert low <= row["ratio"] <= high and row["verdict"] == "does not hold"
         assert len(row["by_size"]) == 3 and "claimed 1/100" in row["measured"]
-    assert "scaling" in report_pictures(load(tmp_path / "sizes"))
+    assert "scaling" in report_pictures(load(tmp_path / "sizes"), found)
 
 
 def test_a_flat_ladder_is_too_short_to_say(tmp_path):
@@ -311,8 +312,7 @@ def test_the_report_loads_no_model(tmp_path):
 def test_summary_is_a_table_and_the_verdict(tmp_path):
     values = losses(kan=4.1, kan_glu=3.8, swiglu=3.9) | {("kan", seed): "diverged" for seed in SEEDS}
     found = content(tmp_path, values)
-    (tmp_path / "report.json").write_text(json.dumps(found))
-    lines = summary(tmp_path).splitlines()
+    lines = summary(found).splitlines()
     assert lines[-1] == found["verdict"]["sentence"]
     assert re.search(r"^  kan +1,\d{3},\d{3} .* failed", "\n".join(lines), flags=re.M)
     assert [line.split()[0] for line in lines[2:5]] == ["kan", "kan_glu", "swiglu"]

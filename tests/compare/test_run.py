@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import synthetic
 
-from kanlm.compare import run as running
-from kanlm.compare.artifacts import CompareDir, state_of
-from kanlm.compare.jobs import Processes, launch_command
-from kanlm.compare.run import Study, refuse_changed, run_sweep, train_trial
+from kanlm.compare import jobs
+from kanlm.compare.artifacts import state_of
+from kanlm.compare.jobs import Processes, launch_command, train_trial
+from kanlm.compare.plan import Study
+from kanlm.compare.sweep import run_sweep
 from kanlm.config import UserError, load_run_config
 from kanlm.runs import read_json, write_json
 
@@ -28,7 +29,7 @@ def study(tmp_path):
         synthetic.planned(config, "parameters", "base", arm.name, number)
         for number, arm in enumerate(config.arms)
     ]
-    return Study(config, CompareDir(config.directory), None, 512, arms)
+    return Study(config, 512, arms)
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def stand_in(monkeypatch, study, trial, code: str) -> list[str]:
         given.append(path.read_text())
         return [sys.executable, "-c", RECORD + code, str(study.directory.run(trial.name).root)]
 
-    monkeypatch.setattr(running, "launch_command", command)
+    monkeypatch.setattr(jobs, "launch_command", command)
     return given
 
 
@@ -114,11 +115,11 @@ def test_a_users_mistake_in_training_ends_the_comparison(study, trial, monkeypat
 
 def test_a_run_of_another_configuration_is_refused_and_the_key_named(study, trial):
     write_json(study.directory.run(trial.name).config, trial.run)
-    refuse_changed(study, [trial])
+    study.refuse_changed([trial])
     train = trial.run.train.model_copy(update={"max_tokens": 800_000})
     longer = trial.model_copy(update={"run": trial.run.model_copy(update={"train": train})})
     with pytest.raises(UserError, match="train.max_tokens: 400000, now 800000; choose another name"):
-        refuse_changed(study, [longer])
+        study.refuse_changed([longer])
 
 
 def test_a_process_left_by_a_killed_comparison_is_waited_for(study, trial, monkeypatch, capsys):
@@ -144,31 +145,30 @@ def test_an_interrupted_run_ends_the_comparison_and_is_resumed(study, trial, mon
     assert trained(study, trial)
 
 
-def swept(monkeypatch, tmp_path, loss_of, **sweep) -> dict[str, dict]:
+def swept(tmp_path, loss_of, **sweep) -> dict[str, dict]:
     """Rows of a sweep whose trials end with `loss_of(arm, learning rate, coefficients' rate)`."""
     config = synthetic.config(output_dir=str(tmp_path), sweep={"learning_rates": [1e-3, 2e-3, 4e-3], **sweep})
     arms = [synthetic.planned(config, "parameters", "base", arm.name, 0) for arm in config.arms]
-    study = Study(config, CompareDir(config.directory), None, 512, arms)
+    study = Study(config, 512, arms)
 
-    def run_trials(_study, trials):
+    def train(trials):
         for trial in trials:
             loss = loss_of(trial.arm, trial.learning_rate, trial.run.train.kan_learning_rate)
             failed = {} if loss else DIVERGED
             values = synthetic.run_record("finished" if loss else "failed", loss or 9.0, 1, **failed)
             write_json(study.directory.run(trial.name).record, values)
 
-    monkeypatch.setattr(running, "run_trials", run_trials)
-    return {row["arm"]: row for row in run_sweep(study)}
+    return {row["arm"]: row for row in run_sweep(study, train)}
 
 
-def test_every_arm_has_the_same_number_of_trials_and_no_optimum_on_an_edge(monkeypatch, tmp_path):
+def test_every_arm_has_the_same_number_of_trials_and_no_optimum_on_an_edge(tmp_path):
     best = {"kan": (2e-3, 5e-4), "kan_glu": (8.1e-3, 2e-3), "swiglu": (6e-4, None)}
 
     def loss_of(arm, rate, kan_rate):
         own = abs(np.log(rate / best[arm][0]))
         return 3 + 0.1 * own + (0.1 * abs(np.log(kan_rate / best[arm][1])) if kan_rate else 0.2)
 
-    rows = swept(monkeypatch, tmp_path, loss_of, kan_learning_rates=[1e-3, 2e-3])
+    rows = swept(tmp_path, loss_of, kan_learning_rates=[1e-3, 2e-3])
     assert len({len(row["trials"]) for row in rows.values()}) == 1
     assert not any(row["on_edge"] for row in rows.values())
     assert rows["kan"]["learning_rate"] == 2e-3 and rows["kan"]["kan_learning_rate"] == 5e-4
@@ -177,21 +177,21 @@ def test_every_arm_has_the_same_number_of_trials_and_no_optimum_on_an_edge(monke
     assert {trial["kan_learning_rate"] for trial in rows["swiglu"]["trials"]} == {None}
 
 
-def test_a_sweep_that_cannot_leave_its_edge_says_so(monkeypatch, tmp_path):
-    rows = swept(monkeypatch, tmp_path, lambda _arm, rate, _kan: 3 - rate, extend=1)
+def test_a_sweep_that_cannot_leave_its_edge_says_so(tmp_path):
+    rows = swept(tmp_path, lambda _arm, rate, _kan: 3 - rate, extend=1)
     assert {row["learning_rate"] for row in rows.values()} == {8e-3}
     assert all(row["on_edge"] == ["learning_rate"] for row in rows.values())
 
 
-def test_a_rate_that_diverges_is_the_edge_of_the_others(monkeypatch, tmp_path):
-    rows = swept(monkeypatch, tmp_path, lambda _arm, rate, _kan: 3 - rate if rate < 3e-3 else None)
+def test_a_rate_that_diverges_is_the_edge_of_the_others(tmp_path):
+    rows = swept(tmp_path, lambda _arm, rate, _kan: 3 - rate if rate < 3e-3 else None)
     assert {row["learning_rate"] for row in rows.values()} == {2e-3} and not rows["kan"]["on_edge"]
     assert {"finished", "diverged"} == {trial["state"] for trial in rows["kan"]["trials"]}
 
 
-def test_a_sweep_with_no_finished_trial_is_an_error_that_names_the_arm(monkeypatch, tmp_path):
+def test_a_sweep_with_no_finished_trial_is_an_error_that_names_the_arm(tmp_path):
     with pytest.raises(UserError, match="sweep: no learning rate of arm swiglu finished"):
-        swept(monkeypatch, tmp_path, lambda arm, _rate, _kan: None if arm == "swiglu" else 3.0)
+        swept(tmp_path, lambda arm, _rate, _kan: None if arm == "swiglu" else 3.0)
 
 
 def test_a_prompt_longer_than_the_model_is_cut_and_shown_cut():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kanlm.compare.plan import final_trials, planned_arms, sweep_trial
+from kanlm.compare.plan import Study, planned_arms
 from kanlm.compare.schema import CompareConfig, load_compare_config
 from kanlm.config import RunConfig, UserError, load_run_config
 from kanlm.sizing import architecture
@@ -93,9 +93,8 @@ def test_a_reference_that_is_too_fine_for_another_arm_is_an_error(tmp_path):
 def test_seeds_are_paired_and_arms_take_turns(tmp_path):
     config = loaded(tmp_path, overrides=["seeds=[3, 4, 5]"])
     arms = {arm.arm: arm for arm in planned_arms(config, VOCAB)}
-    trials = final_trials(
-        config, list(arms.values()), {("base", name): {"learning_rate": 1e-3} for name in arms}
-    )
+    study = Study(config, VOCAB, list(arms.values()))
+    trials = study.final_trials({("base", name): {"learning_rate": 1e-3} for name in arms})
     assert [trial.arm for trial in trials] == ["kan", "glu", "mlp", "glu", "mlp", "kan", "mlp", "kan", "glu"]
     configs = [trial.run for trial in trials[:3]]
     assert {c.train.learning_rate for c in configs} == {1e-3}
@@ -111,7 +110,7 @@ def test_wall_clock_budgets_follow_measured_speed(tmp_path):
     config = loaded(tmp_path, overrides=['matching=["parameters", "wallclock"]', "seeds=[0]"])
     speed = {"kan": 500.0, "glu": 1000.0, "mlp": 1250.0}
     speed = {("parameters", "base", arm): value for arm, value in speed.items()}
-    trials = final_trials(config, planned_arms(config, VOCAB), {}, speed)
+    trials = Study(config, VOCAB, planned_arms(config, VOCAB)).final_trials({}, speed)
     by_arm = {trial.arm: trial for trial in trials if trial.matching == "wallclock"}
     budgets = {name: trial.max_tokens for name, trial in by_arm.items()}
     assert budgets == {"kan": 10_000, "glu": 20_000, "mlp": 25_000}
@@ -120,7 +119,8 @@ def test_wall_clock_budgets_follow_measured_speed(tmp_path):
 
 def test_every_arm_gets_the_same_number_of_learning_rates(tmp_path):
     config = loaded(tmp_path, overrides=["sweep.learning_rates=[3e-3, 1e-3]", "sweep.max_tokens=5000"])
-    trial = sweep_trial(config, planned_arms(config, VOCAB)[0], {"learning_rate": 3e-3})
+    arms = planned_arms(config, VOCAB)
+    trial = Study(config, VOCAB, arms).sweep_trial(arms[0], {"learning_rate": 3e-3})
     assert (trial.max_tokens, trial.learning_rate, trial.name) == (5000, 3e-3, "sweep-base-kan-lr0.003")
     assert trial.seed not in config.seeds
     uneven = TOML.replace('ffn_type = "swiglu"', 'ffn_type = "swiglu"\nlearning_rates = [1e-3]')
@@ -202,8 +202,9 @@ def test_the_comparison_of_all_tiny_arms_trains_what_their_own_files_train():
     seen = set()
     arms = planned_arms(config, 4096)
     unlike = {"name": True, "output_dir": True, "tracking": {"group"}}
+    trials = Study(config, 4096, arms).final_trials({})
     for arm in arms:
-        (trial,) = (trial for trial in final_trials(config, arms, {}) if trial.arm == arm.arm)
+        (trial,) = (trial for trial in trials if trial.arm == arm.arm)
         compared = trial.run.model_dump(exclude=unlike)
         own = load_run_config(CONFIGS / f"tiny-{arm.arm}.toml").model_dump(exclude=unlike)
         assert architecture(RunConfig(**compared, name="a"), 4096) == architecture(
