@@ -10,6 +10,7 @@ function is entered once. A return is a step into a file that the walk has been 
 Methods of objects, and functions handed over as values, are not followed, so the numbers are lower bounds.
 Each walk is taken twice: through all of kanlm, and within the package that it starts in, where what other
 packages give is known by its docstring.
+An exported model takes along modeling_kanlm.py and what that imports.
 The files of a step are those of all functions that are reached in this way from `one_step` and from the two
 entries that it reaches through objects, the loader's and the model's.
 """
@@ -141,6 +142,17 @@ class Walk:
         return len(self.files) - len(set(self.files))
 
 
+def taken_along(model: Path) -> set[Path]:
+    """The files of the capsule that an exported model has beside its weights: `model` and what it imports."""
+    files: set[Path] = set()
+    new = {model}
+    while new:
+        files |= new
+        names = {base.rpartition(".")[2] for path in new for base, _ in module_at(path).imported.values()}
+        new = {model.with_name(f"{name}.py") for name in names} - files
+    return files
+
+
 def start(walk: Walk, entry: str) -> Walk:
     path, name, *parameter = entry.split(":")
     walk.enter(module_at(ROOT / path), name, set(parameter))
@@ -156,6 +168,8 @@ def main() -> None:
     arguments = parser.parse_args()
     lines = {path: len(path.read_text().splitlines()) for path in sorted((ROOT / "kanlm/model").glob("*.py"))}
     print(f"capsule: {sum(lines.values()):,} lines in {len(lines)} files")
+    exported = taken_along(ROOT / "kanlm/model/modeling_kanlm.py")
+    print(f"exported with a model: {sum(lines[path] for path in exported):,} lines in {len(exported)} files")
     step = Walk(follow_all=True)
     for entry in arguments.step or STEP:
         start(step, entry)

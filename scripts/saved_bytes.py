@@ -3,8 +3,9 @@
     python scripts/saved_bytes.py [--width 512] [--hidden 1024] [--tokens 512] [--arm kan_glu ...]
 
 One feed-forward block does a forward pass in fp32; autograd's hooks see every tensor that it saves, a fused
-kernel's and a recomputation's too. Counted are tensors that grow with the tokens, each storage once; weights
-and the block's own input are not. `stated` is the arm's `saved_bytes`, which `kanlm plan` adds up.
+kernel's and a recomputation's too. Counted is what grows with the tokens: the bytes of twice as many less
+those of as many, each storage once, without the block's own input. `stated` is the arm's `saved_bytes`, which
+`kanlm plan` adds up.
 """
 
 from __future__ import annotations
@@ -19,23 +20,21 @@ from kanlm.model.ffn import FeedForward, arm_names, build_ffn, find_arm
 BACKENDS = ("reference", "recompute", "cpu")
 
 
-def saved_bytes(block: FeedForward, tokens: int) -> float:
-    """Bytes for a token that a forward pass of `block` leaves for backward, its input aside."""
+def saved_bytes(block: FeedForward, tokens: int) -> int:
+    """Bytes that a forward pass of `block` leaves for backward, its input aside."""
     u = torch.randn(1, tokens, block.hidden_size).requires_grad_()
-    apart = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
-    apart.add(u.untyped_storage().data_ptr())
     storages: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in apart and tensor.numel() >= tokens:
-            storages[storage.data_ptr()] = storage
+        storages[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         output = block(u)
     assert output.requires_grad  # the graph, and with it every storage, is alive while they are counted
-    return sum(storage.nbytes() for storage in storages.values()) / tokens
+    storages.pop(u.untyped_storage().data_ptr(), None)
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 @click.command(help=(__doc__ or "").partition("\n")[0])
@@ -56,7 +55,8 @@ def main(width: int, hidden: int, tokens: int, arms: tuple[str, ...]) -> None:
             except ValueError:  # no C++ compiler here
                 row += f"{'–':>12}"
                 continue
-            row += f"{saved_bytes(block, tokens):>12,.0f}"
+            grown = saved_bytes(block, 2 * tokens) - saved_bytes(block, tokens)
+            row += f"{grown / tokens:>12,.0f}"
         click.echo(row)
 
 
