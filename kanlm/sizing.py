@@ -143,9 +143,10 @@ def parameter_counts(config: Any) -> Counts:
     if not isinstance(config, KanLMConfig):
         return built_counts(config)
     embedding = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-    ffn = config.num_hidden_layers * sum(find_arm(config.ffn_type).count_parameters(config))
+    attention = config.num_hidden_layers * _attention_parameters(config)
     norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
-    non_embedding = config.num_hidden_layers * _attention_parameters(config) + ffn + norms
+    ffn = config.num_hidden_layers * sum(find_arm(config.ffn_type).count_parameters(config))
+    non_embedding = attention + ffn + norms
     return Counts(embedding + non_embedding, embedding, non_embedding, ffn)
 
 
@@ -181,11 +182,11 @@ class Flops:
 
 def training_flops(config: KanLMConfig, block_size: int) -> Flops:
     """FLOPs per token of a training step on blocks of `block_size` tokens, by kind."""
-    layers = config.num_hidden_layers
-    block = find_arm(config.ffn_type)
-    matrices = layers * (_attention_parameters(config) + block.count_parameters(config)[0])
-    head = config.vocab_size * config.hidden_size
+    layers, head = config.num_hidden_layers, config.vocab_size * config.hidden_size
     attention = 12 * layers * _head_channels(config)[0] * block_size
+    projections = _attention_parameters(config)
+    block = find_arm(config.ffn_type)
+    matrices = layers * (projections + block.count_parameters(config)[0])
     return Flops(6 * (matrices + head), attention, 3 * layers * block.count_flops(config))
 
 

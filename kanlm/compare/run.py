@@ -18,7 +18,7 @@ from kanlm.compare.judging import ensure_baselines
 from kanlm.compare.plan import begin_study
 from kanlm.compare.report import summary, write_report
 from kanlm.compare.schema import load_compare_config
-from kanlm.compare.speed import ensure_speed, step_speeds
+from kanlm.compare.speed import ensure_speed
 from kanlm.compare.sweep import chosen_rates, run_sweep
 from kanlm.compare.tracking import track_outcome
 
@@ -33,9 +33,9 @@ def compare(toml_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     started = time.perf_counter()
     config = load_compare_config(toml_path, overrides)
     study = begin_study(config)
-    speed = ensure_speed(study)
+    speeds = ensure_speed(study)
     sweep = run_sweep(study, train=partial(run_trials, study))
-    trials = study.final_trials(chosen_rates(sweep), step_speeds(speed))
+    trials = study.final_trials(chosen_rates(sweep), speeds)
     run_trials(study, trials, sweep)
     ensure_baselines(study)
     artifacts = load(study.directory.root)

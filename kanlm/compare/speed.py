@@ -21,11 +21,11 @@ from kanlm.train.parallel import mixed_precision
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def ensure_speed(study: Study) -> dict[str, Any] | None:
-    """speed.json, measured again where arms, widths or rounds changed."""
+def ensure_speed(study: Study) -> dict[tuple[str, str, str], float]:
+    """`step_speeds` of speed.json, which is measured again where arms, widths or rounds changed."""
     settings, path = study.config.speed, study.directory.speed
     if not settings.rounds:
-        return None
+        return {}
     arms = [arm for arm in study.arms if MATCHINGS[arm.matching].budget == "tokens"]
     wanted = sorted((arm.matching, arm.size, arm.arm, arm.intermediate_size) for arm in arms)
     if path.is_file():
@@ -33,11 +33,11 @@ def ensure_speed(study: Study) -> dict[str, Any] | None:
         keys = ("matching", "size", "arm", "intermediate_size")
         same_arms = sorted(tuple(row[key] for key in keys) for row in stored["arms"]) == wanted
         if same_arms and stored["rounds"] == settings.rounds:
-            return stored
+            return step_speeds(stored)
     print(f"step times: {settings.rounds} rounds of all arms in turns", flush=True)
     speed = measured_speed(study, arms, settings.rounds, settings.warmup)
     write_json(path, speed)
-    return speed
+    return step_speeds(speed)
 
 
 def measured_speed(study: Study, arms: Sequence[PlannedArm], rounds: int, warmup: int) -> dict[str, Any]:
@@ -87,11 +87,11 @@ def measured_speed(study: Study, arms: Sequence[PlannedArm], rounds: int, warmup
     }
 
 
-def step_speeds(speed: dict[str, Any] | None) -> dict[tuple[str, str, str], float]:
+def step_speeds(speed: dict[str, Any]) -> dict[tuple[str, str, str], float]:
     """Tokens per second by (rule of widths, size, arm)."""
-    rows = speed["arms"] if speed else []
     return {
-        (MATCHINGS[row["matching"]].width, row["size"], row["arm"]): row["tokens_per_second"] for row in rows
+        (MATCHINGS[row["matching"]].width, row["size"], row["arm"]): row["tokens_per_second"]
+        for row in speed["arms"]
     }
 
 
