@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from kanlm import kernels
 from kanlm.config import UserError
 from kanlm.edge import onnx_export
 from kanlm.edge.int8 import quantised
@@ -153,3 +154,24 @@ def test_mistakes_are_one_line(onnx_of, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"onnx, onnxscript: not installed.*kanlm\[onnx\]"):
         onnx_export.graph(model)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("arm", ["kan_act", "kan_glu", "gelu", "kan"])
+def test_hidden_norm_and_selected_kernels_leave_the_graph_right(build_tiny, tokenizer, tmp_path, arm):
+    """What a kernel computed is in the graph as the formula; the model keeps its kernels."""
+    model = build_tiny(arm, hidden_norm=True)
+    ids = random_ids(2, 12)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids)).logits.numpy()
+    chosen = kernels.select(model, "cpu")
+    session = OnnxModel(
+        onnx_export.write_onnx(model, tokenizer, tmp_path / "onnx", int8=False) / "model.onnx", 1
+    )
+    first, cache = session.step(ids[:, :7], session.empty_cache(2))
+    second, _ = session.step(ids[:, 7:], cache)
+    assert np.abs(np.concatenate((first, second), axis=1) - expected).max() < 1e-4
+    assert {name for name, module in model.named_modules() if getattr(module, "kernel", None)} >= {
+        name for name, kind in chosen.items() if kind == "cpu"
+    }
