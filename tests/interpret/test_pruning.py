@@ -4,6 +4,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from kanlm import prune
 from kanlm.cli import cli
 from kanlm.config import UserError
 from kanlm.interpret.pruning import blocks, channel_importance, kept_channels, pruned, without_edges
@@ -103,3 +104,24 @@ def test_keep_lies_in_zero_to_one(keep, tmp_path):
 def test_single_channels_cannot_shrink(model):
     with pytest.raises(ValueError, match="kan_num_groups"):
         pruned(model("kan_glu", kan_num_groups=12), IDS, 0.5)
+
+
+def test_table_has_every_share_by_importance_at_random_and_tuned(model, monkeypatch):
+    network = model("kan_act", kan_num_groups=2)
+    monkeypatch.setattr(prune, "load_causal_lm", lambda path: (network, "tokenizer"))
+    monkeypatch.setattr(prune, "text_batch", lambda *_: torch.cat([IDS, IDS.flip(1)]))
+    given = []
+
+    def tune(small, tokenizer):
+        given.append(small.config.intermediate_size)
+        return network
+
+    rows = prune.prune_table(["path"], "data", tune=tune)
+    assert [row["keep"] for row in rows] == [1, *prune.KEPT]
+    assert given == [12, 10, 10, 10, 10, 8, 8, 4, 4]  # whole once, then by importance and at random
+    assert all(row["tuned"] == row["random_tuned"] == rows[0]["loss"] for row in rows)
+    assert len({row["loss"] for row in rows}) == 4  # 0.9 and 0.8 of a group of six are both five
+    sizes = [row["ffn_parameters"] for row in rows]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == 2 * (2 * 16 * 12 + 2 * 8)
+    without = prune.prune_table(["path"], "data", seeds=(0,))
+    assert "tuned" not in without[1] and without[1]["loss"] == rows[1]["loss"]
