@@ -279,6 +279,11 @@ def model_card(model: PreTrainedModel, facts: dict[str, Any]) -> ModelCard:
         "Vocabulary": f"{config.vocab_size:,}",
         "Positions": f"{config.max_position_embeddings:,}",
     }
+    installed = (
+        "`kanlm eval` and its other verbs use the installed package, and ask for no trust."
+        if converted
+        else "after `import kanlm` the installed package is used, and no trust is asked for."
+    )
     text = f"""# {name}
 
 A small decoder-only language model by kanlm {__version__}: {body} {ffn} feed-forward blocks.
@@ -297,7 +302,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
 `path` is this folder or its id on the Hub. The code beside the weights needs torch and transformers alone;
-after `import kanlm` the installed package is used, and no trust is asked for.
+{installed}
 
 ## Training
 

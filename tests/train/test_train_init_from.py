@@ -111,6 +111,8 @@ def test_converted_model_is_trained_resumed_and_exported(
     assert type(model) is CONVERTED[family] and (tmp_path / "exported/modeling_converted.py").is_file()
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, weights[name]), name
+    card = (tmp_path / "exported/README.md").read_text()
+    assert f"a `{family}` model with `{arm}` feed-forward blocks" in card and "`kanlm eval`" in card
     report = evaluate(tmp_path / "exported", TEXTS[:20], dataset="cats", split="all", context_length=32)
     assert 0 < report.loss < 10
     assert record.parameters == parameter_counts(model.config).total == model.num_parameters()
