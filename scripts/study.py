@@ -50,7 +50,7 @@ from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.model.ffn import find_arm
 from kanlm.model.learned_function import LearnedFunction
 from kanlm.runs import RunDir, read_json, write_json
-from kanlm.sizing import matched_width, parameter_counts
+from kanlm.sizing import architecture, matched_width, parameter_counts, training_flops_per_token
 from kanlm.stats import Rung, holm, paired_difference, size_ratio, standard_error
 from kanlm.train.checkpoint import load_model
 from kanlm.train.loop import train
@@ -614,8 +614,9 @@ def judged_phase(phase: dict[str, Any], done: list[dict[str, Any]]) -> tuple[lis
         for one in judge(arms, size=size, learned_nothing=idle)
     ]
     lines = [
-        "| arm | rates | parameters | seeds | validation | test | bits per byte | functions at their start |",
-        "|---|---|---|---|---|---|---|---|",
+        "| arm | rates | parameters | MFLOPs a token | seeds | validation | test | bits per byte | "
+        "functions at their start |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in sorted(arms, key=lambda arm: np.mean(list(arm.validation.values() or [math.inf]))):
         own = by_arm[arm.name]
@@ -627,7 +628,8 @@ def judged_phase(phase: dict[str, Any], done: list[dict[str, Any]]) -> tuple[lis
         cells.append(f"{np.mean(fixed):.4f}" if fixed else "")
         size = next((row["non_embedding_parameters"] for row in own if "valid" in row), 0)
         lines.append(
-            f"| {arm.name} | {rates_of(own[0])} | {size:,} | {len(arm.test)} | {' | '.join(cells)} |"
+            f"| {arm.name} | {rates_of(own[0])} | {size:,} | {megaflops(own[0]):.3f} | {len(arm.test)} | "
+            f"{' | '.join(cells)} |"
         )
     lines += ["", *(f"- {sentence(one)}{beaten(one, counts)}" for one in judgements), *counting(phase), ""]
     lines += [
@@ -645,6 +647,11 @@ def judged_phase(phase: dict[str, Any], done: list[dict[str, Any]]) -> tuple[lis
     lines += averaging(by_arm, judgements)
     lines += zero_shot_table(by_arm, judgements)
     return [{**one.as_dict(), "phase": phase["name"]} for one in judgements], "\n".join(lines)
+
+
+def megaflops(trial: dict[str, Any]) -> float:
+    """Of a training step, for each token."""
+    return training_flops_per_token(architecture(run_config(trial)), 128) / 1e6
 
 
 def text_error(by_arm: dict[str, list[dict[str, Any]]], one: Judgement) -> float | None:
