@@ -328,9 +328,7 @@ def train_and_judge(trial: dict[str, Any]) -> dict[str, Any]:
         result["test_bits_per_byte"] = sums.sum() / cache.manifest["bytes"] / math.log(2)
         result["test_segments"] = [round(float(s), 2) for s in sums]
         result |= zero_shot(model, tokenizer) if trial.get("zero_shot") else {}
-        averaged = averaged_model(config)
-        result["valid_averaged"] = mean_nll(averaged, text_cache(config, tokenizer, "valid"))
-        result["test_averaged"] = mean_nll(averaged, cache)
+        result["test_averaged"] = mean_nll(averaged_model(config), cache)
         functions = [module for module in model.modules() if isinstance(module, LearnedFunction)]
         if functions:
             for module in functions:
@@ -644,6 +642,7 @@ def judged_phase(phase: dict[str, Any], done: list[dict[str, Any]]) -> tuple[lis
             if twin.family == "mlp" and twin.name != one.baseline
             for other in judge([next(a for a in arms if a.name == one.arm), twin])
         ]
+    lines += spreads(arms, judgements)
     lines += averaging(by_arm, judgements)
     lines += zero_shot_table(by_arm, judgements)
     return [{**one.as_dict(), "phase": phase["name"]} for one in judgements], "\n".join(lines)
@@ -665,6 +664,24 @@ def text_error(by_arm: dict[str, list[dict[str, Any]]], one: Judgement) -> float
     gaps = [np.subtract(own[seed]["test_segments"], other[seed]["test_segments"]) for seed in seeds]
     tokens = sum(own[seeds[0]]["test_segments"]) / own[seeds[0]]["test"]
     return standard_error(np.mean(gaps, axis=0).tolist(), [tokens / SEGMENTS] * SEGMENTS)
+
+
+def spreads(arms: list[ArmLosses], judgements: list[Judgement]) -> list[str]:
+    """What pairing by seed (equal draws by name, equal order of data) does to the spread of differences."""
+    lines = []
+    for one in judgements:
+        own, other = (next(arm.test for arm in arms if arm.name == name) for name in (one.arm, one.baseline))
+        seeds = sorted(set(own) & set(other))
+        if len(seeds) < 3:
+            continue
+        a, b = (np.array([losses[seed] for seed in seeds]) for losses in (own, other))
+        paired, apart = np.std(a - b, ddof=1), math.sqrt(np.var(a, ddof=1) + np.var(b, ddof=1))
+        lines.append(
+            f"\nStandard deviation over seeds: {one.arm} {np.std(a, ddof=1):.4f}, {one.baseline} "
+            f"{np.std(b, ddof=1):.4f}; of the differences {paired:.4f} in pairs of one seed, {apart:.4f} if "
+            "seeds were unrelated."
+        )
+    return lines
 
 
 def averaging(by_arm: dict[str, list[dict[str, Any]]], judgements: list[Judgement]) -> list[str]:
