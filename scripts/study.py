@@ -852,13 +852,17 @@ def counting(phase: dict[str, Any]) -> list[str]:
     return lines
 
 
+def p_text(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
 def difference_row(one: Judgement) -> str:
     def pair(interval: Any) -> str:
         return f"{interval[0]:+.4f} to {interval[1]:+.4f}" if interval else ""
 
     if one.difference_nats is None:
         return f"| {one.arm} against {one.baseline} | 0 | | | | | | |"
-    p = "" if one.p_sign_flip is None else f"{one.p_sign_flip:.3f}"
+    p = "" if one.p_sign_flip is None else p_text(one.p_sign_flip)
     detectable = "" if one.detectable_nats is None else f"{one.detectable_nats:.4f}"
     text = "" if one.text_error_nats is None else f"{one.text_error_nats:.4f}"
     return (
