@@ -5,6 +5,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 
 import pytest
 import synthetic
@@ -81,7 +82,11 @@ def test_wandb_keeps_table_and_pictures_offline_in_the_group(tmp_path, monkeypat
     monkeypatch.setenv("WANDB_SILENT", "true")
     track_outcome(*written(tmp_path, "wandb"))
     (folder,) = (tmp_path / "study" / "arms" / "table" / "wandb").glob("offline-run-*")
-    assert b"study" in next(folder.glob("*.wandb")).read_bytes()
+    log = next(folder.glob("*.wandb"))
+    ends = time.monotonic() + 60  # a process of wandb's own writes it, and may still be at it
+    while b"study" not in log.read_bytes() and time.monotonic() < ends:
+        time.sleep(0.2)
+    assert b"study" in log.read_bytes()
     media = [path.as_posix() for path in folder.rglob("media/*/*") if path.is_file()] + [
         path.as_posix() for path in folder.rglob("media/*/*/*") if path.is_file()
     ]
