@@ -529,6 +529,8 @@ def report() -> None:
             continue
         title = f"## {phase['name']}\n\n{phase.get('about', '')}\n"
         if phase.get("role") == "final":
+            if len({row["arm"] for row in done}) < 2:
+                continue  # nothing to judge yet
             found, text = judged_phase(phase, done)
             judged += found
         else:
