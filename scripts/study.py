@@ -71,13 +71,14 @@ SEGMENTS = 64
 """The test text is scored in so many equal parts, whose spread is its sampling error."""
 
 MIXED = {
-    "pystdlib-3.11.7": 5_800_000,
-    "eltec-eng": 5_800_000,
-    "openstax-ccby": 5_800_000,
-    "tinystories-mini": 5_800_000,
+    "python": "pystdlib-3.11.7",
+    "novels": "eltec-eng",
+    "textbooks": "openstax-ccby",
+    "stories": "tinystories-mini",
 }
-HELD_OUT = 300_000
-"""Bytes of each part of `mixed` in valid and in test."""
+"""The parts of `mixed` and their folders; each is a corpus of its own, too."""
+TRAINED_ON, HELD_OUT = 5_800_000, 300_000
+"""Bytes of each part of `mixed` in train, and in valid and test."""
 
 SIZES = {
     "0.1m": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256},
@@ -111,19 +112,23 @@ def prepare(data_dir: Path) -> None:
     for source, name in (("blimp/blimp", "blimp"), ("zeroshot/lambada_openai", "lambada")):
         shutil.copy(data_dir / f"{source}.jsonl.xz", out / f"{name}.jsonl.xz")
     parts: dict[str, list[str]] = defaultdict(list)
-    for name, size in MIXED.items():
-        documents = read_documents(data_dir / name / "train.txt.xz", size)
+    for name, folder in MIXED.items():
         held_out = [
             document
             for split in ("valid", "test")
-            if (path := data_dir / name / f"{split}.txt.xz").is_file()
+            if (path := data_dir / folder / f"{split}.txt.xz").is_file()
             for document in read_documents(path)
         ]
         # Long documents are cut in pieces, so that valid and test get some of each.
         pieces = [d[i : i + 20_000] for d in held_out for i in range(0, len(d), 20_000)]
-        parts["train"] += documents
-        for split, own in (("valid", pieces[0::2]), ("test", pieces[1::2])):
-            parts[split] += up_to(own, HELD_OUT)
+        part = {
+            "train": read_documents(data_dir / folder / "train.txt.xz", TRAINED_ON),
+            "valid": up_to(pieces[0::2], HELD_OUT),
+            "test": up_to(pieces[1::2], HELD_OUT),
+        }
+        for split, documents in part.items():
+            parts[split] += documents
+            write_documents(out / f"{name}.{split}.txt", documents)
     shuffle = np.random.default_rng(0)
     for split, documents in parts.items():
         write_documents(
