@@ -78,7 +78,27 @@ inline float exponential(float x) {  // 2^n e^f with |f| <= ln2 / 2; relative er
     return p * power;
 }
 
-inline float silu(float x) { return x / (1.0f + exponential(-x)); }
+inline vec exponential(vec x) {  // the same, of L numbers
+    const vec zero = {}, least = zero - 87.0f, most = zero + 88.0f;
+    const vec y = x < least ? least : x < most ? x : most;
+    const vec scaled = y * 1.44269504f;
+    const ints n = __builtin_convertvector(scaled + (scaled < 0 ? zero - 0.5f : zero + 0.5f), ints);
+    const vec whole = __builtin_convertvector(n, vec), f = y - whole * 0.693359375f - whole * -2.12194440e-4f;
+    vec p = zero + 1.0f / 5040;
+    p = p * f + 1.0f / 720;
+    p = p * f + 1.0f / 120;
+    p = p * f + 1.0f / 24;
+    p = p * f + 1.0f / 6;
+    p = p * f + 0.5f;
+    p = p * f + 1.0f;
+    p = p * f + 1.0f;
+    return p * (vec)((n + 127) << 23);
+}
+
+template <typename V>
+inline V silu(V x) {
+    return x / (1.0f + exponential(-x));
+}
 
 inline float gelu(float x) {  // Phi after Abramowitz & Stegun 1964, 7.1.26, error below 1e-7
     const float z = std::fabs(x) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
@@ -155,23 +175,64 @@ inline float tabulated(const Operation& k, const float* table, float x) {  // ta
     return (k.order == 3 ? piece(p, 4, at) : piece(p, k.order + 1, at)) + (k.silu ? silu(x) : 0.0f);
 }
 
-// What `tabulated` gives without SiLU, for L values of one group at once on a grid that does not repeat.
-inline vec tabulated(const Operation& k, const float* table, vec x) {
-    const int terms = k.order + 1;
+// Where L points lie in a grid that does not repeat.
+struct Places {
+    ints cell;
+    vec r, e;
+};
+
+inline Places place(vec x, const Operation& k) {
     const vec zero = {}, one = zero + 1.0f, top = zero + float(k.cells - 1);
     const vec t = (x - k.lo) * k.inv_h;
     const vec inside = t > 0 ? (t < top ? t : top) : zero;
     const ints cell = __builtin_convertvector(inside, ints);
     const vec local = t - __builtin_convertvector(cell, vec), r = local < 0 ? zero : local > 1 ? one : local;
-    vec p[8];  // of each lane's piece
-    for (int l = 0; l < L; ++l)
-        for (int j = 0; j < terms; ++j) p[j][l] = table[cell[l] * terms + j];
-    vec value = p[terms - 1], slope = zero;
+    return {cell, r, local - r};
+}
+
+// p [terms]: the coefficients of each lane's own polynomial, or of one polynomial for all.
+template <typename C>
+inline vec piece(const C* p, int terms, const Places& at) {
+    const vec zero = {};
+    vec value = zero + p[terms - 1], slope = zero;
     for (int j = terms - 2; j >= 0; --j) {
-        slope = slope * r + value;
-        value = value * r + p[j];
+        slope = slope * at.r + value;
+        value = value * at.r + p[j];
     }
-    return value + (local - r) * slope;
+    return value + at.e * slope;
+}
+
+// Every lane's row of a table [cells, 4], one vector for each column.
+inline void gather(const float* table, ints cell, vec* p) {
+#if defined(__AVX512F__)
+    for (int j = 0; j < 4; ++j) p[j] = (vec)_mm512_i32gather_ps((__m512i)(cell * 4 + j), table, 4);
+#elif defined(__AVX2__)  // rows are 16 bytes: four loads of two rows, then 4 x 4 transposed in each half
+    __m256 rows[4];
+    for (int l = 0; l < 4; ++l)
+        rows[l] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(table + cell[l] * 4)),
+                                       _mm_loadu_ps(table + cell[l + 4] * 4), 1);
+    const __m256 a = _mm256_unpacklo_ps(rows[0], rows[1]), b = _mm256_unpackhi_ps(rows[0], rows[1]);
+    const __m256 c = _mm256_unpacklo_ps(rows[2], rows[3]), d = _mm256_unpackhi_ps(rows[2], rows[3]);
+    p[0] = (vec)_mm256_shuffle_ps(a, c, 0x44), p[1] = (vec)_mm256_shuffle_ps(a, c, 0xEE);
+    p[2] = (vec)_mm256_shuffle_ps(b, d, 0x44), p[3] = (vec)_mm256_shuffle_ps(b, d, 0xEE);
+#else
+    for (int l = 0; l < L; ++l)
+        for (int j = 0; j < 4; ++j) p[j][l] = table[cell[l] * 4 + j];
+#endif
+}
+
+// What `tabulated` gives for L values of one group at once on a grid that does not repeat.
+inline vec tabulated(const Operation& k, const float* table, vec x) {
+    const Places at = place(x, k);
+    vec p[8];  // of each lane's piece
+    if (k.order == 3) {
+        gather(table, at.cell, p);
+    } else {
+        for (int l = 0; l < L; ++l)
+            for (int j = 0; j <= k.order; ++j) p[j][l] = table[at.cell[l] * (k.order + 1) + j];
+    }
+    const vec value = k.order == 3 ? piece(p, 4, at) : piece(p, k.order + 1, at);
+    return k.silu ? value + silu(x) : value;
 }
 
 inline float rational(const float* c, float x) {
@@ -222,22 +283,29 @@ void matrix(const Operation& k, int thread, int threads) {
     }
 }
 
-// A layer of edge functions: only the terms that are not zero at an input are read. u is scratch of I (T + 2) floats for
-// their values and places; s has the pieces [T, T] (function, power), then the columns' scales of int8 weights. With a
-// base branch (silu) its weights are the last of the K rows of an input.
+// A layer of edge functions: only the terms that are not zero at an input are read. u is scratch of (T + 2) I floats for
+// their values [T, I], SiLU and places; s has the pieces [T, T] (function, power), then the columns' scales of int8
+// weights. With a base branch (silu) its weights are the last of the K rows of an input.
 template <typename X>
 void edge(Operation k, int thread, int threads) {
     const int terms = k.order + 1;
     const float* pieces = k.s;
-    float* values = const_cast<float*>(k.u);
+    float *values = const_cast<float*>(k.u), *bases = values + terms * k.I, *cells = bases + k.I;
     k.s = k.int8 ? k.s + terms * terms : nullptr;
     const Share inputs = share_of(k.I, thread, threads), tiles = share_of((k.O + W - 1) / W, thread, threads);
-    for (int64_t i = inputs.begin; i < inputs.end; ++i) {
+    int64_t i = inputs.begin;
+    for (; !k.periodic && i + L <= inputs.end; i += L) {
+        const vec x = load(k.a + i);
+        const Places at = place(x, k);
+        for (int j = 0; j < terms; ++j) store(values + j * k.I + i, piece(pieces + j * terms, terms, at));
+        if (k.silu) store(bases + i, silu(x));
+        store(cells + i, __builtin_convertvector(at.cell, vec));
+    }
+    for (; i < inputs.end; ++i) {
         const Place at = place(k.a[i], k);
-        float* value = values + i * (terms + 2);
-        for (int j = 0; j < terms; ++j) value[j] = piece(pieces + j * terms, terms, at);
-        if (k.silu) value[terms] = silu(k.a[i]);
-        value[terms + 1] = float(at.cell);
+        for (int j = 0; j < terms; ++j) values[j * k.I + i] = piece(pieces + j * terms, terms, at);
+        if (k.silu) bases[i] = silu(k.a[i]);
+        cells[i] = float(at.cell);
     }
 #pragma omp barrier
     // Weights that no cache holds: the processor sees no stream in rows that are left out, but they are known ahead.
@@ -246,20 +314,19 @@ void edge(Operation k, int thread, int threads) {
         const X* w = static_cast<const X*>(k.w) + tile * k.I * k.K * W;
         vec sums[2][VECS] = {};
         for (int64_t i = 0; i < k.I; ++i) {
-            const float* value = values + i * (terms + 2);
-            const X* rows = w + (i * k.K + int64_t(value[terms + 1])) * W;
+            const X* rows = w + (i * k.K + int64_t(cells[i])) * W;
             if (fetch && i + AHEAD < k.I) {
                 const X* input = w + (i + AHEAD) * k.K * W;
-                const X* next = input + int64_t(value[AHEAD * (terms + 2) + terms + 1]) * W;
+                const X* next = input + int64_t(cells[i + AHEAD]) * W;
                 for (int64_t at = 0; at < terms * W; at += LINE / sizeof(X)) __builtin_prefetch(next + at);
                 const X* base = input + (k.K - 1) * W;
                 for (int64_t at = 0; k.silu && at < W; at += LINE / sizeof(X)) __builtin_prefetch(base + at);
             }
             for (int j = 0; j < terms; ++j)
-                for (int v = 0; v < VECS; ++v) sums[j & 1][v] += value[j] * load(rows + j * W + v * L);
+                for (int v = 0; v < VECS; ++v) sums[j & 1][v] += values[j * k.I + i] * load(rows + j * W + v * L);
             if (k.silu) {
                 const X* base = w + (i * k.K + k.K - 1) * W;
-                for (int v = 0; v < VECS; ++v) sums[1][v] += value[terms] * load(base + v * L);
+                for (int v = 0; v < VECS; ++v) sums[1][v] += bases[i] * load(base + v * L);
             }
         }
         for (int v = 0; v < VECS; ++v) sums[0][v] += sums[1][v];
@@ -273,10 +340,16 @@ void features(Operation k, int thread, int threads) {
     const int64_t functions = k.K - k.silu, size = int64_t(k.cells) * (k.order + 1);
     const bool base = k.silu;
     k.silu = 0;
-    for (int64_t m = 0; m < functions; ++m)
-        for (int64_t i = inputs.begin; i < inputs.end; ++i)
-            k.y[m * k.I + i] = tabulated(k, static_cast<const float*>(k.w) + m * size, k.a[i]);
-    for (int64_t i = inputs.begin; base && i < inputs.end; ++i) k.y[functions * k.I + i] = silu(k.a[i]);
+    for (int64_t m = 0; m < functions; ++m) {
+        const float* own = static_cast<const float*>(k.w) + m * size;
+        int64_t i = inputs.begin;
+        for (; !k.periodic && i + L <= inputs.end; i += L) store(k.y + m * k.I + i, tabulated(k, own, load(k.a + i)));
+        for (; i < inputs.end; ++i) k.y[m * k.I + i] = tabulated(k, own, k.a[i]);
+    }
+    float* last = k.y + functions * k.I;
+    int64_t i = base ? inputs.begin : inputs.end;
+    for (; i + L <= inputs.end; i += L) store(last + i, silu(load(k.a + i)));
+    for (; i < inputs.end; ++i) last[i] = silu(k.a[i]);
 }
 
 inline void rotate(float* x, const float* cosines, const float* sines, int64_t half) {
@@ -356,12 +429,11 @@ inline void each(const Operation& k, int thread, int threads, F function) {
 void table(const Operation& k, int thread, int threads) {
     const Share own = share_of(k.I, thread, threads);
     const int64_t width = k.I / k.groups, size = int64_t(k.cells) * (k.order + 1);
-    const bool vectors = !k.silu && !k.periodic;
     for (int64_t group = own.begin / width; group * width < own.end; ++group) {
         const float* own_table = static_cast<const float*>(k.w) + group * size;
         const int64_t end = std::min(own.end, (group + 1) * width);
         int64_t i = std::max(own.begin, group * width);
-        for (; vectors && i + L <= end; i += L) {
+        for (; !k.periodic && i + L <= end; i += L) {
             const vec value = tabulated(k, own_table, load(k.a + i));
             store(k.y + i, k.u ? value * load(k.u + i) : value);
         }
