@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from kanlm import kernels
 from kanlm.config import UserError
 from kanlm.evaluation.loading import load_causal_lm
 from kanlm.evaluation.perplexity import held_out_documents
@@ -112,7 +114,10 @@ def prune_table(
             return float(sequence_losses(network, held).mean())
 
         small = {1.0: model} | {keep: pruned(model, fit, keep)[0] for keep in KEPT}
-        seconds = step_seconds(list(small.values()), fit[: max(1, 2048 // fit.shape[1])])
+        timed = [copy.deepcopy(network) for network in small.values()]
+        for network in timed:
+            kernels.select(network)  # what training steps take
+        seconds = step_seconds(timed, fit[: max(1, 2048 // fit.shape[1])])
         for (keep, network), step in zip(small.items(), seconds, strict=True):
             at_random = [pruned(model, fit, keep, "random", seed)[0] for seed in seeds]
             row = {
