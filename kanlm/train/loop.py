@@ -149,9 +149,10 @@ def run_steps(session: Session) -> None:
         validate |= last and settings.eval_tokens is None
         health = state.step % settings.health_every == 0 if settings.health_every else validate or last
         if state.step % settings.log_every == 0 or state.step == 1 or last or validate or health:
-            speed = (state.tokens - logged_tokens) / (state.seconds - logged_seconds)
+            passed = state.seconds - logged_seconds
+            values = step_metrics(session, done, (state.tokens - logged_tokens) / passed)
+            values["data_share"] = session.batches.seconds_spent() / passed
             logged_tokens, logged_seconds = state.tokens, state.seconds
-            values = step_metrics(session, done, speed)
             if validate:
                 values |= validation_metrics(session, settings.eval_tokens)
             if health:

@@ -48,6 +48,7 @@ def test_run_leaves_config_record_metrics_tokenizer_and_checkpoint(run_config, m
     assert lines[-1]["validation_loss"] != record.final_validation["loss"]  # of 256 tokens, of all
     assert lines[11]["loss"] < lines[0]["loss"] - 0.1
     assert all(line["seconds"] > 0 and line["tokens_per_second"] > 0 for line in lines[:12])
+    assert lines[1]["data_share"] > 0 and all(0 <= line["data_share"] < 1 for line in lines[:12])
     model_config, weights = load_model(run.root)
     model = KanLMForCausalLM(model_config)
     model.load_state_dict(weights, strict=True)
