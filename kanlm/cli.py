@@ -96,7 +96,7 @@ def configs_copy_verb(name: str, directory: str) -> None:
     click.echo(copy(name, directory))
 
 
-@verb("tokenize", "kanlm tokenize configs/small-kan_glu.toml --workers 16")
+@verb("tokenize", "kanlm tokenize small-kan_glu --workers 16")
 @click.argument("config", type=click.Path())
 @click.argument("overrides", nargs=-1)
 @click.option("--workers", type=click.IntRange(min=0), help="Processes; default: data.num_workers.")

@@ -45,7 +45,8 @@ class SourceConfig(Section):
 
     source: str = Field("stdlib", min_length=1)
     """`stdlib` (Python's own library sources), `stories` (seeded generator with known entropy), a path to a
-    .txt/.jsonl/.json/.parquet file (also .xz/.gz/.bz2), a local dataset folder, or a hub dataset id."""
+    .txt/.jsonl/.json/.parquet/.csv/.tsv file (also .xz/.gz/.bz2), a pattern of such, a local dataset folder,
+    or a hub dataset id."""
     config_name: str | None = None
     """Configuration name of a hub data set, e.g. `sample-10BT`."""
     split: str = "train"

@@ -26,7 +26,7 @@ CLAIMS = {
     "time_to_loss": "A KAN reaches an MLP's loss in 1/10 of the time",
 }
 CLAIMED_RATIO = {"parameters": 1 / 100, "step_time": 10.0, "time_to_loss": 1 / 10}
-SWEEP_COMMAND = "kanlm compare configs/compare-sizes.toml"
+SWEEP_COMMAND = "kanlm compare compare-sizes"
 SPEED_COMMAND = "kanlm compare COMPARE.toml speed.rounds=9"
 
 

@@ -28,8 +28,8 @@ KIND = {"KANLinear": "edge", "AdaptiveKAN": "edge", "LearnedFunction": "group", 
 """By name: a model loaded with its own code has classes of its own."""
 ACTIVATIONS = ("activation", "act_fn", "act")
 """Attributes under which feed-forward blocks hold their activation: kanlm's, Llama's, GPT-2's."""
-ALIVE_BYTES = 64 * 2**20
-"""Size of the values of edge functions that are alive at once."""
+CACHED_BYTES = 2 * 2**20
+"""Size of the values of functions that are worked on at once; a processor's cache holds them."""
 
 
 class FixedFunction(nn.Module):
@@ -146,7 +146,7 @@ def function_values(module: nn.Module, points: Tensor) -> Tensor:
         spread = points.repeat_interleave(size, dim=1)
         return module(spread.to(module.coefficients.dtype)).float()[:, ::size].t().unsqueeze(-1)
     features, coefficients = edge_expansion(module, points)
-    return torch.bmm(features.permute(2, 0, 1), coefficients.permute(2, 1, 0))  # [I, P, O]
+    return torch.bmm(features.permute(2, 0, 1), coefficients.permute(2, 1, 0).contiguous())  # [I, P, O]
 
 
 @torch.no_grad()
@@ -244,14 +244,20 @@ def with_random_weights(model: Any, seed: int) -> nn.Module:
 
 @contextmanager
 def replaced(module: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within, `module(x)` is function(x), and a gated `module(x, u)` is function(x) * u."""
+    """Within, `module(x)` is function(x), and a gated `module(x, u)` is function(x) * u.
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        y = function(args[0])
-        return (y * args[1] if len(args) > 1 and args[1] is not None else y).to(output.dtype)
+    The module itself does not run, which is most of the time of a model whose functions are replaced.
+    """
 
-    handle = module.register_forward_hook(hook)
+    def forward(x: Tensor, u: Tensor | None = None) -> Tensor:
+        y = function(x).to(x.dtype)
+        return y if u is None else y * u
+
+    before = vars(module).get("forward")
+    module.forward = forward
     try:
         yield
     finally:
-        handle.remove()
+        del module.forward
+        if before is not None:
+            module.forward = before

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kanlm.interpret.layers import ALIVE_BYTES, FunctionLayer, replaced, reset_learned_part, short_name
+from kanlm.interpret.layers import CACHED_BYTES, FunctionLayer, replaced, reset_learned_part, short_name
 from kanlm.interpret.statistics import FunctionStatistics, sign_flip_p
 from kanlm.interpret.symbolic import LIBRARY, NAMES, Formulas
 
@@ -91,7 +91,7 @@ class ClosedForms:
         columns = rows.t().contiguous()  # [F, n]
         total = columns.new_zeros(self.outputs if self.kind == "edge" else len(columns), columns.shape[1])
         for function, place, output, (a, b, c, d), ends in self.parts:
-            step = max(1, ALIVE_BYTES // (4 * columns.shape[1]))
+            step = max(1, CACHED_BYTES // (4 * columns.shape[1]))
             for first in range(0, len(place), step):
                 part = slice(first, first + step)
                 points = columns[place[part]]  # [functions, n]

@@ -27,7 +27,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from kanlm.interpret.layers import ALIVE_BYTES, FunctionLayer, edge_expansion
+from kanlm.interpret.layers import CACHED_BYTES, FunctionLayer, edge_expansion
 from kanlm.interpret.symbolic import fit_functions
 
 QUANTILES = 33
@@ -37,6 +37,8 @@ FORMULAS = 64
 """Most important functions of a layer that the statistic `formula_r2` fits formulas to."""
 DRIVEN = 16
 """Functions of a layer that `token_share` looks at."""
+RANKED = 8192
+"""Functions of a layer, evenly spaced, over which the two importances are compared: two digits are right."""
 
 STATISTICS = {
     "importance": "variance of all outputs",
@@ -77,10 +79,11 @@ def middle_quantiles(rows: Tensor) -> Tensor:
 
 
 def importance_of(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """x, y [..., Q] at equally likely inputs; variance of y, and what the best line in x leaves of it."""
-    x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
-    variance = y.square().mean(-1)
-    explained = (x * y).mean(-1).square() / x.square().mean(-1).clamp_min(1e-12)
+    """x [F, Q], y [F, Q, O] at equally likely inputs; variance of y, and what the best line in x leaves, [F, O]."""
+    x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
+    variance = y.square().mean(1)
+    covariance = torch.bmm(x.unsqueeze(1), y).squeeze(1) / x.shape[1]
+    explained = covariance.square() / x.square().mean(1, keepdim=True).clamp_min(1e-12)
     return variance, (variance - explained).clamp_min(0)
 
 
@@ -91,7 +94,7 @@ def function_statistics(layer: FunctionLayer) -> FunctionStatistics:
     quantiles = middle_quantiles(samples)  # [Q, F]
     y = layer.values(quantiles)  # [F, Q, O]
     x = quantiles.t().contiguous()  # [F, Q]
-    variance, left = importance_of(x.unsqueeze(1), y.transpose(1, 2))
+    variance, left = importance_of(x, y)
     slope = y.diff(dim=1).abs() / x.diff(dim=1).clamp_min(1e-9).unsqueeze(-1)  # [F, Q-1, O]
     flat = slope <= SATURATED * slope.amax(1, keepdim=True)
     low, high = (getattr(getattr(layer.module, "basis", None), end, None) for end in ("grid_min", "grid_max"))
@@ -114,22 +117,18 @@ def first_order_effect(layer: FunctionLayer) -> Tensor | None:
             phi - phi.view(-1, layer.inputs, layer.size).mean((0, 2)).repeat_interleave(layer.size)
         )
         return moved.view(-1, layer.inputs, layer.size).sum(-1).square().mean(0).sqrt().unsqueeze(-1)
-    # phi(x) - mean phi = c . (psi - mean psi), so the mean of g^2 times its square is c^T M c. M, sums over
-    # tokens of g^2 and a product of two features, is one matrix product; all values of phi are N F O numbers.
+    # By parts that stay in a processor's cache: all values of phi are N F O numbers.
     features, coefficients = edge_expansion(layer.module, layer.x)
-    centred = (features - features.mean(0)).transpose(1, 2)  # [N, I, K]
-    first, second = torch.triu_indices(centred.shape[-1], centred.shape[-1]).unbind()
-    twice = torch.where(first == second, 1.0, 2.0)
-    weights = gradient.square().t() / len(layer.x)  # [O, N]
+    centred = (features - features.mean(0)).permute(2, 0, 1).contiguous()  # [I, N, K]: phi without its mean
+    c = coefficients.permute(2, 1, 0).contiguous()  # [I, K, O]
+    weights = gradient.square() / len(layer.x)  # [N, O]
     total = torch.empty(layer.inputs, layer.outputs)
-    step = max(1, ALIVE_BYTES // (4 * len(first) * max(len(layer.x), layer.outputs)))
+    step = max(1, CACHED_BYTES // (4 * weights.numel()))
     for start in range(0, layer.inputs, step):
         part = slice(start, start + step)
-        products = centred[:, part, first] * centred[:, part, second]  # [N, i, pairs]
-        moments = (weights @ products.flatten(1)).view(layer.outputs, -1, len(first))  # [O, i, pairs]
-        c = coefficients[:, :, part].transpose(1, 2)  # [O, i, K]
-        total[part] = (moments * c[..., first] * c[..., second] * twice).sum(-1).t()
-    return total.clamp_min(0).sqrt()
+        phi = torch.bmm(centred[part], c[part])  # [i, N, O]
+        total[part] = phi.square_().mul_(weights).sum(1)
+    return total.sqrt()
 
 
 def layer_summary(layer: FunctionLayer, found: FunctionStatistics, tokens: Tensor) -> dict[str, float | None]:
@@ -149,6 +148,11 @@ def layer_summary(layer: FunctionLayer, found: FunctionStatistics, tokens: Tenso
     }
 
 
+def largest(values: Tensor, count: int) -> Tensor:
+    """Places of the `count` largest in the flattened `values`, the largest first."""
+    return values.flatten().topk(min(count, values.numel())).indices
+
+
 def share_for_90_percent(variance: Tensor) -> float:
     """Of the functions, the fewest that carry 90% of the variance."""
     ordered = variance.flatten().sort(descending=True).values.double()
@@ -157,18 +161,19 @@ def share_for_90_percent(variance: Tensor) -> float:
 
 
 def agreement(found: FunctionStatistics) -> float | None:
-    """Spearman's rank correlation of `variance` and `effect` over the layer's functions."""
+    """Spearman's rank correlation of `variance` and `effect` over the layer's functions, RANKED of them."""
     if found.effect is None or found.variance.numel() < 3:
         return None
-    ranks = [rankdata(values.flatten().numpy(force=True)) for values in (found.variance, found.effect)]
-    deviations = [rank - rank.mean() for rank in ranks]
+    step = math.ceil(found.variance.numel() / RANKED)
+    both = (values.flatten()[::step].numpy(force=True) for values in (found.variance, found.effect))
+    deviations = [rank - rank.mean() for rank in map(rankdata, both)]
     norm = math.sqrt(float((deviations[0] ** 2).sum() * (deviations[1] ** 2).sum()))
     return float((deviations[0] * deviations[1]).sum()) / norm if norm > 0 else None
 
 
 def formula_r2(found: FunctionStatistics) -> float | None:
     """Mean R^2 of the best formulas of the most important functions, weighted by their variance."""
-    chosen = found.variance.flatten().argsort(descending=True)[:FORMULAS]
+    chosen = largest(found.variance, FORMULAS)
     weights = found.variance.flatten()[chosen]
     if weights.sum() <= 0:
         return None
@@ -186,7 +191,7 @@ def token_share(layer: FunctionLayer, found: FunctionStatistics, tokens: Tensor)
     Epsilon squared, 1 - (within / (n - k)) / (total / (n - 1)): without the bias of the plain ratio, which is
     near one where most tokens occur once.
     """
-    chosen = found.variance.flatten().argsort(descending=True)[:DRIVEN]
+    chosen = largest(found.variance, DRIVEN)
     outputs = function_outputs(layer, chosen.tolist()).flatten(1)  # [N, T size]
     _, kind = tokens.unique(return_inverse=True)
     kinds, count = int(kind.max()) + 1, len(tokens)

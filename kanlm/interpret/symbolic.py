@@ -241,6 +241,7 @@ def fit_functions(
     mean = (shares.unsqueeze(-1) * y).sum(1)  # [F, O]
     centred = (y - mean.unsqueeze(1)) * root.unsqueeze(-1)
     total = centred.square().sum(1).clamp_min(1e-30)  # [F, O]
+    directions = centred / total.sqrt().unsqueeze(1)
     refine = y.shape[0] * y.shape[2] <= REFINED if refine is None else refine
     skipped: dict[str, int] = {}
     best: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # R^2, b, c [F, O]
@@ -259,8 +260,7 @@ def fit_functions(
         values = (values - (values * shares.unsqueeze(1)).sum(-1, keepdim=True)) * root.unsqueeze(1)
         norm = values.square().sum(-1, keepdim=True)
         values = torch.where(norm > 1e-20, values / norm.clamp_min(1e-20).sqrt(), torch.zeros_like(values))
-        explained = torch.bmm(values, centred).square() / total.unsqueeze(1)  # [F, M, O]
-        r2, chosen = explained.max(dim=1)
+        r2, chosen = torch.bmm(values, directions).square_().max(dim=1)  # of [F, M, O]
         b, c = slope.gather(1, chosen), shift.gather(1, chosen)
         if refine and name != "x":
             r2, b, c = _refined(name, x, centred, shares, total, low, high, r2, b, c)

@@ -89,7 +89,7 @@ def new_accelerator(config: RunConfig) -> Iterator[Accelerator]:
     if state.num_processes != processes:
         raise UserError(
             f"accelerate: {processes} processes were launched, but {state.num_processes} train together; "
-            "use one of configs/accelerate/"
+            "use a launch file that `kanlm configs` lists, or one like it"
         )
     precision = mixed_precision(config.train, state.device)
     set_threads(state, config.train.num_threads)

@@ -90,6 +90,17 @@ def test_layer_benchmark_writes_a_complete_record(tmp_path):
     assert any("kanlm reference" in line for line in lines)
 
 
+def test_results_go_to_runs_and_not_into_docs(tmp_path, monkeypatch):
+    (tmp_path / "docs/benchmarks").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    lines = []
+    layer.run(
+        inputs=8, outputs=6, tokens=32, arms=("mlp",), seconds=0.0, memory=False, echo=lines.append
+    )  # fmt: skip
+    (written,) = (path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
+    assert written.match("runs/benchmarks/????-??-??-layer.json") and lines[-1] == f"written to {written}"
+
+
 @pytest.mark.slow
 def test_gpu_benchmark_goes_through_every_part_without_a_gpu(tmp_path):
     if importlib.util.find_spec("triton") is None:
@@ -117,7 +128,8 @@ def test_absent_peer_is_skipped_with_a_line(tmp_path, monkeypatch):
         echo=lines.append,
     )  # fmt: skip
     assert [record["arm"] for record in records] == ["mlp"]
-    assert any(line.startswith("skipped pykan: package no_such_package is not installed") for line in lines)
+    (line,) = (line for line in lines if line.startswith("skipped pykan"))
+    assert "package no_such_package is not installed (pip install 'kanlm[bench]'" in line
 
 
 def test_red_arm_is_not_timed(tmp_path, monkeypatch):

@@ -1,7 +1,10 @@
 """`kanlm eval` of several models on several texts: table, JSON, differences, losses, lossy tokenizers."""
 
+import io
+import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -124,6 +127,24 @@ def test_the_verb_prints_a_table_or_json(folder, tmp_path):
     assert printed["bits_per_byte"] == json.loads((tmp_path / "a.json").read_text())["bits_per_byte"]
     both = CliRunner().invoke(cli, [*asked[:2], str(folder / "two"), *asked[2:], "--json"])
     assert {"reports", "totals", "differences"} == set(json.loads(both.stdout))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_slow_evaluation_tells_how_far_it_is_and_the_time_left(folder, monkeypatch, terminal):
+    """A short stride; the clock is one by which every batch takes a while. Without a terminal, lines."""
+
+    class Errors(io.StringIO):
+        def isatty(self):
+            return terminal
+
+    said, ticks = Errors(), itertools.count(step=4.0)
+    monkeypatch.setattr("sys.stderr", said)
+    monkeypatch.setattr("tqdm.std.time", lambda: next(ticks))
+    evaluate_all([folder / "one"], [folder / "single.txt"], stride=2, batch_size=1)
+    bars = re.findall(r"evaluating: +(\d+)%.*<(\d\d:\d\d)", said.getvalue().replace("\r", "\n"))
+    shares = [int(share) for share, _ in bars]
+    assert len(set(shares)) > 4 and shares == sorted(shares) and 0 < shares[len(shares) // 2] < 100
+    assert {left for _, left in bars} - {"00:00"}
 
 
 def test_a_tokenizer_that_loses_text_is_refused(folder):

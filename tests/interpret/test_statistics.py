@@ -34,7 +34,7 @@ def groups(n=400) -> FunctionLayer:
 def test_importance_is_variance_and_a_line_has_no_nonlinear_share():
     x = torch.linspace(-2, 2, 33).expand(3, -1)
     y = torch.stack([3 * x[0] + 1, x[1].square(), x[2] + x[2].square()])
-    variance, left = importance_of(x, y)
+    variance, left = (found.squeeze(1) for found in importance_of(x, y.unsqueeze(-1)))
     torch.testing.assert_close(variance, y.var(-1, correction=0))
     assert left[0] < 1e-5 * variance[0]
     assert left[1] == pytest.approx(variance[1].item(), rel=1e-4)

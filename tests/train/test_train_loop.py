@@ -474,14 +474,16 @@ def test_bf16_on_cpu_trains_with_fp32_weights(run_config, losses):
     assert {weight.dtype for weight in load_model(config.run_dir)[1].values()} == {torch.float32}
 
 
-def test_terminal_gets_a_bar_with_loss_speed_and_time_left(run_config, monkeypatch):
+def test_terminal_gets_a_bar_with_loss_speed_and_time_left(run_config, monkeypatch, capsys):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
-    loop.train(run_config("train.eval_every=4"))
+    config = run_config("train.eval_every=4")
+    loop.train(config)
+    assert capsys.readouterr().out.rstrip().endswith(f"next: kanlm export {config.run_dir}")
     bar = terminal.getvalue().split("\r")[-1]
     assert (
         "12/12" in bar and "loss" in bar and "bits/byte" in bar and "tokens/s" in bar and "of peak" not in bar
