@@ -79,7 +79,7 @@ def middle_quantiles(rows: Tensor) -> Tensor:
 
 
 def importance_of(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """x [F, Q], y [F, Q, O] at equally likely inputs; variance of y, and what the best line in x leaves, [F, O]."""
+    """Of y [F, Q, O] at equally likely x [F, Q]: the variance, and what the best line leaves of it [F, O]."""
     x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
     variance = y.square().mean(1)
     covariance = torch.bmm(x.unsqueeze(1), y).squeeze(1) / x.shape[1]
