@@ -49,8 +49,8 @@ def select(model: nn.Module, backend: str = "auto", *, compiled: bool = False) -
     says once what it chose. KAN layers without a kernel of the backend (e.g. of a Chebyshev basis) recompute,
     activations keep the reference.
 
-    compiled: the model's layers are compiled by torch, which decides by itself what to compute again: the
-        reference then stands where recomputation would.
+    `compiled` says that torch compiles the model's layers. It decides by itself what to compute again, so the
+    reference then stands where recomputation would.
 
     Returns:
         What each module that has a choice now uses, by its name: "reference", "recompute", "cpu" or "triton".

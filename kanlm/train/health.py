@@ -43,14 +43,16 @@ def kan_health(model: nn.Module, batch) -> dict[str, dict[str, float]]:
     `loss`, or of the mean square of the output (or its `logits`) where there is none; `.grad` of the
     parameters is left alone.
 
-    KANLinear and LearnedFunction:
-        outside_grid: share of the inputs outside the grid.
-        dead_functions: share of the basis functions (of each input or group) that no input reached.
-        zero_gradients: share of the trainable elements whose gradient is exactly zero or absent.
-        output_rms: root mean square of the output.
-        nonfinite: number of outputs, parameters and gradients that are not finite.
-    Feed-forward blocks:
-        output_rms, and scale_to_mlp: the same over that of a new GELU MLP of equally many parameters.
+    Of `KANLinear` and `LearnedFunction`:
+
+    - `outside_grid`, share of the inputs outside the grid;
+    - `dead_functions`, share of the basis functions (of each input or group) that no input reached;
+    - `zero_gradients`, share of the trainable elements whose gradient is exactly zero or absent;
+    - `output_rms`, root mean square of the output;
+    - `nonfinite`, number of outputs, parameters and gradients that are not finite.
+
+    Of feed-forward blocks: `output_rms`, and `scale_to_mlp`, the same over that of a new GELU MLP of equally
+    many parameters.
     """
     inputs, outputs = {}, {}
     layers = {
