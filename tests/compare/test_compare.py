@@ -87,7 +87,8 @@ def studied(tmp_path_factory):
         train(load_run_config(path))
         return 0, []
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, open(folder / "said.txt", "w") as said:
+        patch.setattr("sys.stdout", said)
         patch.chdir(folder)
         patch.setattr(jobs.Processes, "run", in_process)
         with pytest.raises(KeyboardInterrupt):
@@ -99,6 +100,17 @@ def studied(tmp_path_factory):
         compare("study.toml")
         assert trained == before, "a second call trains nothing"
     return folder, content, trained
+
+
+def test_a_finished_run_is_judged_and_shown_before_the_next_begins(studied):
+    folder, content, trained = studied
+    said = (folder / "said.txt").read_text()
+    lines = re.findall(r"^(?:final \d+/\d+: \S+|  \w+ seed \d+: \d\.\d{4} bits per byte)", said, re.M)
+    judged = [place for place, line in enumerate(lines) if line.startswith("  ")]
+    assert len(judged) == len({name for name in trained if not name.startswith("sweep")})
+    for place in judged:
+        arm, seed = re.findall(r"(\w+) seed (\d+)", lines[place])[0]
+        assert lines[place - 1].rstrip(",").endswith(f"-{arm}-seed{seed}")
 
 
 def trials_of(content) -> list[str]:

@@ -156,13 +156,17 @@ except ValueError as error:
 
 
 def test_the_folder_asks_for_trust_where_kanlm_is_not_imported(exported, tmp_path):
+    """Its model does; its tokenizer has no code and works without."""
     program = """
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)
+print(tokenizer.decode(tokenizer("old cats<|endoftext|>")["input_ids"]))
 try:
     AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=False)
 except ValueError as error:
     print(error)
 """
-    assert "trust_remote_code=True" in run_clean(program, tmp_path, exported("kan_glu"))
+    said = run_clean(program, tmp_path, exported("kan_glu"))
+    assert said.startswith("old cats<|endoftext|>\n") and "trust_remote_code=True" in said
 
 
 def test_no_trust_is_needed_after_import_kanlm(exported, tmp_path):
