@@ -123,6 +123,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
+def holm_levels(p_values: Sequence[float], alpha: float = 0.05) -> list[float]:
+    """The level at which Holm's procedure tests each: alpha over those left, and no lower after a failure."""
+    levels, left = [alpha] * len(p_values), len(p_values)
+    for index in np.argsort(p_values, kind="stable"):
+        levels[index] = alpha / left
+        if p_values[index] <= alpha / left:
+            left -= 1
+    return levels
+
+
 def detectable_difference(std: float, pairs: int, alpha: float = 0.05, power: float = 0.8) -> float:
     """The smallest true mean difference that a two-sided paired t test at `alpha` finds with `power`.
 
@@ -143,6 +153,62 @@ def detectable_difference(std: float, pairs: int, alpha: float = 0.05, power: fl
 
     shift = optimize.brentq(lambda shift: found(shift) - power, 0.0, 4 * critical + 10)
     return float(shift) * std / math.sqrt(pairs)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What pairs of losses say of the mean of a - b, nats/token, as one of several comparisons."""
+
+    mean: float
+    std: float
+    """Of the paired differences over seeds."""
+    p_value: float
+    p_holm: float
+    """Adjusted over all of the comparisons."""
+    p_sign_flip: float
+    confidence: float
+    """Of the intervals: the level at which Holm's procedure tested this one, so that Student's excludes 0
+    exactly where `p_holm` is at most alpha."""
+    interval: tuple[float, float]
+    """Student's."""
+    bootstrap: tuple[float, float]
+    """Percentile interval over resampled seeds."""
+    tie_interval: tuple[float, float]
+    """Of 1 - 2 alpha: a tie where it lies within +-margin."""
+    p_tie: float
+    detectable: float
+    """The smallest true difference that so many pairs find in 80% of comparisons."""
+
+
+def family_evidence(
+    pairs: Sequence[tuple[Sequence[float], Sequence[float]]],
+    margin: float = MARGIN_NATS,
+    alpha: float = 0.05,
+) -> list[Evidence]:
+    """All that a judgement needs of several comparisons (a, b), of two pairs or more each; in their order."""
+    tested = [paired_difference(a, b) for a, b in pairs]
+    p_values = [one.p_value for one in tested]
+    evidence = []
+    for (a, b), one, p_holm, level in zip(
+        pairs, tested, holm(p_values), holm_levels(p_values, alpha), strict=True
+    ):
+        tie, found = equivalence(a, b, margin, alpha), paired_difference(a, b, 1 - level)
+        evidence.append(
+            Evidence(
+                mean=one.mean,
+                std=one.std,
+                p_value=one.p_value,
+                p_holm=p_holm,
+                p_sign_flip=sign_flip_p_value(a, b),
+                confidence=1 - level,
+                interval=(found.low, found.high),
+                bootstrap=bootstrap_interval(a, b, 1 - level),
+                tie_interval=(tie.low, tie.high),
+                p_tie=tie.p_value,
+                detectable=detectable_difference(one.std, one.pairs, level),
+            )
+        )
+    return evidence
 
 
 def _differences(a: Sequence[float], b: Sequence[float]) -> np.ndarray:

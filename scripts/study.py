@@ -27,6 +27,7 @@ import tomllib
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import click
@@ -36,7 +37,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 
 from kanlm import kernels
-from kanlm.compare.judgement import ArmLosses, Judgement, judge, learned_nothing, mean, sentence
+from kanlm.compare.judgement import ArmLosses, Judgement, judge, learned_nothing, sentence
 from kanlm.config import RunConfig, parsed
 from kanlm.data import tokenizer_for
 from kanlm.data.cache import TokenCache, cached
@@ -582,13 +583,13 @@ def seeds_table(done: list[dict[str, Any]]) -> str:
         "| arm | rates of matrices / coefficients | validation | seeds | less the normed GELU, 95% |",
         "|---|---|---|---|---|",
     ]
-    for (label, rates), own in sorted(by_trial.items(), key=lambda item: mean([*item[1].values()])):
+    for (label, rates), own in sorted(by_trial.items(), key=lambda item: fmean([*item[1].values()])):
         seeds = sorted(set(own) & set(twin)) if own is not twin else []
         gap = ""
         if len(seeds) > 1:
             found = paired_difference([own[s] for s in seeds], [twin[s] for s in seeds])
             gap = f"{found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
-        lines.append(f"| {label} | {rates} | {mean([*own.values()]):.4f} | {len(own)} | {gap} |")
+        lines.append(f"| {label} | {rates} | {fmean([*own.values()]):.4f} | {len(own)} | {gap} |")
     return "\n".join(lines)
 
 
@@ -612,7 +613,7 @@ def judged_phase(phase: dict[str, Any], done: list[dict[str, Any]]) -> tuple[lis
     idle = [
         arm.name
         for arm in arms
-        if arm.bits_per_byte and learned_nothing(mean([*arm.bits_per_byte.values()]), counts)
+        if arm.bits_per_byte and learned_nothing(fmean([*arm.bits_per_byte.values()]), counts)
     ]
     judgements = [
         replace(one, text_error_nats=text_error(by_arm, one))
@@ -712,7 +713,7 @@ def averaging(by_arm: dict[str, list[dict[str, Any]]], judgements: list[Judgemen
             a, b = ([rows[seed][key] for seed in seeds] for rows in (own, other))
             gap, spread = paired_difference(a, b), np.std(np.subtract(a, b), ddof=1)
             lines.append(
-                f"| {words} | {mean(a):.4f} | {mean(b):.4f} | {gap.mean:+.4f} | "
+                f"| {words} | {fmean(a):.4f} | {fmean(b):.4f} | {gap.mean:+.4f} | "
                 f"{gap.low:+.4f} to {gap.high:+.4f} | {spread:.4f} |"
             )
     return lines
@@ -743,13 +744,13 @@ def ladders(rows: dict[str, dict[str, Any]]) -> list[str]:
             losses = [[row["test"] for row in both] for both in (own, other)]
             sizes = [both[0]["non_embedding_parameters"] for both in (own, other)]
             rungs.append(Rung(*map(float, sizes), *losses))
-            gap = f"{mean(losses[0]) - mean(losses[1]):+.4f}"
+            gap = f"{fmean(losses[0]) - fmean(losses[1]):+.4f}"
             if len(seeds) > 1:
                 found = paired_difference(*losses)
                 gap += f" ({found.low:+.4f} to {found.high:+.4f})"
             lines.append(
-                f"| {sizes[0]:,} | {phase['tokens']:,} | {len(seeds)} | {mean(losses[0]):.4f} | "
-                f"{mean(losses[1]):.4f} | {gap} |"
+                f"| {sizes[0]:,} | {phase['tokens']:,} | {len(seeds)} | {fmean(losses[0]):.4f} | "
+                f"{fmean(losses[1]):.4f} | {gap} |"
             )
         if not rungs:
             continue
@@ -809,7 +810,7 @@ def zero_shot_table(by_arm: dict[str, list[dict[str, Any]]], judgements: list[Ju
             "|---|---|---|---|---|---|",
         ]
         lines += [
-            f"| {name} | {mean(a):.3f} | {mean(b):.3f} | {gap.mean:+.3f} | "
+            f"| {name} | {fmean(a):.3f} | {fmean(b):.3f} | {gap.mean:+.3f} | "
             f"{gap.low:+.3f} to {gap.high:+.3f} | {p:.2g} |"
             for name, (a, b), gap, p in zip(asked, rows, found, adjusted, strict=True)
         ]

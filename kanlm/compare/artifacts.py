@@ -22,14 +22,16 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from kanlm.compare.judgement import learned_nothing, mean
+from kanlm.compare.judgement import learned_nothing
 from kanlm.compare.schema import MATCHINGS, CompareConfig, Matching, PlannedArm, Trial
 from kanlm.config import UserError, parsed
 from kanlm.runs import EvalReport, RunDir, RunRecord, named_errors, read_json, write_json
+from kanlm.stats import standard_error
 from kanlm.train.status import last_metrics
 
 State = Literal["finished", "diverged", "mistaken", "crashed", "interrupted", "not run"]
@@ -167,6 +169,8 @@ class ArmRuns:
     """Those of them that did not learn nothing."""
     bits_per_byte: float | None
     """Mean over the evaluations."""
+    text_error_nats: float | None
+    """Sampling error of the loss that is due to the held-out text, mean over the evaluations with parts."""
     learned_nothing: bool
     """Whether every baseline beats that mean."""
     speed: dict[str, Any] | None
@@ -404,7 +408,12 @@ def arm_runs(
     """The arm's part of all `results` at its matching and size."""
     own = [result for result in results if result.trial.arm == arm.arm]
     evaluations = {result.trial.seed: result.eval for result in own if result.eval}
-    bits = mean([report.bits_per_byte for report in evaluations.values()]) if evaluations else None
+    bits = fmean(report.bits_per_byte for report in evaluations.values()) if evaluations else None
+    text_errors = [
+        standard_error([nll for _, nll in report.parts], [tokens for tokens, _ in report.parts])
+        for report in evaluations.values()
+        if len(report.parts) > 1
+    ]
     place = MATCHINGS[arm.matching].width, arm.size, arm.arm
     rows = speed["arms"] if speed else []
     at_place = [row for row in rows if (MATCHINGS[row["matching"]].width, row["size"], row["arm"]) == place]
@@ -418,6 +427,7 @@ def arm_runs(
             if not learned_nothing(report.bits_per_byte, baselines)
         },
         bits_per_byte=bits,
+        text_error_nats=fmean(text_errors) if text_errors else None,
         learned_nothing=bits is not None and learned_nothing(bits, baselines),
         speed=at_place[0] if at_place else None,
     )

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from kanlm.compare.artifacts import load
-from kanlm.compare.judging import held_out_documents
+from kanlm.compare.findings import judgements
+from kanlm.compare.heldout import held_out_documents
 from kanlm.compare.plan import Study, planned_arms
 from kanlm.compare.schema import MATCHINGS, CompareConfig, PlannedArm, Trial, load_compare_config
 from kanlm.compare.speed import measured_speed, step_sequences, step_speeds
 from kanlm.compare.sweep import Point
-from kanlm.compare.verdict import judgements
 from kanlm.config import UserError
 from kanlm.data import token_cache, tokenizer_for
 from kanlm.evaluation.perplexity import token_ids

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from kanlm.compare.artifacts import fraction_done, state_of
-from kanlm.compare.judging import judge_run
+from kanlm.compare.heldout import judge_run
 from kanlm.compare.plan import Study
 from kanlm.compare.schema import Trial
 from kanlm.config import UserError

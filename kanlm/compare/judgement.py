@@ -41,21 +41,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
 
 from kanlm.config import UserError
-from kanlm.stats import (
-    MARGIN_NATS,
-    PairedDifference,
-    bootstrap_interval,
-    detectable_difference,
-    equivalence,
-    holm,
-    paired_difference,
-    sign_flip_p_value,
-)
+from kanlm.stats import MARGIN_NATS, Evidence, family_evidence, paired_difference, standard_error
 
 Family = Literal["kan", "mlp", "control"]
 Outcome = Literal["better", "worse", "tie", "undecided", "learned nothing", "no result"]
@@ -84,6 +76,8 @@ class ArmLosses:
     """Seeds that ended because their loss was no number or ran away."""
     bits_per_byte: Mapping[int, float] = field(default_factory=dict)
     """On the test text, for the sentence; may be left out."""
+    parts: Mapping[int, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    """(tokens, nll in nats) of consecutive parts of the test text, for its sampling error; may be left out."""
 
     def __post_init__(self) -> None:
         for text, losses in (("validation", self.validation), ("test", self.test)):
@@ -142,10 +136,6 @@ class Judgement:
         return asdict(self)
 
 
-def mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
 def learned_nothing(bits_per_byte: float, baselines: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a model is beaten by everything that needs no neural network, also by the weakest n-gram order.
 
@@ -200,153 +190,52 @@ def judge(
                 f"{arm.name}, seed {unchosen[0]}: no validation loss; the baseline is chosen by it, never by "
                 "the test text"
             )
-    baseline = best_baseline(arms)
+    baseline = by_name.get(best_baseline(arms) or "")
+    families = [[arm for arm in arms if arm.family == family] for family in ("kan", "control")]
+    if baseline is None:
+        blank = [_numbers(arm, None, matching, size) for own in families for arm in own]
+        return [replace(one, outcome="no result", reason=broken_rule or "no MLP arm finished") for one in blank]
+
+    pairs = {arm.name: paired_losses(arm.test, baseline.test) for own in families for arm in own}
+    gaps = {arm.name: text_gaps(arm, baseline) for own in families for arm in own}
+    text_errors = {name: standard_error(*gap) for name, gap in gaps.items() if gap}
+    evidence: dict[str, Evidence] = {}
+    for own in families:
+        tested = [arm.name for arm in own if len(pairs[arm.name][0]) > 1]
+        found = family_evidence([pairs[name] for name in tested], margin, ALPHA)
+        evidence |= dict(zip(tested, found, strict=True))
+
     judged: list[Judgement] = []
-    for family in ("kan", "control"):
-        own = [arm for arm in arms if arm.family == family]
-        first = [_compared(arm, by_name.get(baseline or ""), matching, size, margin) for arm in own]
-        decided = [
-            _decided(judgement, arm, arms, level, margin, learned_nothing)
-            for judgement, arm, level in zip(_adjusted(first), own, _levels(first), strict=True)
-        ]
-        if broken_rule:
-            decided = [replace(one, outcome="no result", reason=broken_rule) for one in decided]
+    rivals = contenders(arms, baseline)
+    for own in families:
+        decided = []
+        for arm in own:
+            numbers = _numbers(arm, baseline, matching, size, evidence.get(arm.name), text_errors.get(arm.name))
+            outcome, reason = _outcome(numbers, arm, baseline, rivals, learned_nothing)
+            if broken_rule:
+                outcome, reason = "no result", broken_rule
+            decided.append(replace(numbers, outcome=outcome, reason=reason))
         judged += sorted(decided, key=lambda judgement: judgement.arm_nats or math.inf)
     return judged
 
 
-def _compared(
-    arm: ArmLosses, baseline: ArmLosses | None, matching: str, size: str, margin: float
-) -> Judgement:
-    """The numbers of `arm` against `baseline`; nothing is decided yet."""
-    blank = Judgement(matching, size, arm.name, arm.family, None, "undecided", len(arm.test))
-    if baseline is None:
-        return blank
+def paired_losses(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[list[float], list[float]]:
+    """The losses of the seeds that both have, in the seeds' order."""
+    seeds = sorted(set(a) & set(b))
+    return [a[seed] for seed in seeds], [b[seed] for seed in seeds]
+
+
+def text_gaps(arm: ArmLosses, baseline: ArmLosses) -> tuple[list[float], list[int]] | None:
+    """How much more nats the arm has than the baseline in each part of the test text, mean over the seeds that
+    both finished, and the parts' tokens; None where the losses come without parts.
+    """
     seeds = sorted(set(arm.test) & set(baseline.test))
-    blank = replace(
-        blank,
-        baseline=baseline.name,
-        seeds=len(seeds),
-        diverged=tuple(sorted(arm.diverged)),
-        baseline_diverged=tuple(sorted(baseline.diverged)),
-    )
-    if not seeds:
-        return blank
-    own, other = ([losses.test[seed] for seed in seeds] for losses in (arm, baseline))
-    bits = [
-        mean([losses.bits_per_byte[seed] for seed in seeds])
-        if set(seeds) <= set(losses.bits_per_byte)
-        else None
-        for losses in (arm, baseline)
-    ]
-    found = replace(
-        blank,
-        arm_bits_per_byte=bits[0],
-        baseline_bits_per_byte=bits[1],
-        arm_nats=mean(own),
-        baseline_nats=mean(other),
-        difference_nats=mean(own) - mean(other),
-    )
-    if len(seeds) < 2:
-        return found
-    difference, tie = paired_difference(own, other), equivalence(own, other, margin)
-    return replace(
-        found,
-        p_value=difference.p_value,
-        p_sign_flip=sign_flip_p_value(own, other),
-        tie_interval_nats=(tie.low, tie.high),
-        p_tie=tie.p_value,
-        std_nats=difference.std,
-    )
-
-
-def _adjusted(judgements: Sequence[Judgement]) -> list[Judgement]:
-    """With Holm's p over those that have a p."""
-    tested = [judgement.p_value for judgement in judgements if judgement.p_value is not None]
-    adjusted = iter(holm(tested))
-    return [
-        judgement if judgement.p_value is None else replace(judgement, p_holm=next(adjusted))
-        for judgement in judgements
-    ]
-
-
-def _levels(judgements: Sequence[Judgement]) -> list[float]:
-    """The level at which Holm's procedure tests each: 5% over those left, and no further after a failure."""
-    ordered = sorted(
-        (judgement.p_value, number)
-        for number, judgement in enumerate(judgements)
-        if judgement.p_value is not None
-    )
-    levels, left = [ALPHA] * len(judgements), len(ordered)
-    for p_value, number in ordered:
-        levels[number] = ALPHA / left
-        if p_value <= ALPHA / left:
-            left -= 1
-    return levels
-
-
-def _decided(
-    judgement: Judgement,
-    arm: ArmLosses,
-    arms: Sequence[ArmLosses],
-    level: float,
-    margin: float,
-    idle: Collection[str],
-) -> Judgement:
-    """`judgement` with its outcome, by the rules in their order."""
-    baseline = next((other for other in arms if other.name == judgement.baseline), None)
-    if baseline is None:
-        return replace(judgement, outcome="no result", reason="no MLP arm finished")
-    if not judgement.seeds:
-        if len(set(arm.diverged) & set(baseline.test)) >= 2 and not arm.test:
-            return replace(judgement, outcome="worse", reason="diverged")
-        return replace(
-            judgement, outcome="no result", reason=f"{arm.name} finished no seed with {baseline.name}"
-        )
-    nothing = [name for name in (arm.name, baseline.name) if name in idle]
-    if judgement.seeds < 2:
-        outcome: Outcome = "learned nothing" if nothing else "undecided"
-        reason = " and ".join(nothing) or "one seed; an interval needs at least 2"
-        return replace(judgement, outcome=outcome, reason=reason)
-    interval, bootstrapped = _intervals(arm, baseline, 1 - level)
-    # Kept whatever the outcome: a reader may ask what the seeds say where the rules give no verdict.
-    judgement = replace(
-        judgement,
-        interval_nats=(interval.low, interval.high),
-        confidence=1 - level,
-        bootstrap_nats=bootstrapped,
-        detectable_nats=detectable_difference(interval.std, interval.pairs, level),
-    )
-    if nothing:
-        return replace(judgement, outcome="learned nothing", reason=" and ".join(nothing))
-    lost = sorted(set(arm.diverged) & set(baseline.test))
-    baseline_lost = sorted(set(baseline.diverged) & set(arm.test))
-    assert judgement.p_tie is not None and judgement.p_holm is not None
-    if judgement.p_tie < ALPHA and not lost and not baseline_lost:
-        return replace(judgement, outcome="tie")
-    if judgement.p_holm > ALPHA:
-        return replace(judgement, outcome="undecided", reason="the interval holds zero")
-    if interval.mean < 0:
-        if lost:
-            return replace(
-                judgement, outcome="undecided", reason="ahead, but diverged seeds count against it"
-            )
-        return replace(judgement, outcome="better")
-    if baseline_lost:
-        return replace(judgement, outcome="undecided", reason="behind, but the baseline diverged in seeds")
-    if judgement.p_holm * contenders(arms, baseline) > ALPHA:
-        return replace(
-            judgement, outcome="undecided", reason="behind, but by the luck of the best of several"
-        )
-    return replace(judgement, outcome="worse")
-
-
-def _intervals(
-    arm: ArmLosses, baseline: ArmLosses, confidence: float
-) -> tuple[PairedDifference, tuple[float, float]]:
-    seeds = sorted(set(arm.test) & set(baseline.test))
-    own, other = ([losses.test[seed] for seed in seeds] for losses in (arm, baseline))
-    return paired_difference(own, other, confidence), bootstrap_interval(own, other, confidence)
+    own, other = ([losses.parts.get(seed, ()) for seed in seeds] for losses in (arm, baseline))
+    parts = [*own, *other]
+    if not parts or len({len(one) for one in parts}) > 1 or len(parts[0]) < 2:
+        return None
+    nll, other_nll = (np.array([[nll for _, nll in one] for one in rows]) for rows in (own, other))
+    return (nll - other_nll).mean(axis=0).tolist(), [tokens for tokens, _ in parts[0]]
 
 
 def contenders(arms: Sequence[ArmLosses], baseline: ArmLosses) -> int:
@@ -355,13 +244,97 @@ def contenders(arms: Sequence[ArmLosses], baseline: ArmLosses) -> int:
     for arm in arms:
         if arm.family != "mlp" or arm.name == baseline.name:
             continue
-        seeds = sorted(set(arm.validation) & set(baseline.validation))
-        if len(seeds) < 2:
-            count += bool(seeds)
+        own, other = paired_losses(arm.validation, baseline.validation)
+        if len(own) < 2:
+            count += bool(own)
             continue
-        own, other = ([losses.validation[seed] for seed in seeds] for losses in (arm, baseline))
         count += paired_difference(own, other).low <= 0
     return count
+
+
+def _numbers(
+    arm: ArmLosses,
+    baseline: ArmLosses | None,
+    matching: str,
+    size: str,
+    found: Evidence | None = None,
+    text_error_nats: float | None = None,
+) -> Judgement:
+    """The numbers of `arm` against `baseline`; nothing is decided yet."""
+    blank = Judgement(matching, size, arm.name, arm.family, None, "undecided", len(arm.test))
+    if baseline is None:
+        return blank
+    seeds = sorted(set(arm.test) & set(baseline.test))
+    numbers = replace(
+        blank,
+        baseline=baseline.name,
+        seeds=len(seeds),
+        diverged=tuple(sorted(arm.diverged)),
+        baseline_diverged=tuple(sorted(baseline.diverged)),
+        text_error_nats=text_error_nats,
+    )
+    if not seeds:
+        return numbers
+    nats = [fmean(losses.test[seed] for seed in seeds) for losses in (arm, baseline)]
+    bits = [
+        fmean(losses.bits_per_byte[seed] for seed in seeds)
+        if set(seeds) <= set(losses.bits_per_byte)
+        else None
+        for losses in (arm, baseline)
+    ]
+    numbers = replace(
+        numbers,
+        arm_bits_per_byte=bits[0],
+        baseline_bits_per_byte=bits[1],
+        arm_nats=nats[0],
+        baseline_nats=nats[1],
+        difference_nats=nats[0] - nats[1],
+    )
+    if found is None:
+        return numbers
+    # Kept whatever the outcome: a reader may ask what the seeds say where the rules give no verdict.
+    return replace(
+        numbers,
+        interval_nats=found.interval,
+        confidence=found.confidence,
+        bootstrap_nats=found.bootstrap,
+        p_value=found.p_value,
+        p_holm=found.p_holm,
+        p_sign_flip=found.p_sign_flip,
+        tie_interval_nats=found.tie_interval,
+        p_tie=found.p_tie,
+        std_nats=found.std,
+        detectable_nats=found.detectable,
+    )
+
+
+def _outcome(
+    numbers: Judgement, arm: ArmLosses, baseline: ArmLosses, rivals: int, idle: Collection[str]
+) -> tuple[Outcome, str]:
+    """The outcome and its reason, by the rules in their order; `rivals`: the `contenders`."""
+    lost = sorted(set(arm.diverged) & set(baseline.test))
+    baseline_lost = sorted(set(baseline.diverged) & set(arm.test))
+    if not numbers.seeds:
+        if len(lost) >= 2 and not arm.test:
+            return "worse", "diverged"
+        return "no result", f"{arm.name} finished no seed with {baseline.name}"
+    if nothing := [name for name in (arm.name, baseline.name) if name in idle]:
+        return "learned nothing", " and ".join(nothing)
+    if numbers.p_tie is None or numbers.p_holm is None or numbers.difference_nats is None:
+        return "undecided", "one seed; an interval needs at least 2"
+    if numbers.p_tie < ALPHA and not lost and not baseline_lost:
+        return "tie", ""
+    if numbers.p_holm > ALPHA:
+        return "undecided", "the interval holds zero"
+    if numbers.difference_nats < 0:
+        if lost:
+            return "undecided", "ahead, but diverged seeds count against it"
+        return "better", ""
+    if baseline_lost:
+        return "undecided", "behind, but the baseline diverged in seeds"
+    if numbers.p_holm * rivals > ALPHA:
+        return "undecided", "behind, but by the luck of the best of several"
+    return "worse", ""
 
 
 def seeds_text(seeds: Sequence[int]) -> str:
@@ -371,8 +344,29 @@ def seeds_text(seeds: Sequence[int]) -> str:
     return f"seeds {', '.join(map(str, seeds[:-1]))} and {seeds[-1]}"
 
 
-def sentence(judgement: Judgement, margin: float = MARGIN_NATS) -> str:
-    """The verdict on one arm in one sentence for a reader who is new to all this."""
+def sentence(
+    judgement: Judgement, margin: float = MARGIN_NATS, baselines: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """The verdict on one arm for a reader who is new to all this.
+
+    A second sentence names those of the `baselines` (name, bits_per_byte), which need no neural network, that
+    predict better than both.
+    """
+    return _verdict(judgement, margin) + _counting_beats_both(judgement, baselines)
+
+
+def _counting_beats_both(judgement: Judgement, baselines: Sequence[Mapping[str, Any]]) -> str:
+    bits = [judgement.arm_bits_per_byte, judgement.baseline_bits_per_byte]
+    known = [value for value in bits if value is not None]
+    rows = [row for row in baselines if known and row["bits_per_byte"] <= min(known)]
+    if not rows or judgement.outcome in ("no result", "learned nothing"):
+        return ""
+    listed = " and ".join(f"{row['name']} ({row['bits_per_byte']:.4f})" for row in rows)
+    verb = "predict" if len(rows) > 1 else "predicts"
+    return f" Without any neural network {listed} {verb} this text better than both."
+
+
+def _verdict(judgement: Judgement, margin: float) -> str:
     matched, arm = MATCHED[judgement.matching], f"{KIND[judgement.family]} {judgement.arm}"
     mlp, n = f"the MLP {judgement.baseline}", judgement.seeds
     if judgement.outcome == "no result":

@@ -7,13 +7,13 @@ stays text (searchable, in the page's font), and the same artifacts give the sam
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from kanlm.compare.artifacts import Artifacts, Result
-from kanlm.compare.judgement import mean
 from kanlm.interpret.pictures import figure_svg, learned_functions_svg, spread
 
 KAN_COLOURS = ("#c2410c", "#b4257e", "#a16207", "#7c2d12", "#db2777")
@@ -110,7 +110,7 @@ def size_points(artifacts: Artifacts, arm: str) -> list[tuple[float, float]]:
     """(non-embedding parameters, mean held-out loss) of the parameter-matched sizes that finished."""
     runs = [table.arms[arm] for table in artifacts.tables if table.matching == "parameters"]
     return [
-        (float(one.planned.non_embedding_parameters), mean([report.loss for report in one.taught.values()]))
+        (float(one.planned.non_embedding_parameters), fmean(report.loss for report in one.taught.values()))
         for one in runs
         if one.taught
     ]

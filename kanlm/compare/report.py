@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
+from statistics import fmean, geometric_mean
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -15,13 +16,11 @@ from markupsafe import Markup, escape
 
 from kanlm.compare import plots
 from kanlm.compare.artifacts import ArmRuns, Artifacts, Result, load
-from kanlm.compare.claims import claims
-from kanlm.compare.judgement import MATCHED, Judgement, mean
+from kanlm.compare.findings import findings
+from kanlm.compare.judgement import MATCHED, Judgement
 from kanlm.compare.schema import MATCHINGS
-from kanlm.compare.verdict import verdicts
 from kanlm.interpret.pictures import standalone_svg
-from kanlm.runs import EvalReport, write_json, write_text
-from kanlm.stats import standard_error
+from kanlm.runs import write_json, write_text
 
 SCHEMA = 1
 TITLES = {
@@ -58,9 +57,8 @@ def write_report(artifacts: Artifacts) -> dict[str, Any]:
 def report_content(artifacts: Artifacts) -> dict[str, Any]:
     """report.json: verdict, tables, every run's EvalReport and RunRecord, claims, baselines, provenance."""
     config = artifacts.config
-    found = verdicts(artifacts)
-    judged = [verdict.judgement for verdict in found]
-    claimed = claims(artifacts, judged)
+    found = findings(artifacts)
+    judged = [verdict.judgement for verdict in found.verdicts]
     tables = [
         {
             "matching": table.matching,
@@ -69,14 +67,14 @@ def report_content(artifacts: Artifacts) -> dict[str, Any]:
             "rows": [arm_row(runs) for runs in table.arms.values()],
             "sentences": [
                 one.sentence
-                for one in found
+                for one in found.verdicts
                 if (one.judgement.matching, one.judgement.size) == (table.matching, table.size)
             ],
         }
         for table in artifacts.tables
     ]
     largest = config.sizes[-1].name
-    sentences = [verdict.sentence for verdict in found if verdict.judgement.size == largest]
+    sentences = [verdict.sentence for verdict in found.verdicts if verdict.judgement.size == largest]
     headline = sentences[0] if sentences else "No verdict: there is no KAN arm among the arms."
     return {
         "schema": SCHEMA,
@@ -86,7 +84,7 @@ def report_content(artifacts: Artifacts) -> dict[str, Any]:
         "tables": tables,
         "runs": [run_entry(result) for result in artifacts.results],
         "baselines": artifacts.baselines,
-        "claims": claimed,
+        "claims": found.claims,
         "sweep": artifacts.sweep,
         "speed": artifacts.speed,
         "notes": notes(artifacts) + text_notes(judged),
@@ -116,7 +114,7 @@ def arm_row(runs: ArmRuns) -> dict[str, Any]:
     planned, speed, reports = runs.planned, runs.speed, [*runs.evaluations.values()]
     records = [result.record for result in runs.results if result.record]
     first = runs.results[0].trial if runs.results else None
-    loss = mean([report.loss for report in reports]) if reports else None
+    loss = fmean(report.loss for report in reports) if reports else None
     recorded = [record.tokens_per_second for record in records if record.tokens_per_second]
     return {
         "arm": planned.arm,
@@ -133,13 +131,13 @@ def arm_row(runs: ArmRuns) -> dict[str, Any]:
         "bits_per_byte": runs.bits_per_byte,
         "loss": loss,
         "perplexity": math.exp(loss) if loss is not None else None,
-        "word_perplexity": geometric_mean([report.word_perplexity for report in reports]),
-        "text_error_nats": text_error(reports),
+        "word_perplexity": geometric_mean(report.word_perplexity for report in reports) if reports else None,
+        "text_error_nats": runs.text_error_nats,
         "learned_nothing": runs.learned_nothing,
         "seeds": [seed_entry(result) for result in runs.results],
-        "tokens_per_second": speed["tokens_per_second"] if speed else (mean(recorded) if recorded else None),
+        "tokens_per_second": speed["tokens_per_second"] if speed else (fmean(recorded) if recorded else None),
         "speed_source": "step times measured in turns" if speed else "the runs' own clocks",
-        "training_seconds": mean([record.seconds for record in records]) if records else None,
+        "training_seconds": fmean(record.seconds for record in records) if records else None,
         "peak_memory_bytes": max((record.peak_memory_bytes or 0 for record in records), default=0) or None,
     }
 
@@ -155,20 +153,6 @@ def seed_entry(result: Result) -> dict[str, Any]:
         "perplexity": report.perplexity if report else None,
         "tokens_per_second": result.record.tokens_per_second if result.record else None,
     }
-
-
-def text_error(reports: Sequence[EvalReport]) -> float | None:
-    """Sampling error of one arm's loss that is due to the held-out text, mean over seeds."""
-    errors = [
-        standard_error([nll for _, nll in report.parts], [tokens for tokens, _ in report.parts])
-        for report in reports
-        if len(report.parts) > 1
-    ]
-    return mean(errors) if errors else None
-
-
-def geometric_mean(values: Sequence[float]) -> float | None:
-    return math.exp(mean([math.log(value) for value in values])) if values else None
 
 
 def notes(artifacts: Artifacts) -> list[str]:

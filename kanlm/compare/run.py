@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kanlm.compare.artifacts import load
 from kanlm.compare.jobs import run_trials
-from kanlm.compare.judging import ensure_baselines
+from kanlm.compare.heldout import ensure_baselines
 from kanlm.compare.plan import begin_study
 from kanlm.compare.report import summary, write_report
 from kanlm.compare.schema import load_compare_config

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 
 from kanlm.compare.artifacts import CompareDir, fraction_done, state_of
-from kanlm.compare.judgement import mean
 from kanlm.compare.schema import Trial
 from kanlm.config import UserError
 from kanlm.runs import read_json
@@ -25,7 +25,7 @@ def status(folder: str | Path) -> str:
     states = {name: state_of(directory.run(name)) for name in trials}
     finished = [name for name, (state, _) in states.items() if state == "finished"]
     stage = next(iter(trials.values())).kind if trials else "final"
-    done = mean([fraction_done(directory.run(name)) for name in trials]) if trials else 0.0
+    done = fmean(fraction_done(directory.run(name)) for name in trials) if trials else 0.0
     lines = [
         f"{directory.root.name}: {'sweep, ' if stage == 'sweep' else ''}{len(finished)} of {len(trials)} "
         f"runs finished, {done:.0%} of the training done"
@@ -51,7 +51,7 @@ def arm_lines(directory: CompareDir, trials: dict[str, Trial]) -> list[str]:
             key = (trial.matching, trial.size, trial.arm)
             bits.setdefault(key, []).append(read_json(run.heldout)["bits_per_byte"])
     return [
-        f"  judged   {arm}: {mean(values):.4f} bits per byte over {len(values)} "
+        f"  judged   {arm}: {fmean(values):.4f} bits per byte over {len(values)} "
         f"seed{'s' if len(values) > 1 else ''} (equal {matching}, size {size})"
         for (matching, size, arm), values in bits.items()
     ]

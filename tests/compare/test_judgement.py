@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from kanlm.compare import judgement as judging
+from kanlm import stats
 from kanlm.compare.judgement import ArmLosses, best_baseline, judge, sentence
 from kanlm.config import UserError
 
@@ -134,9 +134,9 @@ def test_holm_adjusts_over_the_arms_judged_and_intervals_agree_with_it():
 
 def test_the_best_of_five_equal_mlps_owes_its_place_to_luck(monkeypatch):
     """An equal KAN is called worse in at most about 2.5%, also where luck is in both losses."""
-    monkeypatch.setattr(judging, "bootstrap_interval", lambda *_: (0.0, 0.0))
-    monkeypatch.setattr(judging, "sign_flip_p_value", lambda *_: 1.0)
-    monkeypatch.setattr(judging, "detectable_difference", lambda *_: 0.0)
+    monkeypatch.setattr(stats, "bootstrap_interval", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(stats, "sign_flip_p_value", lambda *_: 1.0)
+    monkeypatch.setattr(stats, "detectable_difference", lambda *_: 0.0)
     rng = np.random.default_rng(11)
     wrong = 0
     for _ in range(300):

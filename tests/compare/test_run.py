@@ -197,7 +197,7 @@ def test_a_sweep_with_no_finished_trial_is_an_error_that_names_the_arm(tmp_path)
 def test_a_prompt_longer_than_the_model_is_cut_and_shown_cut():
     from transformers import GenerationConfig
 
-    from kanlm.compare.judging import samples
+    from kanlm.compare.heldout import samples
     from kanlm.compare.schema import EvaluationConfig
     from kanlm.data.tokenizer import trained_tokenizer
     from kanlm.model import KanLMConfig, KanLMForCausalLM
