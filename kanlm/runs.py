@@ -23,7 +23,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -196,6 +196,18 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 def json_sha256(value: Any, sort_keys: bool = False) -> str:
     """sha256 of `value` as JSON: the identity of data, of a tokenizer, of a recipe."""
     return hashlib.sha256(json.dumps(value, sort_keys=sort_keys).encode("utf-8")).hexdigest()
+
+
+def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`section.key: old, now new` of every value that differs between two runs' dumps."""
+    changes = []
+    for key in dict.fromkeys([*before, *after]):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changes += changed_keys(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changes.append(f"{prefix}{key}: {old}, now {new}")
+    return changes
 
 
 def fsync_one(path: Path) -> None:

@@ -50,11 +50,55 @@ def architecture(config: RunConfig, vocab_size: int | None = None, **token_ids: 
     pad_token_id) are defaults too. UserError for an unknown key, a wrong type or shape, a tokenizer larger
     than the vocabulary, or blocks longer than the positions.
     """
+    if config.init_from:
+        return started_from(config, vocab_size)
+    if vocab_size is None:
+        vocab_size = planned_vocab_size(config)
+    return new_architecture(config, vocab_size, **token_ids)
+
+
+def new_architecture(config: RunConfig, vocab_size: int, **token_ids: int | None) -> KanLMConfig:
+    """`architecture` of a run that begins with a model of its own."""
+    refuse_unknown_keys(config)
+    values: dict[str, Any] = {
+        **token_ids,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": config.data.block_size,
+        **config.model,
+    }
+    try:
+        found = KanLMConfig(**values)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        where = "model." if isinstance(error, ValueError) else "model: "
+        raise UserError(where + one_line(error)) from None
+    refuse_what_does_not_fit(found, config, vocab_size)
+    return found
+
+
+def started_from(config: RunConfig, vocab_size: int | None) -> Any:
+    """The architecture of `init_from`; UserError where `[model]` asks for another."""
+    assert config.init_from is not None
+    refuse_unknown_keys(config)
+    found = initial_config(config.init_from)
+    for key, value in config.model.items():
+        if getattr(found, key, None) != value:
+            raise UserError(
+                f"model.{key}: got {value!r}, but the model of init_from has {getattr(found, key, None)!r}; "
+                "leave the key out"
+            )
+    refuse_what_does_not_fit(found, config, vocab_size)
+    return found
+
+
+def refuse_unknown_keys(config: RunConfig) -> None:
     known = architecture_fields()
     for key in config.model:
         if key not in known:
             raise UserError(f"model.{key}: unknown key; {did_you_mean(key, known)}")
-    found = started_from(config) if config.init_from else from_model_table(config, vocab_size, token_ids)
+
+
+def refuse_what_does_not_fit(found: Any, config: RunConfig, vocab_size: int | None) -> None:
+    """UserError for a tokenizer larger than the vocabulary, or blocks longer than the positions."""
     if vocab_size is not None and found.vocab_size < vocab_size:
         raise UserError(
             f"model.vocab_size: got {found.vocab_size}, but the tokenizer has {vocab_size} entries; "
@@ -65,24 +109,6 @@ def architecture(config: RunConfig, vocab_size: int | None = None, **token_ids: 
             f"data.block_size: got {config.data.block_size}, more than model.max_position_embeddings "
             f"{found.max_position_embeddings}; lower the one or raise the other"
         )
-    return found
-
-
-def from_model_table(
-    config: RunConfig, vocab_size: int | None, token_ids: dict[str, int | None]
-) -> KanLMConfig:
-    """The architecture of `[model]`; UserError for a value that KanLMConfig refuses."""
-    values: dict[str, Any] = {
-        **token_ids,
-        "vocab_size": planned_vocab_size(config) if vocab_size is None else vocab_size,
-        "max_position_embeddings": config.data.block_size,
-        **config.model,
-    }
-    try:
-        return KanLMConfig(**values)
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        where = "model." if isinstance(error, ValueError) else "model: "
-        raise UserError(where + one_line(error)) from None
 
 
 def planned_vocab_size(config: RunConfig) -> int:
@@ -95,19 +121,6 @@ def planned_vocab_size(config: RunConfig) -> int:
 
         return len(loaded_tokenizer(config.tokenizer.path))
     return config.tokenizer.vocab_size
-
-
-def started_from(config: RunConfig) -> Any:
-    """The architecture of `init_from`; UserError where `[model]` asks for another."""
-    assert config.init_from is not None
-    found = initial_config(config.init_from)
-    for key, value in config.model.items():
-        if getattr(found, key, None) != value:
-            raise UserError(
-                f"model.{key}: got {value!r}, but the model of init_from has {getattr(found, key, None)!r}; "
-                "leave the key out"
-            )
-    return found
 
 
 def architecture_fields() -> list[str]:
@@ -142,6 +155,11 @@ def parameter_counts(config: Any) -> Counts:
     """Parameters, of a KanLMConfig in closed form; equal to the numbers of the built model."""
     if not isinstance(config, KanLMConfig):
         return built_counts(config)
+    return closed_counts(config)
+
+
+def closed_counts(config: KanLMConfig) -> Counts:
+    """`parameter_counts` in closed form."""
     embedding = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     attention = config.num_hidden_layers * _attention_parameters(config)
     norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
@@ -342,8 +360,8 @@ def matched_width(
     def size(width: int) -> float:
         sized = candidate(width)
         if matching == "parameters":
-            return parameter_counts(sized).non_embedding
-        return training_flops_per_token(sized, block_size)
+            return closed_counts(sized).non_embedding
+        return training_flops(sized, block_size).total
 
     # The size is linear in the width.
     one, two = size(step), size(2 * step)

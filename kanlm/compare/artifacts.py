@@ -32,7 +32,6 @@ from kanlm.compare.schema import MATCHINGS, CompareConfig, Matching, PlannedArm,
 from kanlm.config import UserError, parsed
 from kanlm.runs import EvalReport, RunDir, RunRecord, named_errors, read_json, write_json
 from kanlm.stats import standard_error
-from kanlm.train.status import last_metrics
 
 State = Literal["finished", "diverged", "mistaken", "crashed", "interrupted", "not run"]
 BUNDLED = ("run.json", "eval/heldout.json", "samples.json", "functions.json", "failure.json", "metrics.jsonl")
@@ -300,17 +299,6 @@ def state_of(run: TrialDir, files: Files | None = None) -> tuple[State, str]:
     return ("interrupted", "") if record else ("not run", "")
 
 
-def fraction_done(run: TrialDir) -> float:
-    """The part of a run's training that is done, read while it trains."""
-    if not run.record.is_file():
-        return 0.0
-    record = read_json(run.record)
-    if record["state"] in ("finished", "failed"):
-        return 1.0
-    step = max(record["step"], last_metrics(run).get("step", 0))
-    return step / record["total_steps"] if record["total_steps"] else 0.0
-
-
 def metrics_rows(metrics: str) -> Iterator[dict[str, Any]]:
     """The lines of a metrics.jsonl; a torn last line, as a killed process leaves it, is left out."""
     for line in metrics.splitlines():
@@ -370,11 +358,8 @@ def load(root: str | Path) -> Artifacts:
             f"{directory.plan}: not of this version of kanlm ({error.errors()[0]['msg']}); run `kanlm "
             "compare` again"
         ) from None
-    by_key = {(arm.matching, arm.size, arm.arm): arm for arm in arms}
-    results = [
-        load_result(directory, files, trial, by_key[trial.matching, trial.size, trial.arm])
-        for trial in trials
-    ]
+    by_key = {arm.key: arm for arm in arms}
+    results = [load_result(directory, files, trial, by_key[trial.key]) for trial in trials]
     config = parsed(CompareConfig, stored["config"], str(directory.compare))
     speed = files.json(directory.speed, Speed)
     baselines = files.json(directory.baselines, list[Baseline]) or []

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from kanlm.compare.artifacts import CompareDir
-from kanlm.compare.schema import changed_keys
 from kanlm.config import UserError
-from kanlm.runs import read_json
+from kanlm.runs import changed_keys, read_json
 
 
 def side_by_side(first: str | Path, second: str | Path) -> str:

@@ -23,7 +23,7 @@ from kanlm.config import UserError
 from kanlm.data import token_cache, tokenizer_for
 from kanlm.evaluation.perplexity import token_ids
 from kanlm.model import KanLMForCausalLM
-from kanlm.sizing import architecture
+from kanlm.sizing import new_architecture
 from kanlm.stats import detectable_difference
 
 ROUNDS, WARMUP = 3, 1
@@ -44,7 +44,7 @@ def estimate(toml_path: str | Path, overrides: Sequence[str] = ()) -> str:
     speed = measured_speed(study, timed, ROUNDS, WARMUP)
     speeds = step_speeds(speed)
     sweeping = planned_sweep(study)
-    trials = {trial.name: trial for trial in study.final_trials({}, speeds)}
+    trials = {trial.name: trial for trial in study.final_trials(tokens_per_second=speeds)}
     validation = len(token_cache(study.base, tokenizer, "validation"))
     test = sum(len(token_ids(tokenizer, text)) for text in held_out_documents(study))
     costs = Costs(study, speeds, validation, test, startup_seconds())
@@ -124,8 +124,8 @@ class Costs:
 
 def forward_speed(study: Study, arm: PlannedArm) -> float:
     """Tokens per second of a forward pass of the plain model, as runs are judged."""
-    run = study.arm_run(arm)
-    model = KanLMForCausalLM(architecture(run, study.vocab_size)).eval()
+    run = study.runs[arm.key]
+    model = KanLMForCausalLM(new_architecture(run, study.vocab_size)).eval()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = study.config.evaluation.batch_size, run.data.block_size
     tokens = torch.randint(study.vocab_size, shape, device=device)

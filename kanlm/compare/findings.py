@@ -48,6 +48,8 @@ class Findings:
     verdicts: list[Verdict]
     """One for each KAN and control arm at every matching and size; KANs first, then the best."""
     claims: list[dict[str, Any]]
+    notes: list[str]
+    """Where the text is too short: its sampling error is to stay below a third of the seeds' spread."""
 
 
 def findings(artifacts: Artifacts) -> Findings:
@@ -55,17 +57,15 @@ def findings(artifacts: Artifacts) -> Findings:
     margin = artifacts.config.evaluation.equivalence_margin_nats
     judged = [one for table in artifacts.tables for one in judgements(table, margin)]
     verdicts = [Verdict(one, sentence(one, margin, artifacts.baselines)) for one in judged]
-    return Findings(verdicts, claims(artifacts, judged))
+    return Findings(verdicts, claims(artifacts, judged), text_notes(judged))
 
 
 def judgements(table: Table, margin: float) -> list[Judgement]:
+    losses = [arm_losses(runs) for runs in table.arms.values() if runs.results]
+    broken = broken_rule(table.results, MATCHINGS[table.matching])
+    idle = {name for name, runs in table.arms.items() if runs.learned_nothing}
     return judge(
-        [arm_losses(runs) for runs in table.arms.values() if runs.results],
-        margin,
-        matching=table.matching,
-        size=table.size,
-        learned_nothing={name for name, runs in table.arms.items() if runs.learned_nothing},
-        broken_rule=broken_rule(table.results, MATCHINGS[table.matching]),
+        losses, margin, matching=table.matching, size=table.size, learned_nothing=idle, broken_rule=broken
     )
 
 
@@ -108,10 +108,22 @@ def broken_rule(results: Sequence[Result], rule: MatchingRule) -> str:
     return ""
 
 
+def text_notes(judged: Sequence[Judgement]) -> list[str]:
+    """Where the text is too short: its sampling error is to stay below a third of the seeds' spread."""
+    return [
+        f"{one.arm}: another test text of this length would move the difference by {one.text_error_nats:.4f} "
+        f"nats, more than a third of what seeds do ({one.std_nats:.4f}); a longer text would say more."
+        for one in judged
+        if one.text_error_nats is not None and one.std_nats and one.text_error_nats > one.std_nats / 3
+    ]
+
+
 def claims(artifacts: Artifacts, judged: Sequence[Judgement]) -> list[dict[str, Any]]:
     """Rows of all three claims for every KAN arm: what its runs gave, what that says, and its words."""
     shown = artifacts.shown
-    baseline = next((j.baseline for j in judged if (j.matching, j.size) == (shown.matching, shown.size)), None)
+    baseline = next(
+        (j.baseline for j in judged if (j.matching, j.size) == (shown.matching, shown.size)), None
+    )
     equal = [table for table in artifacts.tables if table.matching == "parameters"]  # one for each size
     rows = []
     for arm in [arm for arm, runs in shown.arms.items() if runs.planned.family == "kan"]:
@@ -121,7 +133,7 @@ def claims(artifacts: Artifacts, judged: Sequence[Judgement]) -> list[dict[str, 
         tokens, slowdown = token_ratios(shown, arm, baseline), step_slowdown(shown, arm, baseline)
         times = [math.log(ratio * slowdown) for ratio in tokens] if slowdown else []
 
-        sizes = size_ratio(rungs) if has_three_sizes(rungs) else None
+        sizes = size_ratio(rungs) if rungs else None
         step_interval = median_interval(steps) if len(steps) > 5 else None
         over_seeds = paired_difference(times, [0.0] * len(times)) if len(times) > 1 else None
 
@@ -135,7 +147,7 @@ def claims(artifacts: Artifacts, judged: Sequence[Judgement]) -> list[dict[str, 
 
 
 def ladder(tables: Sequence[Table], arm: str, baseline: str | None) -> list[Rung]:
-    """The sizes at which both finished a seed at equal parameters, losses paired by seed."""
+    """The sizes at which both finished a seed at equal parameters, losses paired by seed; none below three."""
     if baseline is None:
         return []
     rungs = []
@@ -146,11 +158,8 @@ def ladder(tables: Sequence[Table], arm: str, baseline: str | None) -> list[Rung
             sizes = [float(runs.planned.non_embedding_parameters) for runs in (own, other)]
             losses = [[runs.taught[seed].loss for seed in seeds] for runs in (own, other)]
             rungs.append(Rung(sizes[0], sizes[1], *losses))
-    return rungs
-
-
-def has_three_sizes(rungs: Sequence[Rung]) -> bool:
-    return min(len({rung.size for rung in rungs}), len({rung.other_size for rung in rungs})) >= 3
+    different = min(len({rung.size for rung in rungs}), len({rung.other_size for rung in rungs}))
+    return rungs if different >= 3 else []
 
 
 def step_times(table: Table | None, arm: str, baseline: str | None) -> list[dict[str, Any]]:

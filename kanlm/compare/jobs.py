@@ -20,13 +20,12 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from kanlm.compare.artifacts import fraction_done, state_of
-from kanlm.compare.heldout import judge_run
+from kanlm.compare.artifacts import state_of
 from kanlm.compare.plan import Study
 from kanlm.compare.schema import Trial
 from kanlm.config import UserError
 from kanlm.runs import write_json
-from kanlm.train.status import held
+from kanlm.train.status import fraction_done, held
 
 FAILURE_LINES = 40
 """Last lines of a dead training process that are kept; the launcher adds a traceback of its own to them."""
@@ -34,34 +33,31 @@ POLL_SECONDS = 1.0
 T = TypeVar("T")
 
 
-def run_trials(study: Study, trials: Sequence[Trial], sweep: Sequence[dict[str, Any]] = ()) -> None:
-    """Train what is not finished, `jobs` at once; a run that is reported is judged and shown at once.
-
-    plan.json is written before, with the rates that the `sweep` chose, once it is over.
-    """
-    study.write_plan(trials, sweep)
+def run_trials(
+    study: Study,
+    trials: Sequence[Trial],
+    finished: Callable[[Trial, Callable[[str], None]], None] | None = None,
+) -> None:
+    """Train what is not finished, `jobs` at once; each finished run is handed to `finished`, one at a time."""
     work = {trial.name: trial for trial in trials}  # trials that train the same have one run
-    flops = {(arm.matching, arm.size, arm.arm): arm.flops_per_token for arm in study.arms}
-    cost = {
-        name: trial.max_tokens * flops[trial.matching, trial.size, trial.arm] for name, trial in work.items()
-    }
+    flops = {arm.key: arm.flops_per_token for arm in study.arms}
+    cost = {name: trial.max_tokens * flops[trial.key] for name, trial in work.items()}
 
-    judging = threading.Lock()  # one run at a time: loading a model changes what all threads share
+    one_at_a_time = threading.Lock()  # loading a model changes what all threads share
 
     def fraction() -> float:
         done = [cost[name] * fraction_done(study.directory.run(name)) for name in work]
         return math.fsum(done) / math.fsum(cost.values())
 
-    def train_and_judge(processes: Processes, numbered: tuple[int, Trial]) -> None:
+    def train_one(processes: Processes, numbered: tuple[int, Trial]) -> None:
         number, trial = numbered
-        finished = train_trial(study, processes, trial, f"{trial.kind} {number}/{len(work)}")
-        if finished and trial.kind == "final":
-            with judging:
-                judge_run(study, trial, say)
+        if train_trial(study, processes, trial, f"{trial.kind} {number}/{len(work)}") and finished:
+            with one_at_a_time:
+                finished(trial, say)
 
     progress = Progress(fraction)
     try:
-        run_all(train_and_judge, list(enumerate(work.values(), 1)), study.config.jobs, progress)
+        run_all(train_one, list(enumerate(work.values(), 1)), study.config.jobs, progress)
     finally:
         progress.close()
 
@@ -81,7 +77,6 @@ def train_trial(study: Study, processes: Processes, trial: Trial, place: str) ->
         say(f"{place}: {trial.name} diverged before: {reason}")
     if state in ("finished", "diverged"):
         return state == "finished"
-    write_json(path, trial.run)
     run.failure.unlink(missing_ok=True)
     say(f"{place}: {trial.name}, learning rate {trial.learning_rate:g}, {trial.max_tokens:,} tokens")
     command = launch_command(study.config.launch, path, study.config.jobs)

@@ -194,7 +194,9 @@ def judge(
     families = [[arm for arm in arms if arm.family == family] for family in ("kan", "control")]
     if baseline is None:
         blank = [_numbers(arm, None, matching, size) for own in families for arm in own]
-        return [replace(one, outcome="no result", reason=broken_rule or "no MLP arm finished") for one in blank]
+        return [
+            replace(one, outcome="no result", reason=broken_rule or "no MLP arm finished") for one in blank
+        ]
 
     pairs = {arm.name: paired_losses(arm.test, baseline.test) for own in families for arm in own}
     gaps = {arm.name: text_gaps(arm, baseline) for own in families for arm in own}
@@ -210,7 +212,9 @@ def judge(
     for own in families:
         decided = []
         for arm in own:
-            numbers = _numbers(arm, baseline, matching, size, evidence.get(arm.name), text_errors.get(arm.name))
+            numbers = _numbers(
+                arm, baseline, matching, size, evidence.get(arm.name), text_errors.get(arm.name)
+            )
             outcome, reason = _outcome(numbers, arm, baseline, rivals, learned_nothing)
             if broken_rule:
                 outcome, reason = "no result", broken_rule

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from transformers.utils.logging import disable_progress_bar
@@ -11,23 +12,22 @@ from transformers.utils.logging import disable_progress_bar
 from kanlm.compare.artifacts import CompareDir, TrialDir
 from kanlm.compare.schema import (
     MATCHINGS,
-    ArmConfig,
     CompareConfig,
+    Key,
     Matching,
+    MatchingRule,
     PlannedArm,
     SizeConfig,
     Trial,
-    changed_keys,
-    merged,
-    run_config,
 )
 from kanlm.config import RunConfig, UserError, parsed
 from kanlm.data import TokenLoader, token_cache, tokenizer_for
 from kanlm.model import KanLMConfig
 from kanlm.model.ffn import find_arm
-from kanlm.runs import provenance, read_json, write_json
-from kanlm.sizing import architecture, matched_width, parameter_counts, training_flops_per_token
+from kanlm.runs import changed_keys, provenance, read_json, write_json
+from kanlm.sizing import closed_counts, matched_width, new_architecture, training_flops
 
+RATES = ("learning_rate", "kan_learning_rate")
 Rates = dict[str, float]
 """`learning_rate` and, where the sweep chose one, `kan_learning_rate`: keys of `[train]`."""
 DATA_KEYS = ("source", "licence", "documents", "bytes", "words", "tokens", "text_tokens", "sha256")
@@ -82,36 +82,28 @@ def _matched(
     config: CompareConfig, matching: Matching, size: SizeConfig, vocab_size: int
 ) -> list[PlannedArm]:
     """The arms of one size, each as wide as makes it equal to the reference arm."""
-    block_size = config.runs[size.name].data.block_size
-    rule = MATCHINGS[matching]
-
-    def amount(model: KanLMConfig) -> float:
-        if rule.width == "flops":
-            return training_flops_per_token(model, block_size)
-        return parameter_counts(model).non_embedding
-
-    def unsolved(arm: ArmConfig) -> tuple[dict[str, Any], KanLMConfig]:
-        model = {**config.runs[size.name].model, "ffn_type": arm.ffn_type, **arm.model}
-        if arm.name != config.reference:  # a width that every arm can have stands in until it is solved
-            model["intermediate_size"] = model.get("kan_num_groups", KanLMConfig().kan_num_groups)
-        run = run_config(config, size, {"model": model, "train": arm.train}, f"arm {arm.name}")
-        return run.model, architecture(run, vocab_size)
-
-    _, reference = unsolved(config.arm(config.reference))
-    target = amount(reference)
+    rule, block_size = MATCHINGS[matching], config.runs[size.name].data.block_size
+    models = {config.reference: new_architecture(config.arm_runs[size.name, config.reference], vocab_size)}
+    target = amount(models[config.reference], rule, block_size)
+    for arm in config.arms:
+        if arm.name != config.reference:
+            run = config.arm_runs[size.name, arm.name]
+            # A width that every arm can have stands in until it is solved.
+            stand_in = run.model.get("kan_num_groups", KanLMConfig().kan_num_groups)
+            start = new_architecture(with_width(run, stand_in), vocab_size)
+            models[arm.name], _ = matched_width(start, arm.ffn_type, target, rule.width, block_size)
     planned = []
     for arm in config.arms:
-        fields, model = unsolved(arm)
-        if arm.name != config.reference:
-            model, _ = matched_width(model, arm.ffn_type, target, rule.width, block_size)
-        counts = parameter_counts(model)
-        mismatch = amount(model) / target - 1
+        model, run = models[arm.name], config.arm_runs[size.name, arm.name]
+        counts = closed_counts(model)
+        mismatch = amount(model, rule, block_size) / target - 1
         if abs(mismatch) > rule.tolerance:
             raise UserError(
                 f"arm {arm.name}: nearest width {model.intermediate_size} misses the reference's "
                 f"{rule.width} by {mismatch:+.2%}, allowed {rule.tolerance:.1%}; make the arm with the "
                 "coarsest widths the reference"
             )
+        flops = float(training_flops(model, block_size).total)
         block = find_arm(arm.ffn_type)
         planned.append(
             PlannedArm(
@@ -121,18 +113,29 @@ def _matched(
                 family=block.family,
                 ffn_type=arm.ffn_type,
                 intermediate_size=model.intermediate_size,
-                model={**fields, "intermediate_size": model.intermediate_size},
+                model=with_width(run, model.intermediate_size).model,
                 train=arm.train,
                 parameters=counts.total,
                 embedding_parameters=counts.embedding,
                 non_embedding_parameters=counts.non_embedding,
                 ffn_parameters=counts.ffn,
                 coefficients=block.count_coefficients(model),
-                flops_per_token=float(training_flops_per_token(model, block_size)),
+                flops_per_token=flops,
                 mismatch=mismatch,
             )
         )
     return planned
+
+
+def with_width(run: RunConfig, width: int) -> RunConfig:
+    return run.model_copy(update={"model": {**run.model, "intermediate_size": width}})
+
+
+def amount(model: KanLMConfig, rule: MatchingRule, block_size: int) -> float:
+    """What `rule` makes equal."""
+    if rule.width == "flops":
+        return training_flops(model, block_size).total
+    return closed_counts(model).non_embedding
 
 
 @dataclass
@@ -158,11 +161,13 @@ class Study:
         """The arms whose rates are tried: those of the first matching, at every size."""
         return [arm for arm in self.arms if arm.matching == self.config.matching[0]]
 
-    def arm_run(self, arm: PlannedArm, **changes: Any) -> RunConfig:
-        """The run of `arm` at its size, with `changes` on top."""
-        size = next(size for size in self.config.sizes if size.name == arm.size)
-        own = merged({"model": arm.model, "train": arm.train}, changes)
-        return run_config(self.config, size, own, f"trial {changes.get('name', arm.arm)}")
+    @cached_property
+    def runs(self) -> dict[Key, RunConfig]:
+        """Of every arm, with the width that was solved; a trial gives it name, seed, rates and budget."""
+        return {
+            arm.key: with_width(self.config.arm_runs[arm.size, arm.arm], arm.intermediate_size)
+            for arm in self.arms
+        }
 
     def trial(
         self,
@@ -174,8 +179,9 @@ class Study:
         max_tokens: int,
     ) -> Trial:
         """A trial of `arm` with its run; seed and data order are the same for all arms of one seed."""
-        train = {**rates, "max_tokens": max_tokens}
-        run = self.arm_run(arm, name=name, seed=seed, data_seed=seed, train=train)
+        run = self.runs[arm.key]
+        train = run.train.model_copy(update={**rates, "max_tokens": max_tokens})
+        run = run.model_copy(update={"name": name, "seed": seed, "data_seed": seed, "train": train})
         return Trial(kind=kind, matching=arm.matching, size=arm.size, arm=arm.arm, run=run)
 
     def sweep_trial(self, arm: PlannedArm, rates: Rates) -> Trial:
@@ -188,7 +194,7 @@ class Study:
 
     def final_trials(
         self,
-        rates: Mapping[tuple[str, str], Rates],
+        sweep: Sequence[Mapping[str, Any]] = (),
         tokens_per_second: Mapping[tuple[str, str, str], float] | None = None,
         matchings: Sequence[Matching] | None = None,
     ) -> list[Trial]:
@@ -196,13 +202,17 @@ class Study:
         slows down hits no arm more than another. Trials that train the same have one run between them.
 
         Args:
-            rates: by (size, arm): the sweep's choice; nothing for what is configured.
+            sweep: its rows, with the rates that it chose; without one those that are configured.
             tokens_per_second: by (rule of widths, size, arm): measured step times; needed where the budget
                 is time, which then are the tokens that take as long as the reference takes for its own.
             matchings: default: all of the file.
         """
         config = self.config
-        by_key = {(arm.matching, arm.size, arm.arm): arm for arm in self.arms}
+        chosen = {
+            (row["size"], row["arm"]): {key: row[key] for key in RATES if row[key] is not None}
+            for row in sweep
+        }
+        by_key = {arm.key: arm for arm in self.arms}
         names = [arm.name for arm in config.arms]
         found: dict[str, Trial] = {}
         trials = []
@@ -221,10 +231,8 @@ class Study:
                             )
                             tokens = round(tokens * own / reference)
                         name = f"{matching}-{size.name}-{arm}-seed{seed}"
-                        planned = by_key[matching, size.name, arm]
-                        trial = self.trial(
-                            planned, "final", name, seed, rates.get((size.name, arm), {}), tokens
-                        )
+                        planned, rates = by_key[matching, size.name, arm], chosen.get((size.name, arm), {})
+                        trial = self.trial(planned, "final", name, seed, rates, tokens)
                         same = found.setdefault(trial.run.model_dump_json(exclude={"name"}), trial)
                         trials.append(trial.model_copy(update={"run": same.run}))
         return trials
@@ -241,7 +249,7 @@ class Study:
                 for rate in config.learning_rates(config.arm(arm.arm))
             ]
         return self.final_trials(
-            {}, matchings=[name for name in config.matching if MATCHINGS[name].budget == "tokens"]
+            matchings=[name for name in config.matching if MATCHINGS[name].budget == "tokens"]
         )
 
     def refuse_changed(self, trials: Sequence[Trial]) -> None:
@@ -273,7 +281,10 @@ class Study:
                 path.unlink(missing_ok=True)
 
     def write_plan(self, trials: Sequence[Trial], sweep: Sequence[dict[str, Any]]) -> None:
-        """plan.json, unless a trial's folder holds another run; `sweep`: its rows, once it is over."""
+        """plan.json and every trial's configuration, unless a trial's folder holds another run.
+
+        `sweep`: its rows, once it is over.
+        """
         self.refuse_changed(trials)
         plan = {
             "arms": [arm.model_dump(mode="json") for arm in self.arms],
@@ -281,3 +292,5 @@ class Study:
             "trials": [trial.model_dump(mode="json") for trial in trials],
         }
         write_json(self.directory.plan, plan)
+        for run in {trial.name: trial.run for trial in trials}.values():
+            write_json(self.directory.config(run.name), run)

@@ -24,9 +24,13 @@ DRAWN_FUNCTIONS = 12
 """Panels of learned functions for each arm."""
 
 
-def report_pictures(artifacts: Artifacts, content: dict[str, Any]) -> dict[str, dict[str, str]]:
+def report_pictures(
+    artifacts: Artifacts, content: dict[str, Any], colour: dict[str, str]
+) -> dict[str, dict[str, str]]:
     """`{name: {"svg", "caption", "section"}}`; a picture without data is left out. `content`: report.json."""
-    shown, colour = artifacts.shown, arm_colours(artifacts)
+    shown = artifacts.shown
+    series = {arm: size_points(artifacts, arm) for arm in shown.arms}
+    series = {arm: points for arm, points in series.items() if len(points) > 1}
     results = [result for runs in shown.arms.values() for result in runs.results]
     pictures: dict[str, dict[str, str]] = {}
 
@@ -84,8 +88,6 @@ def report_pictures(artifacts: Artifacts, content: dict[str, Any]) -> dict[str, 
             sweep(tried, colour, "sweep-coefficients", "kan_learning_rate"),
             "Rates of the KAN coefficients tried; the filled point was chosen.",
         )
-    series = {arm: size_points(artifacts, arm) for arm in shown.arms}
-    series = {arm: points for arm, points in series.items() if len(points) > 1}
     if series:
         add(
             "scaling",

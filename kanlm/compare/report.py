@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 from kanlm.compare import plots
 from kanlm.compare.artifacts import ArmRuns, Artifacts, Result, load
 from kanlm.compare.findings import findings
-from kanlm.compare.judgement import MATCHED, Judgement
+from kanlm.compare.judgement import MATCHED
 from kanlm.compare.schema import MATCHINGS
 from kanlm.interpret.pictures import standalone_svg
 from kanlm.runs import write_json, write_text
@@ -40,9 +40,11 @@ def report(directory: str | Path) -> Path:
 def write_report(artifacts: Artifacts) -> dict[str, Any]:
     """report.json, report.md, report.html and plots/*.svg in the comparison's folder; the first's content."""
     content = report_content(artifacts)
-    pictures = plots.report_pictures(artifacts, content)
+    values = template_values(artifacts, content)
+    colour = plots.arm_colours(artifacts)
+    pictures = plots.report_pictures(artifacts, content, colour)
+    values |= {"pictures": pictures, "colour": colour}
     paths = artifacts.directory
-    values = template_values(artifacts, content, pictures)
     texts = {
         paths.report_md: render("report.md.j2", values),
         paths.report_html: render("report.html.j2", values),
@@ -56,7 +58,7 @@ def write_report(artifacts: Artifacts) -> dict[str, Any]:
 
 def report_content(artifacts: Artifacts) -> dict[str, Any]:
     """report.json: verdict, tables, every run's EvalReport and RunRecord, claims, baselines, provenance."""
-    config = artifacts.config
+    config, cautions = artifacts.config, notes(artifacts)
     found = findings(artifacts)
     judged = [verdict.judgement for verdict in found.verdicts]
     tables = [
@@ -87,7 +89,7 @@ def report_content(artifacts: Artifacts) -> dict[str, Any]:
         "claims": found.claims,
         "sweep": artifacts.sweep,
         "speed": artifacts.speed,
-        "notes": notes(artifacts) + text_notes(judged),
+        "notes": cautions + found.notes,
         "data": artifacts.data,
         "provenance": artifacts.provenance,
         "config": config.model_dump(mode="json"),
@@ -204,19 +206,8 @@ def notes(artifacts: Artifacts) -> list[str]:
     return found
 
 
-def text_notes(judged: Sequence[Judgement]) -> list[str]:
-    """Where the text is too short: its sampling error is to stay below a third of the seeds' spread."""
-    return [
-        f"{one.arm}: another test text of this length would move the difference by {one.text_error_nats:.4f} "
-        f"nats, more than a third of what seeds do ({one.std_nats:.4f}); a longer text would say more."
-        for one in judged
-        if one.text_error_nats is not None and one.std_nats and one.text_error_nats > one.std_nats / 3
-    ]
-
-
-def template_values(
-    artifacts: Artifacts, content: dict[str, Any], pictures: dict[str, dict[str, str]]
-) -> dict[str, Any]:
+def template_values(artifacts: Artifacts, content: dict[str, Any]) -> dict[str, Any]:
+    """What the templates say besides pictures."""
     prompts: dict[str, list[dict[str, str]]] = {}
     for arm, runs in artifacts.shown.arms.items():
         for sample in next((result.samples for result in runs.results if result.samples), []):
@@ -226,9 +217,7 @@ def template_values(
         **content,
         "titles": TITLES,
         "matched": MATCHED,
-        "pictures": pictures,
         "prompts": prompts,
-        "colour": plots.arm_colours(artifacts),
         "held_out": held_out,
         "block_size": artifacts.data.get("block_size"),
         "importance": importance_rows(artifacts),

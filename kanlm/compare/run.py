@@ -14,12 +14,12 @@ from pathlib import Path
 
 from kanlm.compare.artifacts import load
 from kanlm.compare.jobs import run_trials
-from kanlm.compare.heldout import ensure_baselines
+from kanlm.compare.heldout import ensure_baselines, judge_run
 from kanlm.compare.plan import begin_study
 from kanlm.compare.report import summary, write_report
 from kanlm.compare.schema import load_compare_config
 from kanlm.compare.speed import ensure_speed
-from kanlm.compare.sweep import chosen_rates, run_sweep
+from kanlm.compare.sweep import run_sweep
 from kanlm.compare.tracking import track_outcome
 
 
@@ -35,8 +35,9 @@ def compare(toml_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     study = begin_study(config)
     speeds = ensure_speed(study)
     sweep = run_sweep(study, train=partial(run_trials, study))
-    trials = study.final_trials(chosen_rates(sweep), speeds)
-    run_trials(study, trials, sweep)
+    trials = study.final_trials(sweep, speeds)
+    study.write_plan(trials, sweep)
+    run_trials(study, trials, finished=partial(judge_run, study))
     ensure_baselines(study)
     artifacts = load(study.directory.root)
     content = write_report(artifacts)

@@ -19,11 +19,11 @@ Only the feed-forward block may differ between arms, so an arm that changes anot
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -49,6 +49,7 @@ ARM_TRAIN_KEYS = (
     "kernels",
 )
 Matching = Literal["parameters", "flops", "wallclock"]
+Rate = Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,9 @@ class ArmConfig(Section):
     """`hidden_norm` and `kan_*` of `KanLMConfig`; the reference arm may also give `intermediate_size`."""
     train: dict[str, Any] = {}
     """Of `TrainConfig`: the keys in ARM_TRAIN_KEYS."""
-    learning_rates: tuple[float, ...] = Field((), strict=False)
+    learning_rates: tuple[Rate, ...] = Field((), strict=False)
     """Sweep of this arm instead of `sweep.learning_rates`, with the same number of trials."""
-    kan_learning_rates: tuple[float, ...] = Field((), strict=False)
+    kan_learning_rates: tuple[Rate, ...] = Field((), strict=False)
     """Sweep of this arm instead of `sweep.kan_learning_rates`."""
 
     @model_validator(mode="after")
@@ -117,8 +118,8 @@ class SweepConfig(Section):
     beside their best one, until all have the same number.
     """
 
-    learning_rates: tuple[float, ...] = Field((), strict=False)
-    kan_learning_rates: tuple[float, ...] = Field((), strict=False)
+    learning_rates: tuple[Rate, ...] = Field((), strict=False)
+    kan_learning_rates: tuple[Rate, ...] = Field((), strict=False)
     """Absolute rates (`train.kan_learning_rate`), tried by the arms that have KAN coefficients."""
     extend: int = Field(3, ge=0)
     """Values by which an axis may grow."""
@@ -188,7 +189,21 @@ class CompareConfig(Section):
     @cached_property
     def runs(self) -> dict[str, RunConfig]:
         """The run that `[base]` describes, at every size."""
-        return {size.name: run_config(self, size, {}, self.name) for size in self.sizes}
+        return {size.name: run_config(self, size, {}, "base") for size in self.sizes}
+
+    @cached_property
+    def arm_runs(self) -> dict[tuple[str, str], RunConfig]:
+        """The run of every arm by (size, arm); the width is that of `[base]` until it is solved."""
+        return {
+            (size.name, arm.name): run_config(
+                self,
+                size,
+                {"model": {"ffn_type": arm.ffn_type, **arm.model}, "train": arm.train},
+                f"arm {arm.name}",
+            )
+            for size in self.sizes
+            for arm in self.arms
+        }
 
     @property
     def first_run(self) -> RunConfig:
@@ -215,6 +230,8 @@ class CompareConfig(Section):
 
     @model_validator(mode="after")
     def consistent(self) -> CompareConfig:
+        if self.base.get("init_from"):
+            raise ValueError("base.init_from: arms differ in what a given model has fixed; leave it out")
         names = [arm.name for arm in self.arms]
         if self.reference not in names:
             raise ValueError(f"reference {self.reference!r} is not an arm; the arms are {', '.join(names)}")
@@ -247,6 +264,10 @@ class CompareConfig(Section):
         return self
 
 
+Key = tuple[Matching, str, str]
+"""Matching, size and arm."""
+
+
 class PlannedArm(Section):
     """One arm at one matching and size: the width that was solved and what it costs."""
 
@@ -270,6 +291,10 @@ class PlannedArm(Section):
     """Relative difference of what is matched from the reference arm's; positive = larger."""
 
     @property
+    def key(self) -> Key:
+        return self.matching, self.size, self.arm
+
+    @property
     def line(self) -> str:
         """What is said of it before anything is trained."""
         return (
@@ -290,6 +315,10 @@ class Trial(Section):
     size: str
     arm: str
     run: RunConfig
+
+    @property
+    def key(self) -> Key:
+        return self.matching, self.size, self.arm
 
     @property
     def name(self) -> str:
@@ -320,36 +349,22 @@ def load_compare_config(path: str | Path, overrides: Iterable[str] = ()) -> Comp
     if isinstance(table.get("base"), str):
         table["base"] = toml_table(config_file(path).parent / table["base"])
     config = parsed(CompareConfig, with_overrides(table, overrides), str(path), overrides)
-    for size in config.sizes:
-        run_config(config, size, {"name": "base"}, where=f"{path}: base")
+    try:
+        _ = config.runs, config.arm_runs
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return config
 
 
-def merged(*tables: dict[str, Any]) -> dict[str, Any]:
-    """Later tables win, one level deep: `model` and `train` are merged key by key."""
-    result: dict[str, Any] = {}
-    for table in tables:
-        for key, value in table.items():
-            both = isinstance(value, dict) and isinstance(result.get(key), dict)
-            result[key] = {**result[key], **value} if both else value
-    return result
-
-
 def run_config(config: CompareConfig, size: SizeConfig, changes: dict[str, Any], where: str) -> RunConfig:
-    """The run of `size` with `changes` on top of `[base]`; its folder lies in the comparison's `arms/`."""
+    """The run of `size` with `changes` on top of `[base]`; its folder lies in the comparison's `arms/`.
+
+    Tables are merged one level deep: `model` and `train` key by key.
+    """
     fixed = {"name": "base", "output_dir": str(config.directory / "arms")}
-    together = {"tracking": {"group": config.name}}
-    table = merged(together, config.base, {"model": size.model, "train": size.train}, fixed, changes)
+    table: dict[str, Any] = {"tracking": {"group": config.name}}
+    for more in (config.base, {"model": size.model, "train": size.train}, fixed, changes):
+        for key, value in more.items():
+            both = isinstance(value, dict) and isinstance(table.get(key), dict)
+            table[key] = {**table[key], **value} if both else value
     return parsed(RunConfig, table, where)
-
-
-def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """`section.key: old, now new` of every value that differs between two runs' dumps."""
-    changes = []
-    for key in dict.fromkeys([*before, *after]):
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            changes += changed_keys(old, new, f"{prefix}{key}.")
-        elif old != new:
-            changes.append(f"{prefix}{key}: {old}, now {new}")
-    return changes

@@ -13,7 +13,7 @@ from kanlm.compare.plan import Study
 from kanlm.compare.schema import MATCHINGS, PlannedArm
 from kanlm.config import RunConfig
 from kanlm.runs import read_json, write_json
-from kanlm.sizing import architecture
+from kanlm.sizing import new_architecture
 from kanlm.train.build import build
 from kanlm.train.gradients import clip_gradients, gradient_norm
 from kanlm.train.parallel import mixed_precision
@@ -36,8 +36,9 @@ def ensure_speed(study: Study) -> dict[tuple[str, str, str], float]:
             return step_speeds(stored)
     print(f"step times: {settings.rounds} rounds of all arms in turns", flush=True)
     speed = measured_speed(study, arms, settings.rounds, settings.warmup)
+    speeds = step_speeds(speed)
     write_json(path, speed)
-    return step_speeds(speed)
+    return speeds
 
 
 def measured_speed(study: Study, arms: Sequence[PlannedArm], rounds: int, warmup: int) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def measured_speed(study: Study, arms: Sequence[PlannedArm], rounds: int, warmup
     first = None
     for size in study.config.sizes:
         group = [arm for arm in arms if arm.size == size.name]
-        runs = [study.arm_run(arm) for arm in group]
+        runs = [study.runs[arm.key] for arm in group]
         first = first or runs[0]
         if device.type == "cpu" and runs[0].train.num_threads:
             torch.set_num_threads(runs[0].train.num_threads)
@@ -101,7 +102,8 @@ def step_sequences(run: RunConfig) -> int:
 
 def training_step(run: RunConfig, vocab_size: int, device: torch.device) -> Callable[[], None]:
     """A function that does one training step of `run`'s model."""
-    built = build(architecture(run, vocab_size), run.train, device, seed=run.seed)
+    model = new_architecture(run, vocab_size)
+    built = build(model, run.train, device, seed=run.seed)
     dtype = DTYPES[mixed_precision(run.train, device)]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     tokens = torch.randint(vocab_size, (step_sequences(run), run.data.block_size), device=device)  # [B, T]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import fmean
 
-from kanlm.compare.artifacts import CompareDir, fraction_done, state_of
+from kanlm.compare.artifacts import CompareDir, state_of
 from kanlm.compare.schema import Trial
 from kanlm.config import UserError
 from kanlm.runs import read_json
-from kanlm.train.status import held
+from kanlm.train.status import fraction_done, held
 
 
 def is_comparison(folder: str | Path) -> bool:

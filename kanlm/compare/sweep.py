@@ -31,11 +31,14 @@ Row = dict[str, Any]
 def run_sweep(study: Study, train: Callable[[Sequence[Trial]], None]) -> list[Row]:
     """Let `train` try rates until every arm has its best, the same number of trials for each of a size.
 
+    plan.json has the trials of the present round.
+
     UserError where no trial of an arm finished.
     """
     searches = [Search(study, arm) for arm in study.swept_arms]
     while wanted := next_trials(searches):
         trials = [study.sweep_trial(search.arm, point.rates) for search, point in wanted]
+        study.write_plan(trials, sweep=[])
         train(trials)
         for (search, point), trial in zip(wanted, trials, strict=True):
             search.read(point, trial)
@@ -114,13 +117,6 @@ class Search:
                 for point, loss in self.tried.items()
             ],
         }
-
-
-def chosen_rates(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, float]]:
-    """The rates that a finished sweep's `rows` chose, by (size, arm)."""
-    return {
-        (row["size"], row["arm"]): Point(row["learning_rate"], row["kan_learning_rate"]).rates for row in rows
-    }
 
 
 @dataclass(frozen=True)

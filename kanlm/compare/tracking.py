@@ -13,7 +13,6 @@ from accelerate.tracking import GeneralTracker
 
 from kanlm.compare.artifacts import Artifacts
 from kanlm.compare.plots import DRAWN_FUNCTIONS, arm_colours
-from kanlm.compare.schema import run_config
 from kanlm.interpret.pictures import learned_functions_pixels, spread
 from kanlm.train.parallel import new_accelerator
 from kanlm.train.tracking import start_trackers
@@ -59,7 +58,7 @@ def track_outcome(artifacts: Artifacts, content: dict[str, Any]) -> None:
     Nothing is done with `tracking.tracker = "none"`; UserError where the tracker cannot start.
     """
     config = artifacts.config
-    run = run_config(config, config.sizes[-1], {"name": "table"}, config.name)
+    run = config.runs[config.sizes[-1].name].model_copy(update={"name": "table"})
     if run.tracking.tracker == "none":
         return
     with new_accelerator(run) as accelerator:

@@ -74,6 +74,17 @@ def held(run: RunDir) -> bool:
     return False
 
 
+def fraction_done(run: RunDir) -> float:
+    """The part of a run's training that is done, read while it trains."""
+    if not run.record.is_file():
+        return 0.0
+    record = read_json(run.record)
+    if record["state"] in ("finished", "failed"):
+        return 1.0
+    step = max(record["step"], last_metrics(run).get("step", 0))
+    return step / record["total_steps"] if record["total_steps"] else 0.0
+
+
 def last_metrics(run: RunDir) -> dict[str, float]:
     """The newest value of every metric; a line that is being written or damaged is left out."""
     values: dict[str, float] = {}

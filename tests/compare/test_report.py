@@ -15,7 +15,7 @@ import synthetic
 from kanlm import runs
 from kanlm.compare.artifacts import load, load_curve, write_bundle
 from kanlm.compare.judgement import learned_nothing
-from kanlm.compare.plots import report_pictures
+from kanlm.compare.plots import arm_colours, report_pictures
 from kanlm.compare.report import report, report_content, summary
 from kanlm.config import UserError
 
@@ -38,6 +38,11 @@ def content(tmp_path, values, **settings) -> dict:
     settings.setdefault("seeds", sorted({seed for _, seed in values}))
     synthetic.write(tmp_path, values, **settings)
     return json.loads(json.dumps(report_content(load(tmp_path))))
+
+
+def drawn(folder, found: dict) -> dict:
+    artifacts = load(folder)
+    return report_pictures(artifacts, found, arm_colours(artifacts))
 
 
 def outcomes(report_json: dict) -> dict[str, str]:
@@ -169,9 +174,9 @@ def test_time_to_equal_loss_uses_the_loss_that_both_reached(tmp_path):
 
 def test_loss_against_time_is_drawn_by_the_step_times_where_there_are_some(tmp_path):
     found = content(tmp_path, losses(kan=4.5, kan_glu=3.4, swiglu=3.9))
-    by_steps = report_pictures(load(tmp_path), found)["loss-seconds"]
+    by_steps = drawn(tmp_path, found)["loss-seconds"]
     (tmp_path / "speed.json").unlink()
-    by_clocks = report_pictures(load(tmp_path), found)["loss-seconds"]
+    by_clocks = drawn(tmp_path, found)["loss-seconds"]
     assert "by step times measured in turns" in by_steps["caption"]
     assert "by the runs' clocks" in by_clocks["caption"]
     assert by_steps["svg"] != by_clocks["svg"]
@@ -201,7 +206,7 @@ def test_parameters_for_equal_loss_needs_several_sizes(tmp_path):
         low, high = row["interval"]
         assert low <= row["ratio"] <= high and row["verdict"] == "does not hold"
         assert len(row["by_size"]) == 3 and "claimed 1/100" in row["measured"]
-    assert "scaling" in report_pictures(load(tmp_path / "sizes"), found)
+    assert "scaling" in drawn(tmp_path / "sizes", found)
 
 
 def test_a_flat_ladder_is_too_short_to_say(tmp_path):

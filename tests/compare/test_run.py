@@ -38,11 +38,11 @@ def trial(study):
 
 
 def stand_in(monkeypatch, study, trial, code: str) -> list[str]:
-    """Training runs `code` with the run's folder as argument; the list of config files that it was given."""
+    """Training runs `code` with the run's folder as argument; the config files that it was given."""
     given = []
 
     def command(_launch, path, _jobs):
-        given.append(path.read_text())
+        given.append(str(path))
         return [sys.executable, "-c", RECORD + code, str(study.directory.run(trial.name).root)]
 
     monkeypatch.setattr(jobs, "launch_command", command)

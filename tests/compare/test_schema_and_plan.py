@@ -94,7 +94,9 @@ def test_seeds_are_paired_and_arms_take_turns(tmp_path):
     config = loaded(tmp_path, overrides=["seeds=[3, 4, 5]"])
     arms = {arm.arm: arm for arm in planned_arms(config, VOCAB)}
     study = Study(config, VOCAB, list(arms.values()))
-    trials = study.final_trials({("base", name): {"learning_rate": 1e-3} for name in arms})
+    trials = study.final_trials(
+        [{"size": "base", "arm": name, "learning_rate": 1e-3, "kan_learning_rate": None} for name in arms]
+    )
     assert [trial.arm for trial in trials] == ["kan", "glu", "mlp", "glu", "mlp", "kan", "mlp", "kan", "glu"]
     configs = [trial.run for trial in trials[:3]]
     assert {c.train.learning_rate for c in configs} == {1e-3}
@@ -110,7 +112,7 @@ def test_wall_clock_budgets_follow_measured_speed(tmp_path):
     config = loaded(tmp_path, overrides=['matching=["parameters", "wallclock"]', "seeds=[0]"])
     speed = {"kan": 500.0, "glu": 1000.0, "mlp": 1250.0}
     speed = {("parameters", "base", arm): value for arm, value in speed.items()}
-    trials = Study(config, VOCAB, planned_arms(config, VOCAB)).final_trials({}, speed)
+    trials = Study(config, VOCAB, planned_arms(config, VOCAB)).final_trials((), speed)
     by_arm = {trial.arm: trial for trial in trials if trial.matching == "wallclock"}
     budgets = {name: trial.max_tokens for name, trial in by_arm.items()}
     assert budgets == {"kan": 10_000, "glu": 20_000, "mlp": 25_000}
@@ -153,6 +155,8 @@ def test_every_arm_gets_the_same_number_of_learning_rates(tmp_path):
         ("seeds = [3, 4]", "sedes = [3, 4]", "sedes: unknown key; did you mean 'seeds'"),
         ("max_tokens = 10_000", "max_tokens = 1.5", "train.max_tokens"),
         ("max_tokens = 10_000", "", "train.max_tokens: required"),
+        ("kan_lr_multiplier = 0.1", "kan_betas = [0.9, 1.5]", "arm kan: train.kan_betas: "),
+        ("[base.model]", 'base.init_from = "x"\n[base.model]', "base.init_from: arms differ in what "),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_key(tmp_path, before, after, message):
@@ -202,7 +206,7 @@ def test_the_comparison_of_all_tiny_arms_trains_what_their_own_files_train():
     seen = set()
     arms = planned_arms(config, 4096)
     unlike = {"name": True, "output_dir": True, "tracking": {"group"}}
-    trials = Study(config, 4096, arms).final_trials({})
+    trials = Study(config, 4096, arms).final_trials()
     for arm in arms:
         (trial,) = (trial for trial in trials if trial.arm == arm.arm)
         compared = trial.run.model_dump(exclude=unlike)
