@@ -23,7 +23,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -177,6 +177,24 @@ def read_json(path: str | Path) -> Any:
         return json.loads(text.decode("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: damaged, not JSON ({error})") from None
+
+
+def metrics_rows(lines: Iterable[str | bytes]) -> Iterator[dict[str, Any]]:
+    """Those of a metrics.jsonl; one that is being written, torn or damaged is left out."""
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def last_metrics(run: RunDir) -> dict[str, float]:
+    """The newest value of every metric of a run."""
+    values: dict[str, float] = {}
+    if run.metrics.exists():
+        for row in metrics_rows(run.metrics.read_bytes().split(b"\n")):
+            values |= row
+    return values
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

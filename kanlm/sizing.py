@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -334,6 +335,39 @@ def _activation_bytes(config: KanLMConfig, half: int, gradient_checkpointing: bo
     return config.num_hidden_layers * layer + end + logits
 
 
+def matched_size(config: KanLMConfig, matching: Literal["parameters", "flops"], block_size: int) -> float:
+    """What `matching` makes equal: non-embedding parameters, or training FLOPs of a token."""
+    if matching == "parameters":
+        return closed_counts(config).non_embedding
+    return training_flops(config, block_size).total
+
+
+def matched_architectures(
+    runs: Mapping[str, RunConfig],
+    reference: str,
+    vocab_size: int,
+    matching: Literal["parameters", "flops"] = "parameters",
+) -> dict[str, tuple[KanLMConfig, float]]:
+    """The architectures of `runs`, each as wide as makes it equal to that of `reference`; the mismatches.
+
+    UserError where no width fits (`matched_width`).
+    """
+    start = {}
+    for name, run in runs.items():
+        table = dict(run.model)
+        if name != reference:  # a width that every arm can have stands in until it is solved
+            table["intermediate_size"] = table.get("kan_num_groups", KanLMConfig().kan_num_groups)
+        start[name] = new_architecture(run.model_copy(update={"model": table}), vocab_size)
+    block_size = runs[reference].data.block_size
+    target = matched_size(start[reference], matching, block_size)
+    return {
+        name: (model, 0.0)
+        if name == reference
+        else matched_width(model, model.ffn_type, target, matching, block_size)
+        for name, model in start.items()
+    }
+
+
 def matched_width(
     config: KanLMConfig,
     ffn_type: str,
@@ -358,10 +392,7 @@ def matched_width(
         return KanLMConfig(**{**fields, "ffn_type": ffn_type, "intermediate_size": width})
 
     def size(width: int) -> float:
-        sized = candidate(width)
-        if matching == "parameters":
-            return closed_counts(sized).non_embedding
-        return training_flops(sized, block_size).total
+        return matched_size(candidate(width), matching, block_size)
 
     # The size is linear in the width.
     one, two = size(step), size(2 * step)
@@ -481,10 +512,7 @@ def _device_plan(
 def _match(model: KanLMConfig, ffn_type: str, matching: Any, block_size: int) -> dict[str, Any]:
     """A row of the plan: the width of another arm that is as large as `model`, or why there is none."""
     row: dict[str, Any] = {"ffn_type": ffn_type, "matching": matching}
-    if matching == "parameters":
-        target = parameter_counts(model).non_embedding
-    else:
-        target = training_flops_per_token(model, block_size)
+    target = matched_size(model, matching, block_size)
     try:
         matched, mismatch = matched_width(model, ffn_type, target, matching, block_size)
     except ValueError as error:

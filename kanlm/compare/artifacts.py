@@ -18,8 +18,9 @@ runs/NAME/
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -27,15 +28,29 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from kanlm.compare.judgement import learned_nothing
+from kanlm.compare.judgement import Family, learned_nothing
 from kanlm.compare.schema import MATCHINGS, CompareConfig, Matching, PlannedArm, Trial
 from kanlm.config import UserError, parsed
-from kanlm.runs import EvalReport, RunDir, RunRecord, named_errors, read_json, write_json
+from kanlm.runs import (
+    EvalReport,
+    RunDir,
+    RunRecord,
+    metrics_rows,
+    named_errors,
+    read_json,
+    write_json,
+)
 from kanlm.stats import standard_error
 
 State = Literal["finished", "diverged", "mistaken", "crashed", "interrupted", "not run"]
 BUNDLED = ("run.json", "eval/heldout.json", "samples.json", "functions.json", "failure.json", "metrics.jsonl")
 """Files of a trial's folder that a report is made of."""
+COLOURS: dict[Family, tuple[str, ...]] = {
+    "kan": ("#c2410c", "#b4257e", "#a16207", "#7c2d12", "#db2777"),
+    "mlp": ("#1d4ed8", "#0e7490", "#475569", "#4338ca"),
+    "control": ("#15803d", "#4d7c0f"),
+}
+"""Of arms in pictures: warm for KANs, cool for MLPs, green for controls."""
 _AGAIN = "copy it again, or delete it and run `kanlm compare` again"
 
 
@@ -208,6 +223,12 @@ class Artifacts:
         return next(table for table in self.tables if (table.matching, table.size) == place)
 
     @property
+    def colours(self) -> dict[str, str]:
+        """A colour for each arm in all pictures."""
+        palettes = {family: itertools.cycle(colours) for family, colours in COLOURS.items()}
+        return {arm: next(palettes[runs.planned.family]) for arm, runs in self.shown.arms.items()}
+
+    @property
     def sweep_ran(self) -> bool:
         return any(len(row["trials"]) > 1 for row in self.sweep)
 
@@ -275,7 +296,7 @@ def write_bundle(root: str | Path, out: str | Path) -> Path:
 def losses_alone(metrics: str) -> str:
     """The lines of a metrics.jsonl with what `load_curve` reads."""
     kept = ("tokens", "seconds", "loss", "validation_loss")
-    rows = ({key: row[key] for key in kept if key in row} for row in metrics_rows(metrics))
+    rows = ({key: row[key] for key in kept if key in row} for row in metrics_rows(metrics.splitlines()))
     return "".join(json.dumps(row) + "\n" for row in rows if "loss" in row or "validation_loss" in row)
 
 
@@ -299,19 +320,10 @@ def state_of(run: TrialDir, files: Files | None = None) -> tuple[State, str]:
     return ("interrupted", "") if record else ("not run", "")
 
 
-def metrics_rows(metrics: str) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a torn last line, as a killed process leaves it, is left out."""
-    for line in metrics.splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue
-
-
 def load_curve(metrics: str) -> Curve:
     """The losses in the text of a run's metrics.jsonl."""
     curve = Curve()
-    for row in metrics_rows(metrics):
+    for row in metrics_rows(metrics.splitlines()):
         if "loss" in row:
             curve.tokens.append(row["tokens"])
             curve.seconds.append(row["seconds"])

@@ -15,15 +15,14 @@ import torch
 from kanlm.compare.artifacts import load
 from kanlm.compare.findings import judgements
 from kanlm.compare.heldout import held_out_documents
-from kanlm.compare.plan import Study, planned_arms
+from kanlm.compare.plan import Study, planned_arms, step_speeds
 from kanlm.compare.schema import MATCHINGS, CompareConfig, PlannedArm, Trial, load_compare_config
-from kanlm.compare.speed import measured_speed, step_sequences, step_speeds
+from kanlm.compare.speed import measured_speed, step_sequences
 from kanlm.compare.sweep import Point
 from kanlm.config import UserError
 from kanlm.data import token_cache, tokenizer_for
 from kanlm.evaluation.perplexity import token_ids
 from kanlm.model import KanLMForCausalLM
-from kanlm.sizing import new_architecture
 from kanlm.stats import detectable_difference
 
 ROUNDS, WARMUP = 3, 1
@@ -44,7 +43,7 @@ def estimate(toml_path: str | Path, overrides: Sequence[str] = ()) -> str:
     speed = measured_speed(study, timed, ROUNDS, WARMUP)
     speeds = step_speeds(speed)
     sweeping = planned_sweep(study)
-    trials = {trial.name: trial for trial in study.final_trials(tokens_per_second=speeds)}
+    trials = {trial.name: trial for trial in study.final_trials(speed=speed)}
     validation = len(token_cache(study.base, tokenizer, "validation"))
     test = sum(len(token_ids(tokenizer, text)) for text in held_out_documents(study))
     costs = Costs(study, speeds, validation, test, startup_seconds())
@@ -125,7 +124,7 @@ class Costs:
 def forward_speed(study: Study, arm: PlannedArm) -> float:
     """Tokens per second of a forward pass of the plain model, as runs are judged."""
     run = study.runs[arm.key]
-    model = KanLMForCausalLM(new_architecture(run, study.vocab_size)).eval()
+    model = KanLMForCausalLM(study.architectures[arm.key]).eval()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = study.config.evaluation.batch_size, run.data.block_size
     tokens = torch.randint(study.vocab_size, shape, device=device)

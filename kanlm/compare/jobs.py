@@ -38,7 +38,7 @@ def run_trials(
     trials: Sequence[Trial],
     finished: Callable[[Trial, Callable[[str], None]], None] | None = None,
 ) -> None:
-    """Train what is not finished, `jobs` at once; each finished run is handed to `finished`, one at a time."""
+    """Train what is not finished, `jobs` at once; `finished` gets each finished run, one at a time."""
     work = {trial.name: trial for trial in trials}  # trials that train the same have one run
     flops = {arm.key: arm.flops_per_token for arm in study.arms}
     cost = {name: trial.max_tokens * flops[trial.key] for name, trial in work.items()}

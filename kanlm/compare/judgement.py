@@ -77,7 +77,7 @@ class ArmLosses:
     bits_per_byte: Mapping[int, float] = field(default_factory=dict)
     """On the test text, for the sentence; may be left out."""
     parts: Mapping[int, Sequence[tuple[int, float]]] = field(default_factory=dict)
-    """(tokens, nll in nats) of consecutive parts of the test text, for its sampling error; may be left out."""
+    """(tokens, nll in nats) of consecutive parts of the test text, for its sampling error."""
 
     def __post_init__(self) -> None:
         for text, losses in (("validation", self.validation), ("test", self.test)):
@@ -230,8 +230,8 @@ def paired_losses(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[list[
 
 
 def text_gaps(arm: ArmLosses, baseline: ArmLosses) -> tuple[list[float], list[int]] | None:
-    """How much more nats the arm has than the baseline in each part of the test text, mean over the seeds that
-    both finished, and the parts' tokens; None where the losses come without parts.
+    """NLL of the arm less that of the baseline in each part of the test text, mean over the seeds that both
+    finished, and the parts' tokens; None where the losses come without parts.
     """
     seeds = sorted(set(arm.test) & set(baseline.test))
     own, other = ([losses.parts.get(seed, ()) for seed in seeds] for losses in (arm, baseline))

@@ -15,7 +15,6 @@ from kanlm.compare.schema import (
     CompareConfig,
     Key,
     Matching,
-    MatchingRule,
     PlannedArm,
     SizeConfig,
     Trial,
@@ -25,7 +24,7 @@ from kanlm.data import TokenLoader, token_cache, tokenizer_for
 from kanlm.model import KanLMConfig
 from kanlm.model.ffn import find_arm
 from kanlm.runs import changed_keys, provenance, read_json, write_json
-from kanlm.sizing import closed_counts, matched_width, new_architecture, training_flops
+from kanlm.sizing import closed_counts, matched_architectures, new_architecture, training_flops
 
 RATES = ("learning_rate", "kan_learning_rate")
 Rates = dict[str, float]
@@ -82,60 +81,35 @@ def _matched(
     config: CompareConfig, matching: Matching, size: SizeConfig, vocab_size: int
 ) -> list[PlannedArm]:
     """The arms of one size, each as wide as makes it equal to the reference arm."""
-    rule, block_size = MATCHINGS[matching], config.runs[size.name].data.block_size
-    models = {config.reference: new_architecture(config.arm_runs[size.name, config.reference], vocab_size)}
-    target = amount(models[config.reference], rule, block_size)
-    for arm in config.arms:
-        if arm.name != config.reference:
-            run = config.arm_runs[size.name, arm.name]
-            # A width that every arm can have stands in until it is solved.
-            stand_in = run.model.get("kan_num_groups", KanLMConfig().kan_num_groups)
-            start = new_architecture(with_width(run, stand_in), vocab_size)
-            models[arm.name], _ = matched_width(start, arm.ffn_type, target, rule.width, block_size)
+    runs = {arm.name: config.arm_runs[size.name, arm.name] for arm in config.arms}
+    width = MATCHINGS[matching].width
     planned = []
+    solved = matched_architectures(runs, config.reference, vocab_size, width)
     for arm in config.arms:
-        model, run = models[arm.name], config.arm_runs[size.name, arm.name]
+        run, (model, mismatch) = runs[arm.name], solved[arm.name]
         counts = closed_counts(model)
-        mismatch = amount(model, rule, block_size) / target - 1
-        if abs(mismatch) > rule.tolerance:
-            raise UserError(
-                f"arm {arm.name}: nearest width {model.intermediate_size} misses the reference's "
-                f"{rule.width} by {mismatch:+.2%}, allowed {rule.tolerance:.1%}; make the arm with the "
-                "coarsest widths the reference"
-            )
-        flops = float(training_flops(model, block_size).total)
-        block = find_arm(arm.ffn_type)
+        flops = training_flops(model, run.data.block_size)
+        block = find_arm(model.ffn_type)
         planned.append(
             PlannedArm(
                 matching=matching,
                 size=size.name,
                 arm=arm.name,
                 family=block.family,
-                ffn_type=arm.ffn_type,
+                ffn_type=model.ffn_type,
                 intermediate_size=model.intermediate_size,
-                model=with_width(run, model.intermediate_size).model,
+                model={**run.model, "intermediate_size": model.intermediate_size},
                 train=arm.train,
                 parameters=counts.total,
                 embedding_parameters=counts.embedding,
                 non_embedding_parameters=counts.non_embedding,
                 ffn_parameters=counts.ffn,
                 coefficients=block.count_coefficients(model),
-                flops_per_token=flops,
+                flops_per_token=float(flops.total),
                 mismatch=mismatch,
             )
         )
     return planned
-
-
-def with_width(run: RunConfig, width: int) -> RunConfig:
-    return run.model_copy(update={"model": {**run.model, "intermediate_size": width}})
-
-
-def amount(model: KanLMConfig, rule: MatchingRule, block_size: int) -> float:
-    """What `rule` makes equal."""
-    if rule.width == "flops":
-        return training_flops(model, block_size).total
-    return closed_counts(model).non_embedding
 
 
 @dataclass
@@ -165,9 +139,13 @@ class Study:
     def runs(self) -> dict[Key, RunConfig]:
         """Of every arm, with the width that was solved; a trial gives it name, seed, rates and budget."""
         return {
-            arm.key: with_width(self.config.arm_runs[arm.size, arm.arm], arm.intermediate_size)
+            arm.key: self.config.arm_runs[arm.size, arm.arm].model_copy(update={"model": arm.model})
             for arm in self.arms
         }
+
+    @cached_property
+    def architectures(self) -> dict[Key, KanLMConfig]:
+        return {key: new_architecture(run, self.vocab_size) for key, run in self.runs.items()}
 
     def trial(
         self,
@@ -195,7 +173,7 @@ class Study:
     def final_trials(
         self,
         sweep: Sequence[Mapping[str, Any]] = (),
-        tokens_per_second: Mapping[tuple[str, str, str], float] | None = None,
+        speed: Mapping[str, Any] | None = None,
         matchings: Sequence[Matching] | None = None,
     ) -> list[Trial]:
         """The trials that are reported, seed by seed with the arms' order rotated, so that a machine that
@@ -203,8 +181,8 @@ class Study:
 
         Args:
             sweep: its rows, with the rates that it chose; without one those that are configured.
-            tokens_per_second: by (rule of widths, size, arm): measured step times; needed where the budget
-                is time, which then are the tokens that take as long as the reference takes for its own.
+            speed: speed.json, needed where the budget is time, which then are the tokens that take as long
+                as the reference takes for its own.
             matchings: default: all of the file.
         """
         config = self.config
@@ -212,6 +190,7 @@ class Study:
             (row["size"], row["arm"]): {key: row[key] for key in RATES if row[key] is not None}
             for row in sweep
         }
+        tokens_per_second = step_speeds(speed)
         by_key = {arm.key: arm for arm in self.arms}
         names = [arm.name for arm in config.arms]
         found: dict[str, Trial] = {}
@@ -224,7 +203,6 @@ class Study:
                     for arm in names[shift:] + names[:shift]:
                         tokens = config.runs[size.name].train.max_tokens
                         if rule.budget == "time":
-                            assert tokens_per_second is not None
                             own, reference = (
                                 tokens_per_second[rule.width, size.name, one]
                                 for one in (arm, config.reference)
@@ -294,3 +272,11 @@ class Study:
         write_json(self.directory.plan, plan)
         for run in {trial.name: trial.run for trial in trials}.values():
             write_json(self.directory.config(run.name), run)
+
+
+def step_speeds(speed: Mapping[str, Any] | None) -> dict[tuple[str, str, str], float]:
+    """Tokens per second by (rule of widths, size, arm), of speed.json; empty where nothing was measured."""
+    return {
+        (MATCHINGS[row["matching"]].width, row["size"], row["arm"]): row["tokens_per_second"]
+        for row in (speed["arms"] if speed else [])
+    }

@@ -16,19 +16,14 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from kanlm.compare.artifacts import Artifacts, Result
 from kanlm.interpret.pictures import figure_svg, learned_functions_svg, spread
 
-KAN_COLOURS = ("#c2410c", "#b4257e", "#a16207", "#7c2d12", "#db2777")
-MLP_COLOURS = ("#1d4ed8", "#0e7490", "#475569", "#4338ca")
-CONTROL_COLOURS = ("#15803d", "#4d7c0f")
 BASELINE_COLOUR = "#6b7280"
 DRAWN_FUNCTIONS = 12
 """Panels of learned functions for each arm."""
 
 
-def report_pictures(
-    artifacts: Artifacts, content: dict[str, Any], colour: dict[str, str]
-) -> dict[str, dict[str, str]]:
+def report_pictures(artifacts: Artifacts, content: dict[str, Any]) -> dict[str, dict[str, str]]:
     """`{name: {"svg", "caption", "section"}}`; a picture without data is left out. `content`: report.json."""
-    shown = artifacts.shown
+    shown, colour = artifacts.shown, artifacts.colours
     series = {arm: size_points(artifacts, arm) for arm in shown.arms}
     series = {arm: points for arm, points in series.items() if len(points) > 1}
     results = [result for runs in shown.arms.values() for result in runs.results]
@@ -116,18 +111,6 @@ def size_points(artifacts: Artifacts, arm: str) -> list[tuple[float, float]]:
         for one in runs
         if one.taught
     ]
-
-
-def arm_colours(artifacts: Artifacts) -> dict[str, str]:
-    """A colour for each arm: warm for KANs, cool for MLPs, green for controls."""
-    palettes = {"kan": KAN_COLOURS, "mlp": MLP_COLOURS, "control": CONTROL_COLOURS}
-    used = dict.fromkeys(palettes, 0)
-    chosen = {}
-    for name, runs in artifacts.shown.arms.items():
-        family = runs.planned.family
-        chosen[name] = palettes[family][used[family] % len(palettes[family])]
-        used[family] += 1
-    return chosen
 
 
 def short(value: float, _position: int | None = None) -> str:

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
-
-from kanlm.compare import plots
 from kanlm.compare.artifacts import ArmRuns, Artifacts, Result, load
 from kanlm.compare.findings import findings
-from kanlm.compare.judgement import MATCHED
+from kanlm.compare.page import TITLES, page_texts
+from kanlm.compare.plots import report_pictures
 from kanlm.compare.schema import MATCHINGS
 from kanlm.interpret.pictures import standalone_svg
 from kanlm.runs import write_json, write_text
 
 SCHEMA = 1
-TITLES = {
-    "parameters": "Equal parameters",
-    "flops": "Equal computation per token",
-    "wallclock": "Equal training time",
-}
 
 
 def report(directory: str | Path) -> Path:
@@ -40,16 +28,12 @@ def report(directory: str | Path) -> Path:
 def write_report(artifacts: Artifacts) -> dict[str, Any]:
     """report.json, report.md, report.html and plots/*.svg in the comparison's folder; the first's content."""
     content = report_content(artifacts)
-    values = template_values(artifacts, content)
-    colour = plots.arm_colours(artifacts)
-    pictures = plots.report_pictures(artifacts, content, colour)
-    values |= {"pictures": pictures, "colour": colour}
+    pictures = report_pictures(artifacts, content)
+    files = {f"{name}.svg": standalone_svg(picture["svg"]) for name, picture in pictures.items()}
+    markdown, html = page_texts(artifacts, content, pictures)
     paths = artifacts.directory
-    texts = {
-        paths.report_md: render("report.md.j2", values),
-        paths.report_html: render("report.html.j2", values),
-        **{paths.plots / f"{name}.svg": standalone_svg(one["svg"]) for name, one in pictures.items()},
-    }
+    texts = {paths.report_md: markdown, paths.report_html: html}
+    texts |= {paths.plots / name: svg for name, svg in files.items()}
     write_json(paths.report_json, content)  # once all is there, so that a mistake leaves the old report whole
     for path, text in texts.items():
         write_text(path, text)
@@ -204,71 +188,6 @@ def notes(artifacts: Artifacts) -> list[str]:
         )
         found.append(f"Not better than {name} on this text: {', '.join(beaten)}.")
     return found
-
-
-def template_values(artifacts: Artifacts, content: dict[str, Any]) -> dict[str, Any]:
-    """What the templates say besides pictures."""
-    prompts: dict[str, list[dict[str, str]]] = {}
-    for arm, runs in artifacts.shown.arms.items():
-        for sample in next((result.samples for result in runs.results if result.samples), []):
-            prompts.setdefault(sample["prompt"], []).append({"arm": arm, "text": sample["text"]})
-    held_out = next((result.eval for result in artifacts.results if result.eval), None)
-    return {
-        **content,
-        "titles": TITLES,
-        "matched": MATCHED,
-        "prompts": prompts,
-        "held_out": held_out,
-        "block_size": artifacts.data.get("block_size"),
-        "importance": importance_rows(artifacts),
-        "config_text": json.dumps(content["config"], indent=1, ensure_ascii=False),
-        "day": datetime.fromisoformat(artifacts.provenance["date"]).strftime("%d %B %Y, %H:%M UTC"),
-    }
-
-
-def importance_rows(artifacts: Artifacts) -> list[dict[str, Any]]:
-    """One line for each layer of learned functions of each arm's first seed."""
-    rows = []
-    for arm, runs in artifacts.shown.arms.items():
-        found = next((result.functions for result in runs.results if result.functions), None)
-        rows += [{"arm": arm, **row} for row in (found["layers"] if found else [])]
-    return rows
-
-
-def render(template: str, values: dict[str, Any]) -> str:
-    environment = Environment(
-        loader=PackageLoader("kanlm.compare"),
-        autoescape=template.endswith(".html.j2"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(FILTERS)
-    return environment.get_template(template).render(values)
-
-
-def fence(text: str) -> str:
-    """A Markdown code block that no text can end early."""
-    ticks = "```"
-    while ticks in text:
-        ticks += "`"
-    return f"{ticks}\n{text}\n{ticks}"
-
-
-FILTERS: dict[str, Callable[..., Any]] = {
-    "short": plots.short,
-    "nats": lambda value: "–" if value is None else f"{value:+.4f}",
-    "interval": lambda pair: "–" if pair is None else f"{pair[0]:+.4f} to {pair[1]:+.4f}",
-    "number": lambda value: "–" if value is None else f"{value:,.0f}",
-    "fixed": lambda value, digits=3: "–" if value is None else f"{value:.{digits}f}",
-    "percent": lambda value, digits=2: f"{100 * value:+.{digits}f}%",
-    "mebibytes": lambda value: "–" if value is None else f"{value / 2**20:,.0f} MiB",
-    "inline": Markup,
-    "code": lambda text: Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text)))),
-    "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
-    "fence": fence,
-}
 
 
 def summary(content: dict[str, Any]) -> str:

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 
 from kanlm.compare.artifacts import load
-from kanlm.compare.jobs import run_trials
 from kanlm.compare.heldout import ensure_baselines, judge_run
+from kanlm.compare.jobs import run_trials
 from kanlm.compare.plan import begin_study
 from kanlm.compare.report import summary, write_report
 from kanlm.compare.schema import load_compare_config
@@ -33,9 +33,9 @@ def compare(toml_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     started = time.perf_counter()
     config = load_compare_config(toml_path, overrides)
     study = begin_study(config)
-    speeds = ensure_speed(study)
+    speed = ensure_speed(study)
     sweep = run_sweep(study, train=partial(run_trials, study))
-    trials = study.final_trials(sweep, speeds)
+    trials = study.final_trials(sweep, speed)
     study.write_plan(trials, sweep)
     run_trials(study, trials, finished=partial(judge_run, study))
     ensure_baselines(study)

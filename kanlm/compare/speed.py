@@ -12,8 +12,8 @@ from kanlm.bench.measure import take_turns
 from kanlm.compare.plan import Study
 from kanlm.compare.schema import MATCHINGS, PlannedArm
 from kanlm.config import RunConfig
+from kanlm.model import KanLMConfig
 from kanlm.runs import read_json, write_json
-from kanlm.sizing import new_architecture
 from kanlm.train.build import build
 from kanlm.train.gradients import clip_gradients, gradient_norm
 from kanlm.train.parallel import mixed_precision
@@ -21,11 +21,11 @@ from kanlm.train.parallel import mixed_precision
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def ensure_speed(study: Study) -> dict[tuple[str, str, str], float]:
-    """`step_speeds` of speed.json, which is measured again where arms, widths or rounds changed."""
+def ensure_speed(study: Study) -> dict[str, Any] | None:
+    """speed.json, which is measured again where arms, widths or rounds changed; None without rounds."""
     settings, path = study.config.speed, study.directory.speed
     if not settings.rounds:
-        return {}
+        return None
     arms = [arm for arm in study.arms if MATCHINGS[arm.matching].budget == "tokens"]
     wanted = sorted((arm.matching, arm.size, arm.arm, arm.intermediate_size) for arm in arms)
     if path.is_file():
@@ -33,12 +33,11 @@ def ensure_speed(study: Study) -> dict[tuple[str, str, str], float]:
         keys = ("matching", "size", "arm", "intermediate_size")
         same_arms = sorted(tuple(row[key] for key in keys) for row in stored["arms"]) == wanted
         if same_arms and stored["rounds"] == settings.rounds:
-            return step_speeds(stored)
+            return stored
     print(f"step times: {settings.rounds} rounds of all arms in turns", flush=True)
     speed = measured_speed(study, arms, settings.rounds, settings.warmup)
-    speeds = step_speeds(speed)
     write_json(path, speed)
-    return speeds
+    return speed
 
 
 def measured_speed(study: Study, arms: Sequence[PlannedArm], rounds: int, warmup: int) -> dict[str, Any]:
@@ -49,16 +48,16 @@ def measured_speed(study: Study, arms: Sequence[PlannedArm], rounds: int, warmup
     are measured apart, since only arms of one size are compared.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = []
-    first = None
+    first = study.runs[arms[0].key]
+    rows, dtypes = [], []
     for size in study.config.sizes:
         group = [arm for arm in arms if arm.size == size.name]
         runs = [study.runs[arm.key] for arm in group]
-        first = first or runs[0]
         if device.type == "cpu" and runs[0].train.num_threads:
             torch.set_num_threads(runs[0].train.num_threads)
-        steps = [training_step(run, study.vocab_size, device) for run in runs]
-        turns = take_turns(steps, range(warmup + rounds).__contains__, device.type)
+        steps = [training_step(study.runs[arm.key], study.architectures[arm.key], device) for arm in group]
+        dtypes += [dtype for _, dtype in steps]
+        turns = take_turns([step for step, _ in steps], range(warmup + rounds).__contains__, device.type)
         seconds = [taken[warmup:] for taken in turns]
         tokens = step_sequences(runs[0]) * runs[0].data.block_size
         for arm, times in zip(group, seconds, strict=True):
@@ -76,23 +75,14 @@ def measured_speed(study: Study, arms: Sequence[PlannedArm], rounds: int, warmup
                     "high": tokens / low,
                 }
             )
-    assert first is not None
     return {
         "rounds": rounds,
         "arms": rows,
         "tokens_per_step": step_sequences(first) * first.data.block_size,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
-        "dtype": str(DTYPES[mixed_precision(first.train, device)]).removeprefix("torch."),
+        "dtype": str(dtypes[0]).removeprefix("torch."),
         "compiled": first.train.compile,
-    }
-
-
-def step_speeds(speed: dict[str, Any]) -> dict[tuple[str, str, str], float]:
-    """Tokens per second by (rule of widths, size, arm)."""
-    return {
-        (MATCHINGS[row["matching"]].width, row["size"], row["arm"]): row["tokens_per_second"]
-        for row in speed["arms"]
     }
 
 
@@ -100,13 +90,15 @@ def step_sequences(run: RunConfig) -> int:
     return run.train.micro_batch_size or run.train.batch_size
 
 
-def training_step(run: RunConfig, vocab_size: int, device: torch.device) -> Callable[[], None]:
-    """A function that does one training step of `run`'s model."""
-    model = new_architecture(run, vocab_size)
+def training_step(
+    run: RunConfig, model: KanLMConfig, device: torch.device
+) -> tuple[Callable[[], None], torch.dtype]:
+    """A function that does one training step of `run`'s model, and the precision of its products."""
     built = build(model, run.train, device, seed=run.seed)
     dtype = DTYPES[mixed_precision(run.train, device)]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    tokens = torch.randint(vocab_size, (step_sequences(run), run.data.block_size), device=device)  # [B, T]
+    shape = step_sequences(run), run.data.block_size
+    tokens = torch.randint(model.vocab_size, shape, device=device)  # [B, T]
 
     def step() -> None:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
@@ -120,4 +112,4 @@ def training_step(run: RunConfig, vocab_size: int, device: torch.device) -> Call
             optimizer.zero_grad()
         scaler.update()
 
-    return step
+    return step, dtype

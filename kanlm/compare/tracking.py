@@ -12,7 +12,7 @@ import numpy as np
 from accelerate.tracking import GeneralTracker
 
 from kanlm.compare.artifacts import Artifacts
-from kanlm.compare.plots import DRAWN_FUNCTIONS, arm_colours
+from kanlm.compare.plots import DRAWN_FUNCTIONS
 from kanlm.interpret.pictures import learned_functions_pixels, spread
 from kanlm.train.parallel import new_accelerator
 from kanlm.train.tracking import start_trackers
@@ -42,7 +42,7 @@ def table_rows(content: dict[str, Any]) -> list[list[Any]]:
 
 def pictures(artifacts: Artifacts) -> dict[str, np.ndarray]:
     """Learned functions by arm, of the first seed that has some: pixels [height, width, RGB]."""
-    colour = arm_colours(artifacts)
+    colour = artifacts.colours
     found: dict[str, np.ndarray] = {}
     for result in artifacts.shown.results:
         arm = result.trial.arm

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import json
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
 from kanlm.config import UserError
-from kanlm.runs import RunDir, RunRecord, read_json, step_of
+from kanlm.runs import RunDir, RunRecord, last_metrics, read_json, step_of
 
 
 def status(run_dir: str | Path) -> str:
@@ -83,16 +81,6 @@ def fraction_done(run: RunDir) -> float:
         return 1.0
     step = max(record["step"], last_metrics(run).get("step", 0))
     return step / record["total_steps"] if record["total_steps"] else 0.0
-
-
-def last_metrics(run: RunDir) -> dict[str, float]:
-    """The newest value of every metric; a line that is being written or damaged is left out."""
-    values: dict[str, float] = {}
-    if run.metrics.exists():
-        for line in run.metrics.read_bytes().split(b"\n")[:-1]:
-            with suppress(ValueError):
-                values |= json.loads(line)
-    return values
 
 
 def duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ import synthetic
 from kanlm import runs
 from kanlm.compare.artifacts import load, load_curve, write_bundle
 from kanlm.compare.judgement import learned_nothing
-from kanlm.compare.plots import arm_colours, report_pictures
+from kanlm.compare.plots import report_pictures
 from kanlm.compare.report import report, report_content, summary
 from kanlm.config import UserError
 
@@ -41,8 +41,7 @@ def content(tmp_path, values, **settings) -> dict:
 
 
 def drawn(folder, found: dict) -> dict:
-    artifacts = load(folder)
-    return report_pictures(artifacts, found, arm_colours(artifacts))
+    return report_pictures(load(folder), found)
 
 
 def outcomes(report_json: dict) -> dict[str, str]:

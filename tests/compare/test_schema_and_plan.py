@@ -111,8 +111,11 @@ def test_seeds_are_paired_and_arms_take_turns(tmp_path):
 def test_wall_clock_budgets_follow_measured_speed(tmp_path):
     config = loaded(tmp_path, overrides=['matching=["parameters", "wallclock"]', "seeds=[0]"])
     speed = {"kan": 500.0, "glu": 1000.0, "mlp": 1250.0}
-    speed = {("parameters", "base", arm): value for arm, value in speed.items()}
-    trials = Study(config, VOCAB, planned_arms(config, VOCAB)).final_trials((), speed)
+    rows = [
+        {"matching": "parameters", "size": "base", "arm": arm, "tokens_per_second": value}
+        for arm, value in speed.items()
+    ]
+    trials = Study(config, VOCAB, planned_arms(config, VOCAB)).final_trials((), {"arms": rows})
     by_arm = {trial.arm: trial for trial in trials if trial.matching == "wallclock"}
     budgets = {name: trial.max_tokens for name, trial in by_arm.items()}
     assert budgets == {"kan": 10_000, "glu": 20_000, "mlp": 25_000}

@@ -7,10 +7,10 @@ import json
 import pytest
 
 from kanlm.config import UserError
-from kanlm.runs import RunDir, write_json
+from kanlm.runs import RunDir, last_metrics, write_json
 from kanlm.train import loop
 from kanlm.train.progress import keep_metrics_until
-from kanlm.train.status import last_metrics, status
+from kanlm.train.status import status
 
 
 def test_status_tells_running_from_finished_and_killed(run_config, monkeypatch):
