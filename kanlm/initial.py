@@ -38,8 +38,8 @@ def initial_config(folder: str | Path) -> Any:
         )
     if not (folder / "config.json").is_file():
         raise UserError(f"init_from: {folder} has no config.json; give a folder written by `kanlm export`")
-    must_be_readable(folder)
     verify(folder)
+    must_be_readable(folder)
     settings, _ = PreTrainedConfig.get_config_dict(folder)
     kind = settings.get("model_type")
     if kind not in CLASSES:

@@ -169,7 +169,7 @@ def closed_counts(config: KanLMConfig) -> Counts:
     return Counts(embedding + non_embedding, embedding, non_embedding, ffn)
 
 
-def built(config: Any) -> Any:
+def meta_model(config: Any) -> Any:
     """The model without memory (meta device)."""
     with torch.device("meta"):
         return model_class(config)(config)
@@ -177,7 +177,7 @@ def built(config: Any) -> Any:
 
 def built_counts(config: Any) -> Counts:
     """The same numbers, counted on the built model."""
-    model = built(config)
+    model = meta_model(config)
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     embeddings.add(model.get_output_embeddings().weight)
     total = sum(p.numel() for p in model.parameters())
@@ -211,7 +211,7 @@ def training_flops(config: KanLMConfig, block_size: int) -> Flops:
 
 def converted_flops(config: Any, block_size: int) -> Flops:
     """`training_flops` of a converted model of another family, read from the model."""
-    model = built(config)
+    model = meta_model(config)
     matrices = sum(
         parameter.numel()
         for name, parameter in decoder_layers(model).named_parameters()

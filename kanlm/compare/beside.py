@@ -25,8 +25,8 @@ def side_by_side(first: str | Path, second: str | Path) -> str:
         sizes = [own.get(key, {}).get("non_embedding_parameters") for own in rows]
         known = [value for value in bits if value is not None]
         apart = f"{known[1] - known[0]:+.4f}" if len(known) == 2 else "–"
-        cells = [", ".join(key), *(shown(value, ".4f") for value in bits), apart]
-        lines.append(f"| {' | '.join([*cells, *(shown(value, ',') for value in sizes)])} |")
+        cells = [", ".join(key), *(cell_text(value, ".4f") for value in bits), apart]
+        lines.append(f"| {' | '.join([*cells, *(cell_text(value, ',') for value in sizes)])} |")
     lines.append("")
     lines += [f"{name}: {report['verdict']['sentence']}" for name, report in zip(names, reports, strict=True)]
     before, after = (settings_of(report) for report in reports)
@@ -64,5 +64,5 @@ def arm_numbers(report: dict[str, Any]) -> dict[tuple[str, ...], dict[str, Any]]
     }
 
 
-def shown(value: float | None, form: str) -> str:
+def cell_text(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)

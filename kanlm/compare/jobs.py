@@ -25,7 +25,7 @@ from kanlm.compare.plan import Study
 from kanlm.compare.schema import Trial
 from kanlm.config import UserError
 from kanlm.runs import write_json
-from kanlm.train.status import fraction_done, held
+from kanlm.train.status import fraction_done, held, wait_until_free
 
 FAILURE_LINES = 40
 """Last lines of a dead training process that are kept; the launcher adds a traceback of its own to them."""
@@ -70,8 +70,7 @@ def train_trial(study: Study, processes: Processes, trial: Trial, place: str) ->
     run, path = study.directory.run(trial.name), study.directory.config(trial.name)
     if held(run):  # of a comparison that was killed, a training process can be left
         say(f"{place}: {trial.name} is being trained by another process; waiting for it")
-        while held(run):
-            time.sleep(0.5)
+        wait_until_free(run)
     state, reason = state_of(run)
     if state == "diverged":
         say(f"{place}: {trial.name} diverged before: {reason}")

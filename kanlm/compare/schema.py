@@ -363,8 +363,14 @@ def run_config(config: CompareConfig, size: SizeConfig, changes: dict[str, Any],
     """
     fixed = {"name": "base", "output_dir": str(config.directory / "arms")}
     table: dict[str, Any] = {"tracking": {"group": config.name}}
-    for more in (config.base, {"model": size.model, "train": size.train}, fixed, changes):
-        for key, value in more.items():
+    layers: tuple[dict[str, Any], ...] = (
+        config.base,
+        {"model": size.model, "train": size.train},
+        fixed,
+        changes,
+    )
+    for layer in layers:
+        for key, value in layer.items():
             both = isinstance(value, dict) and isinstance(table.get(key), dict)
             table[key] = {**table[key], **value} if both else value
     return parsed(RunConfig, table, where)

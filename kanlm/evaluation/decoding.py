@@ -49,14 +49,14 @@ def continued(
     logits = decoder.prefill(ids)
     new: list[int] = []
     while True:
-        new.append(drawn(logits, warpers))
+        new.append(draw_token(logits, warpers))
         shown(new[-1])
         if len(new) == max_new_tokens or new[-1] in (stop or ()):
             return new
         logits = decoder.step(new[-1])
 
 
-def drawn(logits: Tensor, warpers: LogitsProcessorList | None) -> int:
+def draw_token(logits: Tensor, warpers: LogitsProcessorList | None) -> int:
     """The next token, of logits [V]."""
     if warpers is None:
         return int(logits.argmax())

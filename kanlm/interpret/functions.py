@@ -16,7 +16,7 @@ from kanlm.interpret.layers import (
     FunctionLayer,
     function_values,
     kan_layers,
-    recorded,
+    record_layers,
     reset_learned_part,
     short_name,
 )
@@ -42,7 +42,7 @@ def learned_functions(
     if not layers:
         return result
     batch = token_batch(model, tokenizer, texts)
-    for layer in recorded(model, batch, gradients=False):
+    for layer in record_layers(model, batch, gradients=False):
         if layer.name not in layers:
             continue
         found = function_statistics(layer)

@@ -20,7 +20,7 @@ from kanlm.interpret.functions import curves, rounded, token_batch
 from kanlm.interpret.layers import (
     FunctionLayer,
     function_layers,
-    recorded,
+    record_layers,
     short_name,
     with_random_weights,
     without_learned_part,
@@ -132,7 +132,7 @@ def inspection(
         total=controls * PARTS + 3 * number + 4 * (number + 1), desc="inspecting", unit="step", disable=None
     )
 
-    layers = recorded(model, own)
+    layers = record_layers(model, own)
     evaluated = sum(layer.functions for layer in layers if layer.kind == "edge") * len(held)
     held = held[:, : max(32, EVALUATIONS // max(1, evaluated))]
     statistics: dict[str, FunctionStatistics] = {}
@@ -218,7 +218,7 @@ def fitted(
 def part_summaries(model: Any, part: Tensor, step: Callable[[], Any]) -> list[dict[str, float | None]]:
     """`layer_summary` of each layer of `model` on one part of the text."""
     ids = part.flatten()
-    result = [layer_summary(layer, function_statistics(layer), ids) for layer in recorded(model, part)]
+    result = [layer_summary(layer, function_statistics(layer), ids) for layer in record_layers(model, part)]
     step()
     return result
 

@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kanlm.kernels import functions_called
+
 KIND = {"KANLinear": "edge", "AdaptiveKAN": "edge", "LearnedFunction": "group", "FixedFunction": "channel"}
 """By name: a model loaded with its own code has classes of its own."""
 ACTIVATIONS = ("activation", "act_fn", "act")
@@ -170,7 +172,7 @@ def short_name(name: str) -> str:
     return name
 
 
-def recorded(model: nn.Module, input_ids: Tensor, gradients: bool = True) -> list[FunctionLayer]:
+def record_layers(model: nn.Module, input_ids: Tensor, gradients: bool = True) -> list[FunctionLayer]:
     """The layers of functions of `model` in the order of their calls, on tokens [B, T]."""
     seen: dict[str, tuple[Tensor, Tensor | None, Tensor]] = {}
 
@@ -188,7 +190,7 @@ def recorded(model: nn.Module, input_ids: Tensor, gradients: bool = True) -> lis
         for parameter in trainable:  # gradients by activations alone
             parameter.requires_grad_(False)
         embeddings = model.get_input_embeddings()(input_ids).requires_grad_(gradients)
-        with torch.set_grad_enabled(gradients):
+        with torch.set_grad_enabled(gradients), functions_called(model):
             logits = model(inputs_embeds=embeddings, use_cache=False).logits
             found: tuple[Tensor | None, ...] = (None,) * len(seen)
             if gradients:

@@ -25,7 +25,7 @@ from kanlm import fitting
 from kanlm.fitting.knots import KnotSpline
 from kanlm.interpret.functions import curves
 from kanlm.interpret.layers import KIND, FunctionLayer
-from kanlm.interpret.page import curve_svg, rendered
+from kanlm.interpret.page import curve_svg, render
 from kanlm.interpret.statistics import function_statistics
 from kanlm.interpret.symbolic import LIBRARY, NAMES, THRESHOLD, WEIGHT, Formula, Formulas, fit_functions
 
@@ -158,7 +158,7 @@ def plot(network: nn.Sequential, x: Tensor, path: str | Path | None = None) -> s
             pictures.append({"label": f"{i} to {o}", "score": score, "svg": picture})
         pictures.sort(key=lambda picture: -picture["score"])
         sections.append({"name": layer.name, "pictures": pictures})
-    text = rendered("network.html.j2", sections=sections)
+    text = render("network.html.j2", sections=sections)
     if path is not None:
         Path(path).write_text(text, encoding="utf-8")
     return text

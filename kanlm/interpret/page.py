@@ -17,10 +17,10 @@ WIDTH, HEIGHT, BELOW = 160, 96, 12
 
 def page(found: dict[str, Any]) -> str:
     """The page of an inspection."""
-    return rendered("inspect.html.j2", **found, names=STATISTICS, shares=SHARES)
+    return render("inspect.html.j2", **found, names=STATISTICS, shares=SHARES)
 
 
-def rendered(template: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
     """A template of this package as text."""
     environment = Environment(
         loader=PackageLoader("kanlm.interpret"), autoescape=True, undefined=StrictUndefined, trim_blocks=True

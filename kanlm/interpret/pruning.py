@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kanlm.interpret.layers import KIND, FunctionLayer, function_values, kan_layers, recorded
+from kanlm.interpret.layers import KIND, FunctionLayer, function_values, kan_layers, record_layers
 from kanlm.interpret.statistics import first_order_effect
 
 Rule = Literal["importance", "random"]
@@ -175,7 +175,7 @@ def without_edges(
         raise ValueError(f"{type(model).__name__}: has no edge functions to prune; prune channels instead")
     recordings: dict[str, FunctionLayer] = {}
     with torch.enable_grad():
-        recordings = {layer.name: layer for layer in recorded(twin, input_ids)}
+        recordings = {layer.name: layer for layer in record_layers(twin, input_ids)}
     generator = torch.Generator().manual_seed(seed)
     for name, module in layers.items():
         score = first_order_effect(recordings[name])  # [I, O]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kanlm.interpret.layers import CACHED_BYTES, FunctionLayer, replaced, reset_learned_part, short_name
 from kanlm.interpret.statistics import FunctionStatistics, sign_flip_p
 from kanlm.interpret.symbolic import LIBRARY, NAMES, Formulas
+from kanlm.kernels import functions_called
 
 Replacement = Callable[[Tensor], Tensor]
 
@@ -125,7 +126,7 @@ def removal(
     modules = {layer.name: layer.module for layer in layers}
 
     def change(kind: str, names: Sequence[str]) -> dict[str, float | None]:
-        with ExitStack() as stack:
+        with ExitStack() as stack, functions_called(model):
             for name in names:
                 stack.enter_context(replaced(modules[name], replacements[kind][name]))
             difference = sequence_losses(model, input_ids) - base

@@ -17,7 +17,8 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch import nn
 
 from kanlm.kernels import cpu, recompute
 from kanlm.kernels.native import NativeUnavailable, library
-from kanlm.kernels.support import supports_edge, supports_learned
+from kanlm.kernels.support import is_plain_function, supports_edge, supports_learned
 from kanlm.model.ffn import MLP, GatedMLP
 from kanlm.model.ffn_kan import ChannelKAN, EdgeKAN
 from kanlm.model.kan import KANLinear, LearnedFunction
@@ -77,6 +78,21 @@ def select(model: nn.Module, backend: str = "auto", *, compiled: bool = False) -
         if not isinstance(module, ChannelKAN | EdgeKAN):  # what is listed are their layers and functions
             chosen[name] = implementation
     return chosen
+
+
+@contextmanager
+def functions_called(model: nn.Module) -> Iterator[None]:
+    """Within, every learned function is a call of its own, so that hooks see what it is given: where a kernel
+    norms its input on the way, the reference stands in.
+    """
+    blocks = {module: module.kernel for module in model.modules() if isinstance(module, ChannelKAN)}
+    for block in blocks:
+        block.kernel = None
+    try:
+        yield
+    finally:
+        for block, kernel in blocks.items():
+            block.kernel = kernel
 
 
 def _automatic(device: str) -> str:
@@ -140,7 +156,10 @@ def _fused(module: nn.Module, ops: Any) -> Callable | None:
         return ops.activation(module.activation)
     if isinstance(module, ChannelKAN) and module.hidden_norm:
         functions = [child for child in module.children() if isinstance(child, LearnedFunction)]
-        served = all(supports_learned(function, ops.FUNCTION_ORDER) for function in functions)
+        served = len(functions) == module.functions and all(
+            is_plain_function(function) and supports_learned(function, ops.FUNCTION_ORDER)
+            for function in functions
+        )
         return ops.apply_normed if served else None
     if isinstance(module, EdgeKAN):
         served = all(parameter.dtype != torch.float64 for parameter in module.parameters())

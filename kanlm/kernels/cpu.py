@@ -40,6 +40,7 @@ from kanlm.kernels.support import (
     SILU,
     SPLINE,
     product_dtype,
+    require_plain_function,
     require_unchanged,
 )
 from kanlm.model.basis import Basis
@@ -291,20 +292,20 @@ class _Plan:
         library().kanlm_tables(wide.data_ptr(), tables.data_ptr(), self.groups, order, cells)
         return tables
 
-    def prepare(self, coefficients: Tensor | None) -> Prepared:
+    def call_for(self, coefficients: Tensor | None) -> KernelCall:
         """What the kernels need beside a and u."""
         tables = None if coefficients is None else self.tables(coefficients)
         needed = Function(pointer(tables), *self.arguments)
         return ctypes.addressof(needed), self.channels, needed, tables
 
 
-Prepared = tuple[int, int, Function, Tensor | None]
+KernelCall = tuple[int, int, Function, Tensor | None]
 """Address of a Function, its channels, and what must live as long."""
 
 
-def evaluate(prepared: Prepared, a: Tensor, u: Tensor | None) -> Tensor:
+def evaluate(call: KernelCall, a: Tensor, u: Tensor | None) -> Tensor:
     """phi(a) * u, fp32, of tensors [..., C]."""
-    address, channels, *_ = prepared
+    address, channels, *_ = call
     a = _wide(a)
     second = None
     if u is not None:
@@ -323,21 +324,21 @@ class _Elementwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, u, coefficients, function):
         ctx.save_for_backward(a, u, coefficients)
-        ctx.prepared = function.prepare(coefficients)
-        return evaluate(ctx.prepared, a, u).to(a.dtype)
+        ctx.call = function.call_for(coefficients)
+        return evaluate(ctx.call, a, u).to(a.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         a, u, coefficients = ctx.saved_tensors
-        return *_elementwise_gradients(ctx.prepared, grad, a, u, coefficients, ctx.needs_input_grad[2]), None
+        return *_elementwise_gradients(ctx.call, grad, a, u, coefficients, ctx.needs_input_grad[2]), None
 
 
 def _elementwise_gradients(
-    prepared: Prepared, grad: Tensor, a: Tensor, u: Tensor | None, coefficients: Tensor | None, wanted: bool
+    call: KernelCall, grad: Tensor, a: Tensor, u: Tensor | None, coefficients: Tensor | None, wanted: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients by a, u and, where they are wanted, the coefficients."""
-    address, channels, *_ = prepared
+    address, channels, *_ = call
     wide_a, wide_u, grad = _wide(a), None if u is None else _wide(u), _wide(grad)
     grad_a = torch.empty_like(wide_a)
     grad_u = None if u is None or wide_u is None else torch.empty_like(wide_u)
@@ -364,7 +365,7 @@ def learned(layer: LearnedFunction, a: Tensor, u: Tensor | None, normed: int = 0
     if torch.is_grad_enabled():
         layer.__dict__.pop("_packed", None)
         return _Elementwise.apply(a, u, coefficients, _plan_of(layer, normed, eps))
-    y = evaluate(cache_on(layer, [coefficients], _prepare, normed, eps), a, u)
+    y = evaluate(cache_on(layer, [coefficients], _call_of, normed, eps), a, u)
     return y if y.dtype is a.dtype else y.to(a.dtype)
 
 
@@ -373,12 +374,13 @@ def _plan_of(layer: LearnedFunction, normed: int, eps: float) -> _Plan:
     return _plan(kind, layer.channels, layer.groups, basis, layer.base is not None, normed, eps)
 
 
-def _prepare(layer: LearnedFunction, normed: int, eps: float) -> Prepared:
-    return _plan_of(layer, normed, eps).prepare(layer.coefficients)
+def _call_of(layer: LearnedFunction, normed: int, eps: float) -> KernelCall:
+    return _plan_of(layer, normed, eps).call_for(layer.coefficients)
 
 
 def apply_normed(function: LearnedFunction, a: Tensor, u: Tensor | None, norms_u: bool, eps: float) -> Tensor:
     """function(norm(a)) * u, with norm(u) where `norms_u`: what an arm with `hidden_norm` computes."""
+    require_plain_function(function)
     return learned(function, a, u, NORM_A | NORM_U if norms_u else NORM_A, eps)
 
 
@@ -413,8 +415,8 @@ def _fixed(kind: int, a: Tensor, u: Tensor | None, normed: int, eps: float) -> T
 
 
 @cache
-def _without_table(kind: int, channels: int, normed: int, eps: float) -> Prepared:
-    return _plan(kind, channels, normed=normed, eps=eps).prepare(None)
+def _without_table(kind: int, channels: int, normed: int, eps: float) -> KernelCall:
+    return _plan(kind, channels, normed=normed, eps=eps).call_for(None)
 
 
 def _plan_from(kind, channels, groups, order, cells, low, high, silu, normed, eps) -> _Plan:
@@ -424,13 +426,13 @@ def _plan_from(kind, channels, groups, order, cells, low, high, silu, normed, ep
 
 
 def _elementwise_operator(a: Tensor, u: Tensor | None, coefficients: Tensor | None, *numbers) -> Tensor:
-    return evaluate(_plan_from(*numbers).prepare(coefficients), a, u).to(a.dtype)
+    return evaluate(_plan_from(*numbers).call_for(coefficients), a, u).to(a.dtype)
 
 
 def _elementwise_gradient_operator(grad, a, u, coefficients, *numbers):
     *numbers, wanted = numbers
-    prepared = _plan_from(*numbers).prepare(coefficients)
-    return _elementwise_gradients(prepared, grad, a, u, coefficients, wanted)
+    call = _plan_from(*numbers).call_for(coefficients)
+    return _elementwise_gradients(call, grad, a, u, coefficients, wanted)
 
 
 def _edge_operator(x, weight, base, order, cells, low, high, dtype) -> Tensor:

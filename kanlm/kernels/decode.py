@@ -263,13 +263,13 @@ class Program:
         heads = config.num_key_value_heads
         layers = model.model.layers[: config.num_hidden_layers]
         self.cache = torch.zeros(len(layers), 2, heads, capacity, config.head_dim)
-        self.embedding = self.keep(model.model.embed_tokens.weight)
+        self.embedding = self.keep_alive(model.model.embed_tokens.weight)
         positions = torch.arange(capacity).unsqueeze(0)
         angles = model.model.rotary_emb(torch.zeros(1), positions)
         half = config.head_dim // 2
-        self.cosines, self.sines = (self.keep(angle[0, :, :half]) for angle in angles)
+        self.cosines, self.sines = (self.keep_alive(angle[0, :, :half]) for angle in angles)
 
-        stream = Value(self.keep(torch.empty(config.hidden_size)))
+        stream = Value(self.keep_alive(torch.empty(config.hidden_size)))
         self.add("embed", y=stream, I=stream.size)
         for index, layer in enumerate(layers):
             self._count = 0
@@ -294,14 +294,14 @@ class Program:
         error, size = self._squares
         return (error / size) ** 0.5 if size else 0.0
 
-    def keep(self, tensor: Tensor) -> Tensor:
+    def keep_alive(self, tensor: Tensor) -> Tensor:
         """`tensor` contiguous in fp32 (int8 stays), kept alive; a copy, where it was not so already."""
         kept = tensor.detach()
         kept = (kept if kept.dtype == torch.int8 else kept.float()).contiguous()
         self._kept.append(kept)
         return kept
 
-    def value(self, size: int) -> Value:
+    def new_vector(self, size: int) -> Value:
         """Memory for a vector; the layers share it, as each only reads what it wrote itself."""
         self._count += 1
         key = self._count, size
@@ -337,11 +337,11 @@ class Program:
         return y
 
     def norm(self, layer: nn.RMSNorm, a: Value) -> Value:
-        return self.rms_norm(a, layer.eps, self.keep(layer.weight))
+        return self.rms_norm(a, layer.eps, self.keep_alive(layer.weight))
 
     def rms_norm(self, a: Value, eps: float | None, weight: Tensor | None = None) -> Value:
         eps = torch.finfo(torch.float32).eps if eps is None else eps
-        return self.add("norm", self.value(a.size), a, I=a.size, eps=eps, w=weight)
+        return self.add("norm", self.new_vector(a.size), a, I=a.size, eps=eps, w=weight)
 
     def attention(self, layer: nn.Module, index: int, stream: Value) -> None:
         attention: Any = layer.self_attn
@@ -353,7 +353,7 @@ class Program:
         )
         attended = self.add(
             "attention",
-            self.value(heads * width),
+            self.new_vector(heads * width),
             projected,
             I=width,
             O=heads,
@@ -381,7 +381,7 @@ class Program:
         outputs, inputs = weight.shape
         return self.add(
             "matrix",
-            y or self.value(outputs),
+            y or self.new_vector(outputs),
             a,
             w=packed,
             s=scales,
@@ -407,9 +407,9 @@ class Program:
         padded = weight.new_zeros(tiles * tile, functions, inputs)
         padded[:outputs] = weight
         padded = padded.view(tiles, tile, functions, inputs).permute(0, 3, 2, 1)
-        packed = self.keep(self._weights.empty(padded.shape, padded.dtype).copy_(padded))
+        packed = self.keep_alive(self._weights.empty(padded.shape, padded.dtype).copy_(padded))
         self.weight_bytes += packed.numel() * packed.element_size()
-        return packed, None if scales is None else self.keep(scales)
+        return packed, None if scales is None else self.keep_alive(scales)
 
     def block(self, block: nn.Module, a: Value, stream: Value) -> None:
         """stream + block(a), by the operations that torch.fx finds in the block's forward pass."""
@@ -453,7 +453,7 @@ class Program:
         return True
 
     def elementwise(self, kind: str, a: Value, u: Value | None = None, **fields) -> Value:
-        return self.add(kind, self.value(a.size), a, u, I=a.size, **fields)
+        return self.add(kind, self.new_vector(a.size), a, u, I=a.size, **fields)
 
     def product(self, a: Value, b: Value) -> Value:
         if not isinstance(a, Value) or not isinstance(b, Value):
@@ -470,14 +470,16 @@ class Program:
         silu = layer.base is not None
         if layer.is_rational:
             return self.elementwise(
-                "rational", a, u, w=self.keep(layer.coefficients), groups=layer.groups, silu=silu
+                "rational", a, u, w=self.keep_alive(layer.coefficients), groups=layer.groups, silu=silu
             )
         if isinstance(layer.basis, BSpline):
             table = layer.table()[:, 1:-1]  # [groups, G, k + 1]
         else:
             table = hermite_table(layer.basis, layer.coefficients)
         grid = grid_fields(layer.basis, table)
-        return self.elementwise("table", a, u, w=self.keep(table), groups=layer.groups, silu=silu, **grid)
+        return self.elementwise(
+            "table", a, u, w=self.keep_alive(table), groups=layer.groups, silu=silu, **grid
+        )
 
     def edges(self, layer: KANLinear, a: Value) -> Value:
         if not isinstance(layer.basis, Basis):
@@ -493,9 +495,9 @@ class Program:
             tables = hermite_table(layer.basis, torch.eye(layer.num_functions))  # [K, cells, 4]
             computed = self.add(
                 "features",
-                self.value(functions * inputs),
+                self.new_vector(functions * inputs),
                 a,
-                w=self.keep(tables),
+                w=self.keep_alive(tables),
                 I=inputs,
                 K=functions,
                 silu=base,
@@ -506,14 +508,14 @@ class Program:
         pieces = torch.tensor(uniform_pieces(layer.basis.order)).flatten()
         if scales is not None:
             pieces = torch.cat((pieces, scales))
-        scratch = self.value(inputs * (layer.basis.order + 3))
+        scratch = self.new_vector(inputs * (layer.basis.order + 3))
         return self.add(
             "edge",
-            self.value(outputs),
+            self.new_vector(outputs),
             a,
             scratch,
             w=packed,
-            s=self.keep(pieces),
+            s=self.keep_alive(pieces),
             I=inputs,
             O=outputs,
             K=functions,
@@ -527,13 +529,13 @@ class Program:
 
     def polynorm(self, layer: PolyNorm, a: Value) -> Value:
         return self.elementwise(
-            "polynorm", a, w=self.keep(torch.cat((layer.weight, layer.bias))), eps=layer.eps
+            "polynorm", a, w=self.keep_alive(torch.cat((layer.weight, layer.bias))), eps=layer.eps
         )
 
     def xielu(self, layer: XIELU, a: Value) -> Value:
         positive, negative = F.softplus(layer.alpha_p), layer.beta + F.softplus(layer.alpha_n)
         numbers = torch.cat((positive, negative, positive.new_tensor([layer.beta])))
-        return self.elementwise("xielu", a, w=self.keep(numbers))
+        return self.elementwise("xielu", a, w=self.keep_alive(numbers))
 
     def gelu(self, a: Value, approximate: str = "none") -> Value:
         if approximate != "none":

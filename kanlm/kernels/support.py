@@ -62,6 +62,30 @@ def require_unchanged(layer: KANLinear) -> None:
             )
 
 
+def is_plain_function(function: nn.Module) -> bool:
+    """Whether a call of `function` is that of a LearnedFunction and no more: no hook, no other forward."""
+    hooks = (
+        function._forward_hooks,
+        function._forward_pre_hooks,
+        function._backward_hooks,
+        function._backward_pre_hooks,
+    )
+    return type(function) is LearnedFunction and "forward" not in vars(function) and not any(hooks)
+
+
+def require_plain_function(function: nn.Module) -> None:
+    """A kernel that norms a function's input does not call the function.
+
+    Raises:
+        RuntimeError: a function that got a hook or was replaced, which the kernel would pass by.
+    """
+    if not is_plain_function(function):
+        raise RuntimeError(
+            f"{type(function).__name__}: got a hook or another forward method after kernels.select; call "
+            "kernels.select again, or work within kernels.functions_called(model)"
+        )
+
+
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype of a matrix product of x and weight here: autocast's where it is on."""
     kind = x.device.type

@@ -74,13 +74,6 @@ def check_groups(config, field: str) -> None:
         )
 
 
-def is_hooked(function: LearnedFunction) -> bool:
-    """Whether something watches or replaces the call of `function`, so that it must be called."""
-    hooks = function._forward_hooks, function._forward_pre_hooks, function._backward_hooks
-    replaced = type(function) is not LearnedFunction or "forward" in function.__dict__
-    return replaced or any(hooks) or bool(function._backward_pre_hooks)
-
-
 class ChannelKAN(FeedForward):
     """Base of the arms whose groups of channels share learned functions, between ordinary matrices.
 
@@ -91,13 +84,13 @@ class ChannelKAN(FeedForward):
 
     def __init__(self, config):
         super().__init__(config)
-        self.kernel = None  # a norm and its function in one
+        self.kernel = None  # a norm and its function in one; only kernels.select of the package kanlm sets it
 
     def apply_normed(
         self, function: LearnedFunction, a: Tensor, u: Tensor | None = None, *, norms_u: bool = True
     ) -> Tensor:
         """function(norm(a)), or that times norm(u), or times u; norms are those of `hidden_norm`."""
-        if self.kernel is not None and not is_hooked(function):
+        if self.kernel is not None:
             return self.kernel(function, a, u, norms_u and u is not None, self.norm_eps)
         if u is None:
             return function(self.normalize(a))

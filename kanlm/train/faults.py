@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from kanlm.config import RunConfig, UserError
+from kanlm.kernels import functions_called
 from kanlm.runs import FailureKind, write_json
 
 THE_LOSS = "the loss"
@@ -131,7 +132,7 @@ def first_nonfinite_layer(model: nn.Module, batches: list[dict[str, torch.Tensor
 
     handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), functions_called(model):
             for batch in batches:
                 model(**batch, use_cache=False)
     finally:

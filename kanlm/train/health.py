@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from kanlm.kernels import functions_called
 from kanlm.model.ffn import FeedForward
 from kanlm.model.kan import KANLinear, LearnedFunction, kan_coefficient_names
 
@@ -70,7 +71,7 @@ def kan_health(model: nn.Module, batch) -> dict[str, dict[str, float]]:
     handles = [module.register_forward_hook(record(name)) for name, module in layers.items()]
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), functions_called(model):
             result = model(**batch) if isinstance(batch, dict) else model(batch)
             loss = getattr(result, "loss", None)
             if loss is None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,10 @@ from kanlm.config import RunConfig, UserError
 from kanlm.evaluation.perplexity import validation_loss
 from kanlm.initial import has_dropout
 from kanlm.runs import RunDir, RunRecord
+from kanlm.sizing import architecture
 from kanlm.train import checkpoint
 from kanlm.train.batches import Batch
+from kanlm.train.build import build
 from kanlm.train.faults import (
     MAX_NONFINITE_STEPS,
     Diverged,
@@ -36,10 +39,10 @@ from kanlm.train.faults import (
 )
 from kanlm.train.gradients import clip_gradients, global_sum, gradient_norm, no_sync
 from kanlm.train.health import health_metrics
-from kanlm.train.parallel import new_accelerator, watched_machines
+from kanlm.train.parallel import new_accelerator, place, watched_machines
 from kanlm.train.resume import finished_record, held_by_this_process
 from kanlm.train.schedule import learning_rate_factor
-from kanlm.train.session import Session, build_for, open_session, opening_recorded, read_text
+from kanlm.train.session import Session, open_session, opening_recorded, read_text
 
 HIGH_LOSS, MAX_HIGH_STEPS = 1.5, 20
 """A loss above so many times ln(vocabulary), in so many steps in a row, stops a run."""
@@ -66,7 +69,15 @@ def train(config: RunConfig) -> RunRecord:
         stop_signal.at_once = True
         try:
             text = read_text(config, accelerator)
-            trainable = build_for(config, text.tokenizer, accelerator)
+            special = {name: getattr(text.tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
+            trainable = build(
+                architecture(config, len(text.tokenizer), **special),
+                config.train,
+                accelerator.device,
+                seed=config.seed,
+                init_from=config.init_from,
+                placement=partial(place, accelerator),
+            )
         except Stopped:
             if accelerator.is_main_process:
                 print(

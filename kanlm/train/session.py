@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from kanlm.runs import (
 from kanlm.sizing import architecture, parameter_counts, training_flops_per_token
 from kanlm.train import checkpoint, parallel
 from kanlm.train.batches import StepBatches
-from kanlm.train.build import Trainable, build
+from kanlm.train.build import Trainable
 from kanlm.train.checkpoint import CheckpointWriter
 from kanlm.train.faults import StopSignal, ZeroGradientWatch, failure_kind
 from kanlm.train.progress import BusyNotice, Progress, RecordKeeper, peak_flops_per_second
@@ -104,19 +103,6 @@ def read_text(config: RunConfig, accelerator: Accelerator) -> Text:
         )
         batches = StepBatches(loader, accumulation_steps)
         return Text(tokenizer, batches, token_cache(config, tokenizer, "validation"))
-
-
-def build_for(config: RunConfig, tokenizer: PreTrainedTokenizerFast, accelerator: Accelerator) -> Trainable:
-    """The run's model and optimisers on the devices of this launch."""
-    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    return build(
-        architecture(config, len(tokenizer), **special),
-        config.train,
-        accelerator.device,
-        seed=config.seed,
-        init_from=config.init_from,
-        placement=partial(parallel.place, accelerator),
-    )
 
 
 @contextmanager

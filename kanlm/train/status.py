@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -70,6 +71,12 @@ def held(run: RunDir) -> bool:
     except BlockingIOError:
         return True
     return False
+
+
+def wait_until_free(run: RunDir) -> None:
+    """Return once no process trains this run."""
+    with suppress(FileNotFoundError), open(run.root / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
 
 
 def fraction_done(run: RunDir) -> float:

@@ -66,7 +66,7 @@ def start_trackers(accelerator: Accelerator, config: RunConfig, run_dir: Path) -
     }[name]
     try:
         accelerator.init_trackers(
-            config.tracking.project, config=flat(config.model_dump()), init_kwargs=settings
+            config.tracking.project, config=dotted(config.model_dump()), init_kwargs=settings
         )
     except failures(name) as error:
         accelerator.trackers.clear()  # a half-started tracker cannot be finished
@@ -119,12 +119,12 @@ def failures(name: str) -> tuple[type[BaseException], ...]:
     return (OSError,)
 
 
-def flat(table: dict[str, Any], prefix: str = "") -> dict[str, bool | str | float | int]:
+def dotted(table: dict[str, Any], prefix: str = "") -> dict[str, bool | str | float | int]:
     """Nested tables as dotted keys with scalar values; None is left out, anything else becomes text."""
     values: dict[str, bool | str | float | int] = {}
     for key, value in table.items():
         if isinstance(value, dict):
-            values |= flat(value, f"{prefix}{key}.")
+            values |= dotted(value, f"{prefix}{key}.")
         elif value is not None:
             values[f"{prefix}{key}"] = value if isinstance(value, (bool, str, float, int)) else str(value)
     return values

@@ -10,7 +10,7 @@ from kanlm.interpret.layers import (
     function_layers,
     function_values,
     kan_layers,
-    recorded,
+    record_layers,
     with_random_weights,
     without_learned_part,
 )
@@ -86,7 +86,7 @@ def test_recorded_inputs_and_gradients_are_those_of_the_forward_pass(model):
         block.gate_proj.register_forward_hook(lambda _, __, output: seen.append(output)),
         block.up_proj.register_forward_hook(lambda _, __, output: seen.append(output)),
     ]
-    first = recorded(network, ids)[0]
+    first = record_layers(network, ids)[0]
     for handle in handles:
         handle.remove()
     torch.testing.assert_close(first.x, seen[0].reshape(-1, block.phi.channels))
@@ -114,7 +114,7 @@ def test_activations_of_mlps_are_functions_of_channels(ffn_type, model):
     before = network(input_ids=ids).logits
     assert len(function_layers(network)) == 2
     assert torch.equal(network(input_ids=ids).logits, before)
-    assert [layer.kind for layer in recorded(network, ids)] == ["channel", "channel"]
+    assert [layer.kind for layer in record_layers(network, ids)] == ["channel", "channel"]
 
 
 def test_a_norm_over_channels_is_no_function_of_a_channel(model):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kanlm.interpret.layers import FunctionLayer, recorded, replaced
+from kanlm.interpret.layers import FunctionLayer, record_layers, replaced
 from kanlm.interpret.removal import ClosedForms, lines_of, sequence_losses, start_of
 from kanlm.interpret.statistics import (
     agreement,
@@ -117,7 +117,7 @@ def test_a_model_against_models_like_itself_is_not_significant_too_often():
 def test_replacements_are_what_they_say(ffn_type, model):
     network = model(ffn_type)
     ids = torch.randint(64, (4, 32), generator=torch.Generator().manual_seed(0))
-    layer = recorded(network, ids)[-1]
+    layer = record_layers(network, ids)[-1]
     found = function_statistics(layer)
     forms = fit_functions(found.x, found.y, weight=0.0)
     x = layer.x[:50]

@@ -153,9 +153,18 @@ def test_a_watched_function_is_called_with_normed_values():
     block, x, seen = build_ffn(config), points(5, 24), []
     kernels.select(block, "cpu")
     alone = block(x)
-    block.phi.register_forward_hook(lambda module, args, output: seen.append(args[0]))
-    close(block(x), alone, 1e-5, "output")
+    handle = block.phi.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    with pytest.raises(RuntimeError, match="LearnedFunction: got a hook .* call kernels.select again"):
+        block(x)
+    with kernels.functions_called(block):
+        close(block(x), alone, 1e-5, "output")
     close(seen[0].square().mean(-1), torch.ones(5), 1e-3, "mean square")
+    kernels.select(block, "cpu")
+    close(block(x), alone, 1e-5, "output")
+    assert block.kernel is None and len(seen) == 2
+    handle.remove()
+    kernels.select(block, "cpu")
+    assert block.kernel is not None and torch.equal(block(x), alone)
 
 
 def test_kan_glu_starts_as_swiglu_bit_for_bit():

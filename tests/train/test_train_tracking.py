@@ -87,7 +87,7 @@ def test_missing_package_is_named(run_config, monkeypatch):
 
 
 def test_flat_tables_hold_scalars_only():
-    found = tracking.flat({"a": {"b": 1, "c": None, "d": [1, 2]}, "e": "x", "f": 0.5})
+    found = tracking.dotted({"a": {"b": 1, "c": None, "d": [1, 2]}, "e": "x", "f": 0.5})
     assert found == {"a.b": 1, "a.d": "[1, 2]", "e": "x", "f": 0.5}
     json.dumps(found)
 
