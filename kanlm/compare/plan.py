@@ -73,11 +73,11 @@ def planned_arms(config: CompareConfig, vocab_size: int) -> list[PlannedArm]:
         arm
         for matching in config.matching
         for size in config.sizes
-        for arm in _matched(config, matching, size, vocab_size)
+        for arm in arms_of_size(config, matching, size, vocab_size)
     ]
 
 
-def _matched(
+def arms_of_size(
     config: CompareConfig, matching: Matching, size: SizeConfig, vocab_size: int
 ) -> list[PlannedArm]:
     """The arms of one size, each as wide as makes it equal to the reference arm."""

@@ -27,7 +27,7 @@ from kanlm.initial import has_dropout
 from kanlm.runs import RunDir, RunRecord
 from kanlm.sizing import architecture
 from kanlm.train import checkpoint
-from kanlm.train.batches import Batch
+from kanlm.train.batches import Batch, read_text
 from kanlm.train.build import build
 from kanlm.train.faults import (
     MAX_NONFINITE_STEPS,
@@ -42,7 +42,7 @@ from kanlm.train.health import health_metrics
 from kanlm.train.parallel import new_accelerator, place, watched_machines
 from kanlm.train.resume import finished_record, held_by_this_process
 from kanlm.train.schedule import learning_rate_factor
-from kanlm.train.session import Session, open_session, opening_recorded, read_text
+from kanlm.train.session import Session, open_session, opening_recorded
 
 HIGH_LOSS, MAX_HIGH_STEPS = 1.5, 20
 """A loss above so many times ln(vocabulary), in so many steps in a row, stops a run."""
@@ -68,7 +68,11 @@ def train(config: RunConfig) -> RunRecord:
         # Nothing is written into the run's folder before the lock, so that a mistake leaves none behind.
         stop_signal.at_once = True
         try:
-            text = read_text(config, accelerator)
+            # Mistakes in sizes are told before any text is read; its tokenizer may be smaller than planned.
+            micro_batches = config.train.micro_batches(accelerator.num_processes)
+            _ = config.total_steps
+            architecture(config)
+            text = read_text(config, accelerator, *micro_batches)
             special = {name: getattr(text.tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
             trainable = build(
                 architecture(config, len(text.tokenizer), **special),
@@ -127,6 +131,8 @@ class Step:
     loss: float
     grad_norm: float
     learning_rate: float
+    reading_seconds: float
+    """That reading batches has taken since the last step's were taken."""
     batch: Batch
     """The last micro-batch of this process."""
     stopping: bool
@@ -138,7 +144,7 @@ class Step:
 def run_steps(session: Session) -> None:
     """Steps until the token budget is spent or a signal asks to stop; logs, validations, checkpoints."""
     settings, state = session.config.train, session.state
-    logged_tokens, logged_seconds = state.tokens, state.seconds
+    logged_tokens, logged_seconds, reading_seconds = state.tokens, state.seconds, 0.0
     stopping = False
     while state.step < session.total_steps and not stopping:
         started, thread_started = time.perf_counter(), time.thread_time()
@@ -147,6 +153,7 @@ def run_steps(session: Session) -> None:
         state.step += 1
         state.tokens += session.config.step_tokens
         state.seconds += seconds
+        reading_seconds += done.reading_seconds
         stopping = done.stopping  # on all processes, or a collective operation would wait for ever
         session.progress.step_done()
         if notice := session.busy.step_done(seconds, time.thread_time() - thread_started):
@@ -162,8 +169,8 @@ def run_steps(session: Session) -> None:
         if state.step % settings.log_every == 0 or state.step == 1 or last or validate or health:
             passed = state.seconds - logged_seconds
             values = step_metrics(session, done, (state.tokens - logged_tokens) / passed)
-            values["data_share"] = session.batches.seconds_spent() / passed
-            logged_tokens, logged_seconds = state.tokens, state.seconds
+            values["data_share"] = reading_seconds / passed
+            logged_tokens, logged_seconds, reading_seconds = state.tokens, state.seconds, 0.0
             if validate:
                 values |= validation_metrics(session, settings.eval_tokens)
             if health:
@@ -183,7 +190,7 @@ def one_step(session: Session) -> Step:
     settings, state = session.config.train, session.state
     accelerator, model = session.accelerator, session.model
     # The loader's place after these batches: a checkpoint of this step must not hold that of a read-ahead.
-    micro_batches, state.loader = session.batches.take()
+    micro_batches, state.loader, reading_seconds = session.batches.take()
     valid_tokens, stopping, save_due = agree_over_processes(session, micro_batches)
     if has_dropout(session.model_config):  # a function of the step, so that a resumed run repeats it
         torch.manual_seed(dropout_seed(session.config.seed, state.step, accelerator.process_index))
@@ -227,7 +234,7 @@ def one_step(session: Session) -> Step:
         optimizer.zero_grad()
     if accelerator.num_processes == 1:  # a signal during the step; several processes stop after the next
         stopping = session.stop_signal.received is not None
-    return Step(mean_loss, grad_norm, learning_rate, micro_batches[-1], stopping, save_due)
+    return Step(mean_loss, grad_norm, learning_rate, reading_seconds, micro_batches[-1], stopping, save_due)
 
 
 def agree_over_processes(session: Session, micro_batches: list[Batch]) -> tuple[int, bool, bool]:

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 
 from kanlm.config import WORKING_DIRECTORY, RunConfig, UserError
-from kanlm.data import TokenCache, TokenLoader, token_cache, tokenizer_for
+from kanlm.data import TokenCache, TokenLoader
 from kanlm.model.kan import kan_coefficient_names
 from kanlm.runs import (
     RunDir,
@@ -28,24 +27,15 @@ from kanlm.runs import (
     write_json,
     write_text,
 )
-from kanlm.sizing import architecture, parameter_counts, training_flops_per_token
+from kanlm.sizing import parameter_counts, training_flops_per_token
 from kanlm.train import checkpoint, parallel
-from kanlm.train.batches import StepBatches
+from kanlm.train.batches import StepBatches, Text
 from kanlm.train.build import Trainable
 from kanlm.train.checkpoint import CheckpointWriter
 from kanlm.train.faults import StopSignal, ZeroGradientWatch, failure_kind
 from kanlm.train.progress import BusyNotice, Progress, RecordKeeper, peak_flops_per_second
 from kanlm.train.resume import TrainerState
 from kanlm.train.tracking import start_trackers
-
-
-@dataclass(frozen=True)
-class Text:
-    """The tokens of a run."""
-
-    tokenizer: PreTrainedTokenizerFast
-    batches: StepBatches
-    validation: TokenCache
 
 
 @dataclass
@@ -82,27 +72,6 @@ class Session:
     @property
     def raw_optimizers(self) -> list[torch.optim.Optimizer]:
         return [optimizer.optimizer for optimizer in self.optimizers]
-
-
-def read_text(config: RunConfig, accelerator: Accelerator) -> Text:
-    """Tokenizer and tokens, made by the main process and read by the others."""
-    # Mistakes in sizes are told before any text is read; the tokenizer may turn out smaller than planned.
-    micro_batch_size, accumulation_steps = config.train.micro_batches(accelerator.num_processes)
-    _ = config.total_steps
-    architecture(config)
-    exchange = parallel.new_exchange(accelerator) if config.data.streaming else None
-    with accelerator.main_process_first():
-        tokenizer = tokenizer_for(config)
-        loader = TokenLoader(
-            config,
-            tokenizer,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            micro_batch_size=micro_batch_size,
-            exchange=exchange,
-        )
-        batches = StepBatches(loader, accumulation_steps)
-        return Text(tokenizer, batches, token_cache(config, tokenizer, "validation"))
 
 
 @contextmanager
