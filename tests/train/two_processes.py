@@ -53,12 +53,12 @@ def train(job: dict) -> dict:
 
     def noting(self):
         (session,) = sessions
-        micro_batches, state = take(self)
+        micro_batches, *more = take(self)
         with open(config.run_dir / f"batches-{session.accelerator.process_index}", "a") as file:
             for batch in micro_batches:
                 digest = hashlib.sha256(batch["input_ids"].numpy().tobytes()).hexdigest()
                 file.write(f"{session.state.step} {digest}\n")
-        return micro_batches, state
+        return micro_batches, *more
 
     def saving(model):
         accelerator = sessions[0].accelerator
