@@ -40,6 +40,15 @@ def content(tmp_path, values, **settings) -> dict:
     return json.loads(json.dumps(report_content(load(tmp_path))))
 
 
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """A folder with its report, which these tests only read: drawing takes seconds."""
+    folder = tmp_path_factory.mktemp("reported")
+    synthetic.write(folder, losses(kan=4.1, kan_glu=3.8, swiglu=3.9), seeds=list(SEEDS))
+    report(folder)
+    return folder
+
+
 def drawn(folder, found: dict) -> dict:
     return report_pictures(load(folder), found)
 
@@ -266,10 +275,8 @@ class Page(html.parser.HTMLParser):
         self.text.append(data)
 
 
-def test_html_is_self_contained_well_formed_and_escaped(tmp_path):
-    content(tmp_path, losses(kan=4.1, kan_glu=3.8, swiglu=3.9))
-    report(tmp_path)
-    text = (tmp_path / "report.html").read_text()
+def test_html_is_self_contained_well_formed_and_escaped(reported):
+    text = (reported / "report.html").read_text()
     page = Page()
     page.feed(text)
     assert not page.open
@@ -281,27 +288,22 @@ def test_html_is_self_contained_well_formed_and_escaped(tmp_path):
     assert len(identifiers) == len(set(identifiers)) > 5
 
 
-def test_markdown_names_pictures_that_exist_and_keeps_its_tables(tmp_path):
-    content(tmp_path, losses(kan=4.1, kan_glu=3.8, swiglu=3.9))
-    report(tmp_path)
-    text = (tmp_path / "report.md").read_text()
+def test_markdown_names_pictures_that_exist_and_keeps_its_tables(reported):
+    text = (reported / "report.md").read_text()
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert len(pictures) == 6
     for picture in pictures:
-        ElementTree.fromstring((tmp_path / picture).read_text())
+        ElementTree.fromstring((reported / picture).read_text())
     for table in re.findall(r"(?:^\|.*\|\n)+", text, flags=re.M):
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
         assert len(widths) == 1, table
 
 
-def test_the_report_is_a_function_of_the_artifacts(tmp_path):
-    values = losses(kan=4.1, kan_glu=3.8, swiglu=3.9)
-    content(tmp_path, values)
-    report(tmp_path)
+def test_the_report_is_a_function_of_the_artifacts(reported):
     names = ("report.html", "report.md", "report.json")
-    before = [(tmp_path / name).read_bytes() for name in names]
-    report(tmp_path)
-    assert [(tmp_path / name).read_bytes() for name in names] == before
+    before = [(reported / name).read_bytes() for name in names]
+    report(reported)
+    assert [(reported / name).read_bytes() for name in names] == before
 
 
 def test_the_report_loads_no_model(tmp_path):
