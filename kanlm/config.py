@@ -413,13 +413,12 @@ def parsed(
         return kind.model_validate(table)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "(file)"
+        key = ".".join(str(part) for part in first["loc"])
         value = first.get("input")
-        shown = (
-            ""
-            if first["type"] in ("missing", "extra_forbidden")
-            else f", got {value!r} ({type(value).__name__})"
-        )
+        # A rule over several keys names them itself; it has the whole table as its value.
+        whole_table = first["type"] == "value_error" and isinstance(value, dict)
+        unshown = first["type"] in ("missing", "extra_forbidden") or whole_table
+        shown = "" if unshown else f", got {value!r} ({type(value).__name__})"
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             fields = _fields_at(kind, first["loc"][:-1])
@@ -429,10 +428,11 @@ def parsed(
         for override in overrides:
             set_key = override.partition("=")[0].strip()
             inside = first["type"] == "extra_forbidden" and set_key.startswith(f"{key}.")
-            if inside or f"{key}.".startswith(f"{set_key}."):
+            if key and (inside or f"{key}.".startswith(f"{set_key}.")):
                 where = f"override {override!r}"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise UserError(f"{where}: {key}: {message}{shown}{more}") from None
+        place = f"{where}: {key}" if key else where
+        raise UserError(f"{place}: {message}{shown}{more}") from None
 
 
 def _fields_at(kind: type[Section], loc: tuple) -> list[str]:

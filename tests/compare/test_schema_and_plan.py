@@ -167,6 +167,7 @@ def test_mistakes_are_one_line_that_names_the_key(tmp_path, before, after, messa
     with pytest.raises(UserError, match=message) as caught:
         loaded(tmp_path, TOML.replace(before, after, 1))
     assert "\n" not in str(caught.value) and "study.toml" in str(caught.value)
+    assert len(str(caught.value)) < 400, "a rule over several keys does not show the whole file"
 
 
 def test_a_base_file_is_read_beside_the_comparison_and_can_be_overridden(tmp_path):
