@@ -504,6 +504,7 @@ LABELS = (
     "hidden_norm",
     "kan_num_groups",
     "kan_grid_size",
+    "kan_initial",
     "min_lr_ratio",
     "weight_decay",
 )
@@ -515,6 +516,8 @@ def label_of(row: dict[str, Any]) -> str:
     if "functions_of" in row:
         shapes = "frozen at shapes" if "frozen" in row else "from shapes"
         parts.append(f"{shapes} of seed {row['functions_of']}")
+    elif "frozen" in row:
+        parts.append("frozen")
     return ", ".join(parts + [f"{key}={row[key]}" for key in LABELS[2:] if key in row])
 
 

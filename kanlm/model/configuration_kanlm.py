@@ -49,7 +49,8 @@ class KanLMConfig(PreTrainedConfig):
     `kan_num_groups` learned functions serve the channels of a `kan_act`, `kan_grouped`, `kan_glu` or
     `kan_product` layer;
     `kan_glu_form` (`interpolated` or `residual`) says whether the gate's function starts as a spline fitted
-    to SiLU or as SiLU plus a zero correction.
+    to SiLU or as SiLU plus a zero correction; `kan_initial` (`default`, `silu`, `gelu` or `gelu_wave`, see
+    `LearnedFunction`) what the function in the activation's place is at first, `default` the arm's own.
 
     `format_version` must be the one that this code reads; `kanlm_version` names the kanlm that exported it.
 
@@ -103,6 +104,7 @@ class KanLMConfig(PreTrainedConfig):
     kan_conditioning: str = "none"
     kan_num_groups: int = 8
     kan_glu_form: str = "interpolated"
+    kan_initial: str = "default"
 
     format_version: int = FORMAT_VERSION
     kanlm_version: str | None = None

@@ -58,6 +58,9 @@ def check_functions(config) -> None:
     check_choice("kan_base", config.kan_base, ("silu", "none"))
     check_choice("kan_conditioning", config.kan_conditioning, ("none", "whitened"))
     check_choice("kan_glu_form", config.kan_glu_form, ("interpolated", "residual"))
+    check_choice("kan_initial", config.kan_initial, ("default", "silu", "gelu", "gelu_wave"))
+    if config.kan_initial == "gelu_wave" and config.kan_basis == "rational":
+        raise ValueError("kan_initial: a rational function cannot start at 'gelu_wave'; choose gelu or silu")
     if not 0 <= config.kan_order <= MAX_ORDER:
         raise ValueError(f"kan_order: must lie in 0..{MAX_ORDER}, got {config.kan_order}")
     low, high = config.kan_grid_min, config.kan_grid_max
@@ -124,6 +127,11 @@ class ChannelKAN(FeedForward):
         return cls.functions * cls.function_flops(config) + cls.gated
 
     @staticmethod
+    def start(config, own: str) -> str:
+        """What the function in the activation's place is at first, in an arm whose own is `own`."""
+        return own if config.kan_initial == "default" else config.kan_initial
+
+    @staticmethod
     def make_function(config, channels: int, initial: str, base: str | None = None) -> LearnedFunction:
         return LearnedFunction(
             channels,
@@ -141,7 +149,7 @@ class ActivationKAN(ChannelKAN):
 
     def __init__(self, config):
         super().__init__(config)
-        self.phi = self.make_function(config, config.intermediate_size, "gelu")
+        self.phi = self.make_function(config, config.intermediate_size, self.start(config, "gelu"))
 
     def forward(self, u: Tensor) -> Tensor:
         return self.down_proj(self.apply_normed(self.phi, self.up_proj(u)))
@@ -159,7 +167,7 @@ class GroupedKAN(ChannelKAN):
     def __init__(self, config):
         super().__init__(config)
         self.phi_in = self.make_function(config, config.hidden_size, "identity")
-        self.phi_hidden = self.make_function(config, config.intermediate_size, "gelu")
+        self.phi_hidden = self.make_function(config, config.intermediate_size, self.start(config, "gelu"))
 
     def forward(self, u: Tensor) -> Tensor:
         return self.down_proj(self.apply_normed(self.phi_hidden, self.up_proj(self.phi_in(u))))
@@ -196,7 +204,7 @@ class KANGLU(ChannelKAN):
     def __init__(self, config):
         super().__init__(config)
         residual = config.kan_glu_form == "residual"
-        initial, base = ("zero", "silu") if residual else ("silu", None)
+        initial, base = ("zero", "silu") if residual else (self.start(config, "silu"), None)
         self.phi = self.make_function(config, config.intermediate_size, initial, base)
 
     def forward(self, u: Tensor) -> Tensor:
@@ -218,7 +226,7 @@ class ProductKAN(ChannelKAN):
 
     def __init__(self, config):
         super().__init__(config)
-        self.phi = self.make_function(config, config.intermediate_size, "silu")
+        self.phi = self.make_function(config, config.intermediate_size, self.start(config, "silu"))
         self.psi = self.make_function(config, config.intermediate_size, "identity")
 
     def forward(self, u: Tensor) -> Tensor:

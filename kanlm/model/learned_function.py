@@ -19,6 +19,8 @@ INITIAL_FUNCTIONS = {
     "identity": lambda x: x,
     "silu": F.silu,
     "gelu": F.gelu,
+    # What functions that begin as GELU after a hidden norm turn into, whatever the seed and the text.
+    "gelu_wave": lambda x: F.gelu(x) - 0.4 * (x + 0.7) * torch.exp(-0.5 * (x + 0.7) ** 2),
 }
 
 
@@ -36,11 +38,12 @@ class LearnedFunction(nn.Module):
         basis, grid_size, order, grid_min, grid_max: see `basis.make_basis`; the grid is also where
             `initial` is fitted.
         base: "silu" or None, a fixed function b added to the learned one.
-        initial: "silu", "gelu", "identity" or "zero": what the learned part is at the start.
+        initial: "silu", "gelu", "gelu_wave" (GELU less 0.4 (x + 0.7) exp(-(x + 0.7)^2 / 2)), "identity" or
+            "zero": what the learned part is at the start.
 
     Raises:
-        ValueError: groups that do not divide channels, unknown names, a rational function from zero, inputs
-            whose last dimension is not C.
+        ValueError: groups that do not divide channels, unknown names, a rational function from zero or
+            `gelu_wave`, inputs whose last dimension is not C.
     """
 
     def __init__(

@@ -50,10 +50,10 @@ def initial_rational(name: str) -> tuple[float, ...]:
     """The ten coefficients of a fit, or of exactly the identity.
 
     Raises:
-        ValueError: "zero", whose numerator would get no gradient through any denominator.
+        ValueError: "zero", whose numerator would get no gradient through any denominator, and "gelu_wave".
     """
-    if name == "zero":
-        raise ValueError("initial: a rational function cannot start at 'zero' and train; choose 'identity'")
+    if name in ("zero", "gelu_wave"):
+        raise ValueError(f"initial: a rational function cannot start at {name!r}; choose 'identity' or 'gelu'")
     if name in FITS:
         numerator, denominator = FITS[name]
     else:  # x = x Q(x) / Q(x), with the Q of SiLU

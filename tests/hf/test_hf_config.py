@@ -127,6 +127,8 @@ def test_a_wrong_type_is_refused_at_construction_and_on_assignment(field, value)
         ({"kan_order": 9}, r"kan_order: must lie in 0\.\.5, got 9"),
         ({"kan_order": -1}, "kan_order: .*-1"),
         ({"kan_grid_min": 2.0, "kan_grid_max": 2.0}, "kan_grid_min: .*below kan_grid_max, got 2.0 and 2.0"),
+        ({"kan_initial": "sine"}, "kan_initial: unknown value 'sine'; .*gelu_wave"),
+        ({"kan_initial": "gelu_wave", "kan_basis": "rational"}, "kan_initial: a rational function cannot"),
         (
             {"kan_glu_form": "zero"},
             "kan_glu_form: unknown value 'zero'; choose one of interpolated, residual",

@@ -130,6 +130,14 @@ def test_start(initial, form, tolerance):
     assert float((layer(x) - target).detach().abs().max()) < tolerance
 
 
+def test_gelu_wave_is_gelu_and_one_wave():
+    layer = LearnedFunction(2, 1, initial="gelu_wave", dtype=torch.float64)
+    x = torch.linspace(-4, 4, 500, dtype=torch.float64).unsqueeze(-1).expand(-1, 2)
+    wave = -0.4 * (x + 0.7) * torch.exp(-((x + 0.7) ** 2) / 2)
+    assert float((layer(x) - F.gelu(x) - wave).detach().abs().max()) < 2e-3
+    assert abs(float(wave.max()) - 0.4 * math.exp(-0.5)) < 1e-4  # the extrema lie one on either side of -0.7
+
+
 @pytest.mark.parametrize(("initial", "error"), [("silu", 1.2e-5), ("gelu", 2.4e-3), ("identity", 1e-12)])
 def test_rational_fits_are_as_good_as_stated(initial, error):
     layer = LearnedFunction(2, 1, "rational", initial=initial, dtype=torch.float64)
