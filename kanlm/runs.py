@@ -197,18 +197,26 @@ def last_metrics(run: RunDir) -> dict[str, float]:
     return values
 
 
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """`tokenizer.save_pretrained(folder)` that raises OSError where the disk gives an error.
+@contextmanager
+def system_errors(path: str | Path) -> Iterator[None]:
+    """OSError where tokenizers or safetensors tell the system's error only by its number in a text.
 
-    The tokenizers library has no class of its own for that, only the system's number in a text.
+    Its file is the one that the text names, else `path`.
     """
     try:
-        tokenizer.save_pretrained(folder)
+        yield
     except Exception as error:
-        if type(error) is not Exception or not (found := re.search(r"\(os error (\d+)\)", str(error))):
+        known = re.search(r"\(os error (\d+)\)|unable to open file <(.+)> .*\((\d+)\)", str(error))
+        if type(error) not in (Exception, RuntimeError) or not known:
             raise
-        number = int(found[1])
-        raise OSError(number, os.strerror(number), str(folder / "tokenizer.json")) from None
+        number = int(known[1] or known[3])
+        raise OSError(number, os.strerror(number), known[2] or str(path)) from None
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """`tokenizer.save_pretrained(folder)` that raises OSError where the disk gives an error."""
+    with system_errors(folder / "tokenizer.json"):
+        tokenizer.save_pretrained(folder)
 
 
 def json_sha256(value: Any, sort_keys: bool = False) -> str:
@@ -249,15 +257,16 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     """A temporary sibling folder that becomes `path` in one rename if the block ends well, else vanishes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = made = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         os.chmod(temporary, 0o755)
         yield temporary
         fsync_folder(temporary)
         os.rename(temporary, path)
+        made = path  # an error from here on must not leave what the same command would find there
         fsync_one(path.parent)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)
         raise
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kanlm.model  # noqa: F401  registers the classes that serve kanlm's own folders
 from kanlm.checksums import downloaded, must_be_readable, verify
 from kanlm.config import UserError
-from kanlm.runs import RunDir, read_json
+from kanlm.runs import RunDir, read_json, system_errors
 from kanlm.trust import refuse_model_code
 
 
@@ -54,13 +54,18 @@ def load_causal_lm(
         if not trust_remote_code:
             refuse_model_code(place)
         verify(path)
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            place,
-            trust_remote_code=trust_remote_code,
-            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-        )
+        with system_errors(path / "tokenizer.json"):
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                place,
+                trust_remote_code=trust_remote_code,
+                dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+            )
     except OSError as error:
+        if error.errno is not None and error.filename is not None and path.exists():
+            raise UserError(
+                f"{error.filename}: cannot be read ({error.strerror}); run the same command again"
+            ) from error
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"model {model_path}: neither a model folder nor a reachable hub id: {first_line}"

@@ -53,7 +53,9 @@ def initial_rational(name: str) -> tuple[float, ...]:
         ValueError: "zero", whose numerator would get no gradient through any denominator, and "gelu_wave".
     """
     if name in ("zero", "gelu_wave"):
-        raise ValueError(f"initial: a rational function cannot start at {name!r}; choose 'identity' or 'gelu'")
+        raise ValueError(
+            f"initial: a rational function cannot start at {name!r}; choose 'identity' or 'gelu'"
+        )
     if name in FITS:
         numerator, denominator = FITS[name]
     else:  # x = x Q(x) / Q(x), with the Q of SiLU
