@@ -604,7 +604,7 @@ def judged_phase(phase: dict[str, Any], done: list[dict[str, Any]]) -> tuple[lis
     arms = [
         ArmLosses(
             label,
-            find_arm(own[0]["arm"]).family,
+            "control" if "frozen" in own[0] else find_arm(own[0]["arm"]).family,
             validation={row["seed"]: row["valid"] for row in own if "valid" in row},
             test={row["seed"]: row["test"] for row in own if "test" in row},
             diverged=[row["seed"] for row in own if row["state"] == "diverged"],
