@@ -70,7 +70,7 @@ def is_plain_function(function: nn.Module) -> bool:
         function._backward_hooks,
         function._backward_pre_hooks,
     )
-    return type(function) is LearnedFunction and "forward" not in vars(function) and not any(hooks)
+    return type(function) is LearnedFunction and "forward" not in function.__dict__ and not any(hooks)
 
 
 def require_plain_function(function: nn.Module) -> None:
