@@ -36,6 +36,7 @@ def config(ffn_type: str, **more) -> SimpleNamespace:
         "kan_conditioning": "none",
         "kan_num_groups": 8,
         "kan_glu_form": "interpolated",
+        "kan_initial": "default",
     }
     return SimpleNamespace(**values | more)
 
