@@ -25,6 +25,8 @@ import os
 import shutil
 import tomllib
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -35,6 +37,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from kanlm import kernels
 from kanlm.compare.judgement import ArmLosses, Judgement, judge, learned_nothing, sentence
@@ -307,7 +310,8 @@ def train_and_judge(trial: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {"key": key_of(trial), **trial}
     print(key_of(trial), flush=True)
     try:
-        record = train(config)
+        with one_function_for_all_layers() if trial.get("shared") else nullcontext():
+            record = train(config)
     except Exception as error:
         if type(error).__name__ != "Diverged":
             raise
@@ -345,6 +349,24 @@ def train_and_judge(trial: dict[str, Any]) -> dict[str, Any]:
         shutil.rmtree(config.run_dir, ignore_errors=True)
     print(f"  valid {result['valid']:.4f}  {result['seconds']:.0f} s", flush=True)
     return result
+
+
+@contextmanager
+def one_function_for_all_layers() -> Iterator[None]:
+    """Within, functions of all layers take one step, by their mean gradient: begun equal, they stay so."""
+
+    def share(optimizer, *_) -> None:
+        for group in optimizer.param_groups:
+            if group["name"] == "kan":
+                mean_gradient = torch.stack([p.grad for p in group["params"]]).mean(dim=0)
+                for parameter in group["params"]:
+                    parameter.grad.copy_(mean_gradient)
+
+    hook = register_optimizer_step_pre_hook(share)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def trained_model(config: RunConfig) -> KanLMForCausalLM:
@@ -518,6 +540,8 @@ def label_of(row: dict[str, Any]) -> str:
         parts.append(f"{shapes} of seed {row['functions_of']}")
     elif "frozen" in row:
         parts.append("frozen")
+    if "shared" in row:
+        parts.append("one function for all layers")
     return ", ".join(parts + [f"{key}={row[key]}" for key in LABELS[2:] if key in row])
 
 
