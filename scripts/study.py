@@ -251,10 +251,29 @@ def begun_with_functions(trial: dict[str, Any], config: RunConfig) -> RunConfig:
     learned = {**own, "seed": trial["functions_of"], "keep": True, "zero_shot": True}
     if trial.get("frozen"):
         learned["kan_learning_rate"] = trial["frozen"]  # at which they were learned
-    source, tokenizer = trained_model(run_config(learned)), tokenizer_for(config)
+    source = trained_model(run_config(learned))
+    return begun_at(trial, config, coefficients_of(source))
+
+
+def begun_with_waves(trial: dict[str, Any], config: RunConfig) -> RunConfig:
+    """The run of `config`, the first `waves` functions of each layer begun as `gelu_wave`."""
     torch.manual_seed(trial["seed"])
-    model = KanLMForCausalLM(source.config)
-    shapes = {name: value for name, value in source.state_dict().items() if name.endswith("coefficients")}
+    model = KanLMForCausalLM(architecture(config))
+    waves = KanLMForCausalLM(KanLMConfig(**{**model.config.to_dict(), "kan_initial": "gelu_wave"}))
+    shapes, count = coefficients_of(model), trial["waves"]
+    for name, value in coefficients_of(waves).items():
+        shapes[name] = torch.cat((value[:count], shapes[name][count:]))
+    return begun_at(trial, config, shapes)
+
+
+def coefficients_of(model: KanLMForCausalLM) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in model.state_dict().items() if name.endswith("coefficients")}
+
+
+def begun_at(trial: dict[str, Any], config: RunConfig, shapes: dict[str, torch.Tensor]) -> RunConfig:
+    """The run of `config` from its own draws but for the coefficients, which are `shapes`."""
+    torch.manual_seed(trial["seed"])
+    model, tokenizer = KanLMForCausalLM(architecture(config)), tokenizer_for(config)
     model.load_state_dict({**model.state_dict(), **shapes})
     folder = ROOT / "begun" / name_of(trial)
     shutil.rmtree(folder, ignore_errors=True)
@@ -307,6 +326,8 @@ def train_and_judge(trial: dict[str, Any]) -> dict[str, Any]:
     config = run_config(trial)
     if "functions_of" in trial:
         config = begun_with_functions(trial, config)
+    if "waves" in trial:
+        config = begun_with_waves(trial, config)
     result: dict[str, Any] = {"key": key_of(trial), **trial}
     print(key_of(trial), flush=True)
     try:
@@ -540,6 +561,8 @@ def label_of(row: dict[str, Any]) -> str:
         parts.append(f"{shapes} of seed {row['functions_of']}")
     elif "frozen" in row:
         parts.append("frozen")
+    if "waves" in row:
+        parts.append(f"{row['waves']} functions of a layer from gelu_wave")
     if "shared" in row:
         parts.append("one function for all layers")
     return ", ".join(parts + [f"{key}={row[key]}" for key in LABELS[2:] if key in row])
