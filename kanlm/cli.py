@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import json
 import logging
 import os
@@ -140,6 +141,8 @@ def export_verb(
     With --push-to-hub RUN may also be an exported folder, or a comparison: a model for each of its arms, and
     a collection of them.
     """
+    if repo is None and (public or dry_run):
+        raise click.UsageError(f"{'--public' if public else '--dry-run'} belongs to --push-to-hub OWNER/NAME")
     from kanlm.export import export, export_onnx
 
     if onnx or int8 or page:
@@ -193,9 +196,11 @@ def eval_verb(
 ) -> None:
     """Perplexity of any causal language MODELS (folders or hub ids); more than one are compared."""
     from kanlm.evaluation.table import evaluate_all, text_table
-    from kanlm.export import update_card
+    from kanlm.export import card_of, update_card
     from kanlm.runs import write_json
 
+    for model in models if card else ():
+        card_of(model)  # a missing one is told before the hours of an evaluation
     evaluation = evaluate_all(models, texts, **settings)
     if out:
         write_json(out, evaluation.as_json())
@@ -329,9 +334,9 @@ def generate_verb(model: str, prompts: tuple[str, ...], interactive: bool, **set
     from kanlm.evaluation.generation import converse, generate, typed_lines
 
     if interactive or not prompts and sys.stdin.isatty():
-        converse(model, typed_lines(), **settings)
+        converse(model, itertools.chain(prompts, typed_lines()), **settings)
     else:
-        generate(model, prompts or sys.stdin.read(), **settings)
+        generate(model, prompts or sys.stdin.read().removesuffix("\n"), **settings)  # as echo writes it
 
 
 @verb("inspect", "kanlm inspect runs/tiny-kan_glu/hf --data stdlib --out inspect/")

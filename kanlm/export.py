@@ -125,7 +125,9 @@ def export_model(
         save_tokenizer(tokenizer, folder)
         for weights in folder.glob("*.safetensors"):  # safetensors writes for the owner alone
             weights.chmod((folder / "config.json").stat().st_mode)
-        write_text(folder / "README.md", str(model_card(model, {**card, "eval_reports": reports})))
+        code = "auto_map" in read_json(folder / "tokenizer_config.json")
+        facts = {**card, "eval_reports": reports, "tokenizer_has_code": code}
+        write_text(folder / "README.md", str(model_card(model, facts)))
         write_text(folder / checksums.NAME, checksums.checksums(folder))
     return out
 
@@ -226,14 +228,20 @@ def update_card(folder: str | Path, eval_reports: Iterable[EvalReport]) -> None:
     Raises:
         UserError: `folder` has no card.
     """
-    path = Path(folder) / "README.md"
-    if not path.is_file():
-        raise UserError(f"{path}: no model card; expected a folder written by `kanlm export`")
+    path = card_of(folder)
     reports = list(eval_reports)
     card = ModelCard.load(path)
     card.data.eval_results = _eval_results(reports)
     card.text = card.text.partition(EVALUATION)[0].rstrip("\n") + "\n\n" + _evaluation_section(reports)
     write_text(path, str(card))
+
+
+def card_of(folder: str | Path) -> Path:
+    """The model card in the exported `folder`; UserError where there is none."""
+    path = Path(folder) / "README.md"
+    if not path.is_file():
+        raise UserError(f"{path}: no model card; expected a folder written by `kanlm export`")
+    return path
 
 
 def _kan_rate(settings: dict[str, Any]) -> str:
@@ -284,6 +292,7 @@ def model_card(model: PreTrainedModel, facts: dict[str, Any]) -> ModelCard:
         if converted
         else "after `import kanlm` the installed package is used, and no trust is asked for."
     )
+    trust = bool(facts.get("tokenizer_has_code"))
     text = f"""# {name}
 
 A small decoder-only language model by kanlm {__version__}: {body} {ffn} feed-forward blocks.
@@ -295,7 +304,7 @@ A small decoder-only language model by kanlm {__version__}: {body} {ffn} feed-fo
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code={trust})
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 inputs = tokenizer(text, return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))

@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from kanlm.checksums import verify
 from kanlm.compare.artifacts import CompareDir, load
 from kanlm.config import UserError, one_line
-from kanlm.export import EVALUATION, export
+from kanlm.export import EVALUATION, card_of, export
 from kanlm.runs import RunDir, read_json
 
 HTTP_ERRORS = (OSError, *HfHubHTTPError.__bases__)
@@ -121,10 +121,7 @@ def arm_uploads(source: str | Path, repo: str) -> list[Upload]:
 
 def evaluation_of(folder: Path) -> str:
     """The evaluation section of the card in `folder`."""
-    card = folder / "README.md"
-    if not card.is_file():
-        raise UserError(f"{card}: no model card; expected a folder written by `kanlm export`")
-    return card.read_text(encoding="utf-8").partition(EVALUATION)[2]
+    return card_of(folder).read_text(encoding="utf-8").partition(EVALUATION)[2]
 
 
 def listing(upload: Upload, private: bool) -> str:

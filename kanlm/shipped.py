@@ -16,7 +16,8 @@ def listing(width: int = 110) -> str:
     lines = []
     for name, path in configs.items():
         text = path.read_text(encoding="utf-8")
-        verb = "compare" if "arms" in tomllib.loads(text) else "train"
+        table = tomllib.loads(text)
+        verb = "script" if "phase" in table else "compare" if "arms" in table else "train"
         line = f"{name:{longest}}  {verb:7}  {first_sentence(text)}"
         lines.append(line if len(line) <= width else line[: width - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}")
     lines += ["", f"for accelerate launch --config_file: {', '.join(launch_configs())}"]

@@ -50,6 +50,7 @@ def test_every_verb_has_help_with_an_example(name, command):
         (["eval", "nowhere", "--data", "stories"], ["nowhere"]),
         (["bench", "train", "--size", "3m"], ["--size", "'3m'", "1m"]),
         (["eval", "x", "--data", "y", "--stride", "0"], ["--stride"]),
+        (["export", "x", "--dry-run"], ["--dry-run belongs to --push-to-hub"]),
     ],
     ids=lambda value: "-".join(value)[:40] if isinstance(value, list) else None,
 )

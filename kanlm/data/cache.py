@@ -24,6 +24,8 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -133,7 +135,7 @@ def cached(
     identity = _identity(sources, tokenizer)
     folder = _folder(config, split, identity)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with FileLock(f"{folder}.lock"), _told_of_lost_workers():
         if not folder.is_dir():
             build = _Build(folder, sources, tokenizer, identity, split, shard_characters)
             try:
@@ -170,7 +172,8 @@ def cached_share(
     if not folder.is_dir():
         build = _Build(folder, sources, tokenizer, identity, split, shard_characters)
         try:
-            number = build.run(config.data.num_workers, share)
+            with _told_of_lost_workers():
+                number = build.run(config.data.num_workers, share)
             with FileLock(f"{folder}.lock"):
                 if not folder.is_dir():
                     if missing := number - len(build.written()):
@@ -184,6 +187,18 @@ def cached_share(
             else:
                 raise
     return _checked_cache(folder, identity)
+
+
+@contextmanager
+def _told_of_lost_workers() -> Iterator[None]:
+    """A process that tokenises and is killed from outside, as UserError; what was packed stays."""
+    try:
+        yield
+    except BrokenProcessPool:
+        raise UserError(
+            "data.num_workers: a process that tokenises was killed, most likely for want of memory; run the "
+            "same command again with fewer"
+        ) from None
 
 
 def _identity(sources: tuple[Source, ...], tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:

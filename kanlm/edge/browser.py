@@ -32,12 +32,7 @@ DRAWN, POINTS = 12, 81
 
 
 def add_page(folder: Path, model: nn.Module, title: str) -> None:
-    """Write index.html and web/ into the `folder` of ONNX files of `model`.
-
-    Raises:
-        UserError: npm is missing or cannot fetch the libraries.
-    """
-    vendor(folder / "web")
+    """Write index.html into the `folder` of ONNX files of `model`, where `vendor` has written web/."""
     graphs = sorted(path.name for path in folder.glob("*.onnx"))
     facts = {"title": title, "graphs": graphs, "layers": curves(model)}
     embedded = json.dumps(facts).replace("<", "\\u003c")
@@ -46,7 +41,11 @@ def add_page(folder: Path, model: nn.Module, title: str) -> None:
 
 
 def vendor(web: Path) -> None:
-    """The files of LIBRARIES in the new folder `web`."""
+    """The files of LIBRARIES in the new folder `web`.
+
+    Raises:
+        UserError: npm is missing or cannot fetch them.
+    """
     npm = shutil.which("npm")
     if npm is None:
         raise UserError("npm: not installed, and --page takes its libraries from it; install Node.js")

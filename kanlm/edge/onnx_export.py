@@ -30,7 +30,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from kanlm import checksums
 from kanlm.config import UserError
-from kanlm.edge.browser import add_page
+from kanlm.edge.browser import add_page, vendor
 from kanlm.edge.functions import translations, with_graph_functions
 from kanlm.model.modeling_kanlm import CACHE
 from kanlm.runs import new_folder, save_tokenizer, write_json, write_text
@@ -84,14 +84,15 @@ def write_onnx(
     With a `page_title` also the page of browser.py.
 
     Raises:
-        UserError: what `graph` and `add_page` refuse; `folder` exists.
+        UserError: what `graph` and `vendor` refuse; `folder` exists.
     """
     folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder}: exists already; delete it to write the ONNX files again")
-    program = graph(model)
-    proto = stripped(program.model_proto)
     with new_folder(folder) as made:
+        if page_title is not None:
+            vendor(made / "web")  # a missing npm is told before the minutes of tracing
+        proto = stripped(graph(model).model_proto)
         save(proto, made / FP32)
         if int8:
             from kanlm.edge.int8 import with_int8_weights

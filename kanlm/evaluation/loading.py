@@ -36,16 +36,7 @@ def load_causal_lm(
     path = Path(model_path)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise UserError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
-    if not path.exists() and str(model_path).startswith((".", "/", "~")):
-        raise UserError(f"model {model_path}: no such folder; give an exported folder or a hub id")
-    if RunDir(path).record.is_file():
-        raise UserError(
-            f"model {model_path}: a run, not a model; run `kanlm export` and give {RunDir(path).hf}"
-        )
-    if path.exists() and not (path / "config.json").is_file():
-        raise UserError(
-            f"model {model_path}: no config.json there; expected a folder written by `kanlm export`"
-        )
+    must_be_model(model_path)
     if path.exists():
         must_be_readable(path)
     place = path if path.exists() else downloaded(model_path) or model_path
@@ -72,6 +63,25 @@ def load_causal_lm(
         ) from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), tokenizer
+
+
+def must_be_model(model_path: str | Path) -> None:
+    """Raise where `model_path` is neither the folder of a model nor what may be a hub id.
+
+    Raises:
+        UserError: no such folder, a run, or a folder without a config.json.
+    """
+    path = Path(model_path)
+    if not path.exists() and (str(model_path).startswith((".", "/", "~")) or str(model_path).count("/") > 1):
+        raise UserError(f"model {model_path}: no such folder; give an exported folder or a hub id")
+    if RunDir(path).record.is_file():
+        raise UserError(
+            f"model {model_path}: a run, not a model; run `kanlm export` and give {RunDir(path).hf}"
+        )
+    if path.exists() and not (path / "config.json").is_file():
+        raise UserError(
+            f"model {model_path}: no config.json there; expected a folder written by `kanlm export`"
+        )
 
 
 def register_converted(folder: Path) -> None:

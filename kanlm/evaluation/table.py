@@ -7,6 +7,7 @@ the pairs are consecutive parts of it.
 
 from __future__ import annotations
 
+import glob
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from scipy import stats as distributions
 
 from kanlm import metrics, stats
 from kanlm.config import UserError
+from kanlm.evaluation.loading import must_be_model
 from kanlm.evaluation.perplexity import (
     Score,
     held_out_documents,
@@ -91,7 +93,9 @@ def evaluate_all(
         raise UserError(f"--token-losses: expected a .safetensors or .parquet file, got {losses}")
     reports: list[EvalReport] = []
     scores: list[Score] = []
-    sizes = [_bytes(text, split, reading) if progress else None for text in texts]
+    for one in models:  # the last one's mistake is told before the hours that the first may take
+        must_be_model(one)
+    sizes = [_bytes(text, split, reading, progress) for text in texts]
     for model_path in models:
         model, tokenizer = load_fast(model_path, dtype, device, trust_remote_code)
         context = usable_context(model, context_length, str(model_path))
@@ -117,11 +121,14 @@ def evaluate_all(
     return Evaluation(reports, list(_differences(reports, scores, len(texts))))
 
 
-def _bytes(text: str | Path, split: str | None, reading: dict[str, Any]) -> int | None:
-    """Size of a local text, for the time left; None where reading it twice means fetching it twice."""
-    if not (Path(text).exists() or str(text) in ("stdlib", "stories")):
-        return None
+def _bytes(text: str | Path, split: str | None, reading: dict[str, Any], counted: bool) -> int | None:
+    """Size of a local text, for the time left; None where it is not `counted`, or where reading it twice
+    means fetching it twice. UserError where there is no such text.
+    """
     documents, _, _ = held_out_documents(text, split, **reading)
+    local = Path(text).exists() or glob.has_magic(str(text)) or str(text) in ("stdlib", "stories")
+    if not (counted and local):
+        return None
     return sum(len(document.encode("utf-8")) for document in documents)
 
 

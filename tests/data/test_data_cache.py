@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -312,6 +313,26 @@ def test_hub_that_goes_away_costs_no_shard(jsonl, tmp_path, config_for, monkeypa
     again = shards_of(config, tokenizer, 6000, monkeypatch)
     assert again.manifest == reference.manifest
     assert (again.folder / "shard-00000.bin").stat().st_mtime_ns == written
+
+
+def test_worker_that_is_killed_is_one_line_and_costs_no_shard(jsonl, tmp_path, config_for, monkeypatch):
+    config = config_for(jsonl, num_workers=2)
+    tokenizer = tokenizer_for(config)
+    packed = Packer.packed
+
+    def killed(packer, fragments, num_workers):
+        shards = 0
+        for part in packed(packer, fragments):
+            yield part
+            shards += part.ends_shard
+            if shards == 2:
+                raise BrokenProcessPool("A process in the process pool was terminated abruptly")
+
+    monkeypatch.setattr(Packer, "packed", killed)
+    with pytest.raises(UserError, match="data.num_workers: .* want of memory.* again with fewer"):
+        shards_of(config, tokenizer, 6000, monkeypatch)
+    (partial,) = (tmp_path / "cache" / "tokens").glob("train-*.partial")
+    assert list(partial.glob("shard-*.bin"))
 
 
 def test_build_killed_before_its_last_rename_is_finished(jsonl, tmp_path, config_for, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kanlm.config import UserError
-from kanlm.edge import browser
+from kanlm.edge import browser, onnx_export
 from kanlm.edge.runtime import OnnxModel, sampler
 from kanlm.model.kan import KANLinear
 from kanlm.model.learned_function import LearnedFunction
@@ -33,6 +33,7 @@ def test_page_streams_the_model_s_text(onnx_of, tmp_path):
     site = tmp_path / "site"
     shutil.copytree(folder, site)
     try:
+        browser.vendor(site / "web")
         browser.add_page(site, model, "tiny kan")
     except UserError as error:
         pytest.skip(str(error))
@@ -82,7 +83,9 @@ def test_curves_are_the_functions_of_the_model(build_tiny):
     assert browser.curves(build_tiny("gelu")) == []
 
 
-def test_missing_npm_is_one_line(tmp_path, monkeypatch):
+def test_missing_npm_is_one_line_before_anything_is_traced(build_tiny, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(browser.shutil, "which", lambda name: None)
+    monkeypatch.setattr(onnx_export, "graph", lambda model: pytest.fail("traced"))
     with pytest.raises(UserError, match="npm: not installed"):
-        browser.vendor(tmp_path / "web")
+        onnx_export.write_onnx(build_tiny("gelu"), tokenizer, tmp_path / "onnx", False, page_title="page")
+    assert not list(tmp_path.iterdir())

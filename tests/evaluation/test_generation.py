@@ -81,8 +81,11 @@ def test_the_verb_reads_standard_input_and_goes_line_by_line(folder):
     asked = ["generate", folder, "--max-new-tokens", "4", "--temperature", "0"]
     greedy = SETTINGS | {"temperature": 0.0, "max_new_tokens": 4}
     expected = generate(folder, "the cat", **greedy)[0]
-    piped = CliRunner().invoke(cli, asked, input="the cat")
-    assert piped.exit_code == 0 and piped.stdout == expected + "\n"
+    for typed in ("the cat", "the cat\n"):  # echo ends it with a newline
+        piped = CliRunner().invoke(cli, asked, input=typed)
+        assert piped.exit_code == 0 and piped.stdout == expected + "\n"
+    both = CliRunner().invoke(cli, [*asked, "--prompt", "the cat", "-i"], input="the cat\n")
+    assert both.exit_code == 0 and both.stdout.count(expected) == 2
     lines = CliRunner().invoke(cli, [*asked, "--interactive"], input=f"the cat\n\n{'x' * 99}\nthe cat\n")
     assert lines.exit_code == 0 and lines.stdout.count(expected) == 2
     assert "give a shorter prompt" in lines.stderr

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from kanlm.cli import cli
 from kanlm.config import UserError
 from kanlm.data.tokenizer import trained_tokenizer
+from kanlm.evaluation import table
 from kanlm.evaluation.perplexity import evaluate_spec, token_ids
 from kanlm.evaluation.table import difference, evaluate_all, text_table, totals
 from kanlm.model import KanLMConfig, KanLMForCausalLM
@@ -100,6 +101,23 @@ def test_the_interval_is_that_of_independent_documents():
     assert found.high - found.bits_per_byte == pytest.approx(2.0930240544 * error)
 
 
+@pytest.mark.parametrize(
+    ("models", "texts", "words"),
+    [
+        (["one", "none/at/all"], ["many.jsonl"], "model .*none/at/all: no such folder"),
+        (["one", "many.jsonl"], ["many.jsonl"], "many.jsonl: no config.json there"),
+        (["one"], ["many.jsonl", "none.txt"], "no such file or folder: .*none.txt"),
+        (["one"], ["many.jsonl", "*.csv"], "no file matches"),
+    ],
+)
+def test_a_mistake_in_the_last_argument_is_told_before_the_first_is_evaluated(
+    folder, monkeypatch, models, texts, words
+):
+    monkeypatch.setattr(table, "score", lambda *a, **b: pytest.fail("evaluated"))
+    with pytest.raises(UserError, match=words):
+        evaluate_all([folder / name for name in models], [str(folder / name) for name in texts])
+
+
 def test_losses_as_safetensors_are_those_of_the_text(folder, tmp_path):
     path = tmp_path / "losses.safetensors"
     found = evaluate_all([folder / "one"], [folder / "many.jsonl"], losses=path, stride=4, context_length=8)
@@ -121,6 +139,8 @@ def test_the_verb_prints_a_table_or_json(folder, tmp_path):
         "--out",
         str(tmp_path / "a.json"),
     ]
+    without_card = CliRunner().invoke(cli, [*asked, "--card"])  # told before anything is evaluated
+    assert "no model card" in str(without_card.exception) and not (tmp_path / "a.json").exists()
     table = CliRunner().invoke(cli, asked)
     assert table.exit_code == 0 and table.stdout.startswith("model ") and len(table.stdout.splitlines()) == 2
     printed = json.loads(CliRunner().invoke(cli, [*asked, "--json"]).stdout)

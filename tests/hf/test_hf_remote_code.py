@@ -156,17 +156,22 @@ except ValueError as error:
 
 
 def test_the_folder_asks_for_trust_where_kanlm_is_not_imported(exported, tmp_path):
-    """Its model does; its tokenizer has no code and works without."""
-    program = """
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)
+    """Its model does; its tokenizer has no code and works without. The lines on its card say so, and run."""
+    folder = exported("kan_glu")
+    (lines,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.S)
+    assert "AutoTokenizer.from_pretrained(path, trust_remote_code=False)" in lines
+    program = f"""
+path, text = sys.argv[1], "old cats"
+{lines}
 print(tokenizer.decode(tokenizer("old cats<|endoftext|>")["input_ids"]))
 try:
     AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=False)
 except ValueError as error:
     print(error)
 """
-    said = run_clean(program, tmp_path, exported("kan_glu"))
-    assert said.startswith("old cats<|endoftext|>\n") and "trust_remote_code=True" in said
+    said = run_clean(program, tmp_path, folder)
+    assert said.startswith("old cats") and "\nold cats<|endoftext|>\n" in said
+    assert "trust_remote_code=True" in said.rpartition("<|endoftext|>")[2]
 
 
 def test_no_trust_is_needed_after_import_kanlm(exported, tmp_path):
