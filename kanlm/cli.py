@@ -202,11 +202,11 @@ def eval_verb(
     for model in models if card else ():
         card_of(model)  # a missing one is told before the hours of an evaluation
     evaluation = evaluate_all(models, texts, **settings)
-    if out:
+    click.echo(json.dumps(evaluation.as_json(), indent=2) if as_json else text_table(evaluation))
+    if out:  # shown first: a disk may be full
         write_json(out, evaluation.as_json())
     for model in models if card else ():
         update_card(model, [report for report in evaluation.reports if report.model == model])
-    click.echo(json.dumps(evaluation.as_json(), indent=2) if as_json else text_table(evaluation))
 
 
 @verb("pairs", "kanlm pairs runs/a/hf runs/b/hf blimp.jsonl")
@@ -320,7 +320,7 @@ def status_verb(run: str) -> None:
     show_default=True,
     help="Draw from the likeliest tokens that have this share together.",
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--device", default=None, help="Default: cuda if there is one, else cpu.")
 @click.option(
     "--weights",
@@ -545,6 +545,7 @@ def main() -> None:
     logging.getLogger("kanlm").setLevel(logging.INFO)
     logging.getLogger("kanlm").addHandler(logging.StreamHandler())
     logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # "metadata block was not found"
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # a damaged file is our line
     try:
         sys.exit(cli.main(standalone_mode=False) or 0)
     except click.ClickException as error:

@@ -87,7 +87,8 @@ def check_name(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UserError(f"--push-to-hub: {repo!r}: {one_line(error)}; write OWNER/NAME") from None
+        rule = one_line(error).partition(" Use `repo_type`")[0].rstrip(".")
+        raise UserError(f"--push-to-hub: {repo!r}: {rule}; write OWNER/NAME") from None
 
 
 def exported_folder(source: str | Path, out: str | Path | None) -> Path:

@@ -189,7 +189,7 @@ def run(
             raise UserError(f"--{key}: must be at least 1, got {value}")
     known = ["mlp", *OURS, *PEERS]
     if unknown := [name for name in arms if name not in known]:
-        raise UserError(f"--arms: unknown arm {unknown[0]!r}; choose from {', '.join(known)}")
+        raise UserError(f"--arm: unknown arm {unknown[0]!r}; choose from {', '.join(known)}")
     skipped: dict[str, str] = {}
     runnable = []
     for name in arms or known:

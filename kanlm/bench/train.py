@@ -66,7 +66,7 @@ BATCHES_AT_KNOTS = 8
 def architecture(arm: str, size: str) -> KanLMConfig:
     """The arm's model, with as many non-embedding parameters as SwiGLU of this size."""
     if arm not in ARMS:
-        raise UserError(f"--arms: unknown arm {arm!r}; choose from {', '.join(ARMS)}")
+        raise UserError(f"--arm: unknown arm {arm!r}; choose from {', '.join(ARMS)}")
     if size not in SIZES:
         raise UserError(f"--size: unknown size {size!r}; choose one of {', '.join(SIZES)}")
     hidden, width, layers, heads, _, positions = SIZES[size]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kanlm.model  # noqa: F401  registers the classes that serve kanlm's own folders
 from kanlm.checksums import downloaded, must_be_readable, verify
-from kanlm.config import UserError
+from kanlm.config import UserError, one_line
 from kanlm.runs import RunDir, read_json, system_errors
 from kanlm.trust import refuse_model_code
 
@@ -30,13 +30,14 @@ def load_causal_lm(
     beside them; other code runs only if `trust_remote_code`.
 
     Raises:
-        UserError: no model there, a run instead of a model, a file that is damaged or not that of the
-            folder's SHA256SUMS, or code of its own without trust.
+        UserError: no model there, a run instead of a model, no such device, a file that is damaged or not
+            that of the folder's SHA256SUMS, or code of its own without trust.
     """
     path = Path(model_path)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise UserError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
     must_be_model(model_path)
+    place_to_run = usable_device(device)
     if path.exists():
         must_be_readable(path)
     place = path if path.exists() else downloaded(model_path) or model_path
@@ -61,8 +62,21 @@ def load_causal_lm(
         raise UserError(
             f"model {model_path}: neither a model folder nor a reachable hub id: {first_line}"
         ) from error
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), tokenizer
+    return model.to(place_to_run).eval(), tokenizer
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The device called `name`, by default the GPU where there is one.
+
+    Raises:
+        UserError: torch does not know it, or this machine has none.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError) as error:  # the first: torch was built without it
+        raise UserError(f"--device: {name!r} cannot be used here ({one_line(error)}); give cpu") from None
 
 
 def must_be_model(model_path: str | Path) -> None:

@@ -35,15 +35,18 @@ FEWEST_DOCUMENTS = 20
 
 @dataclass(frozen=True)
 class Difference:
-    """Bits per byte of `model` less those of `baseline` on a text, with a 95% interval; below 0 is better."""
+    """Bits per byte of `model` less those of `baseline` on a text, with a 95% interval; below 0 is better.
+
+    No interval where there is a single pair: one document, and tokenizers that differ.
+    """
 
     model: str
     baseline: str
     dataset: str
     bits_per_byte: float
-    low: float
-    high: float
-    p_value: float
+    low: float | None
+    high: float | None
+    p_value: float | None
     pairs: int
     paired_by: str
     """`documents` or `parts of the text`."""
@@ -143,20 +146,15 @@ def difference(ours: EvalReport, theirs: EvalReport, a: Score, b: Score) -> Diff
     assert ours.data_sha256 == theirs.data_sha256, "two texts"
     nll, bytes_of, paired_by = _pairs(a, b)
     difference = sum(nll) / sum(bytes_of) / math.log(2)
-    error = stats.standard_error(nll, bytes_of) / math.log(2) if len(nll) > 1 else math.nan
-    half = float(distributions.t.ppf(0.975, len(nll) - 1)) * error if len(nll) > 1 else math.nan
-    p_value = float(2 * distributions.t.sf(abs(difference) / error, len(nll) - 1)) if error > 0 else math.nan
-    return Difference(
-        ours.model,
-        theirs.model,
-        ours.dataset,
-        difference,
-        difference - half,
-        difference + half,
-        p_value,
-        len(nll),
-        paired_by,
-    )
+    names = ours.model, theirs.model, ours.dataset
+    if len(nll) < 2:
+        return Difference(*names, difference, None, None, None, len(nll), paired_by)
+    error = stats.standard_error(nll, bytes_of) / math.log(2)
+    half = float(distributions.t.ppf(0.975, len(nll) - 1)) * error
+    # A model against itself differs nowhere.
+    t = abs(difference) / error if error > 0 else math.inf if difference else 0.0
+    p_value = float(2 * distributions.t.sf(t, len(nll) - 1))
+    return Difference(*names, difference, difference - half, difference + half, p_value, len(nll), paired_by)
 
 
 def _pairs(a: Score, b: Score) -> tuple[list[float], list[float], str]:
@@ -272,10 +270,17 @@ def text_table(evaluation: Evaluation) -> str:
         ).rstrip()
         for row in rows
     ]
-    for found in evaluation.differences:
-        lines.append(
-            f"{found.model} - {found.baseline} on {found.dataset}: {found.bits_per_byte:+.4f} bits/byte, "
-            f"95% interval [{found.low:+.4f}, {found.high:+.4f}] over {found.pairs} {found.paired_by}, "
-            f"p = {found.p_value:.2g}"
+    return "\n".join([*lines, *map(difference_text, evaluation.differences)])
+
+
+def difference_text(found: Difference) -> str:
+    line = f"{found.model} - {found.baseline} on {found.dataset}: {found.bits_per_byte:+.4f} bits/byte, "
+    if found.low is None:
+        return line + (
+            "no interval: the text is one document and the tokenizers differ; --document-separator, or a "
+            "document a row, gives pairs"
         )
-    return "\n".join(lines)
+    return line + (
+        f"95% interval [{found.low:+.4f}, {found.high:+.4f}] over {found.pairs} {found.paired_by}, "
+        f"p = {found.p_value:.2g}"
+    )

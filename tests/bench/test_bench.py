@@ -286,10 +286,10 @@ def test_a_new_arm_is_compared_with_the_mlp_of_the_same_norm():
 @pytest.mark.parametrize(
     "call, fault",
     [
-        (lambda: layer.run(arms=("nope",)), "--arms"),
+        (lambda: layer.run(arms=("nope",)), "--arm"),
         (lambda: layer.run(tokens=0), "--tokens"),
         (lambda: train.run("huge"), "--size"),
-        (lambda: train.run("1m", ("nope",)), "--arms"),
+        (lambda: train.run("1m", ("nope",)), "--arm"),
         (lambda: decode.run("1m", device="tpu"), "--device"),
         (lambda: train.run("1m", ("kan",), backend="fast"), "kernels"),
     ],

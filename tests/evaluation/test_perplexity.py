@@ -317,6 +317,12 @@ def test_an_unknown_dtype_is_an_error(folder):
         perplexity.load_causal_lm(folder, dtype="float33")
 
 
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there_is_an_error(folder, device):
+    with pytest.raises(UserError, match=f"--device: '{device}' cannot be used here .*; give cpu"):
+        perplexity.load_causal_lm(folder, device=device)
+
+
 def test_a_hub_data_set_needs_a_split():
     with pytest.raises(UserError, match="needs a split"):
         perplexity.held_out_documents("someone/corpus")

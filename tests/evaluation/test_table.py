@@ -62,7 +62,10 @@ def test_every_model_on_every_text(folder, tmp_path):
     assert (two.pairs, two.paired_by) == (25, "documents")
     single = by[str(models[1]), str(texts[1])]
     assert single.paired_by == "parts of the text" and single.low < single.bits_per_byte < single.high
-    assert by[str(models[2]), str(texts[1])].pairs == 1  # other tokens, one document: no interval
+    other_tokens = by[str(models[2]), str(texts[1])]
+    assert (other_tokens.pairs, other_tokens.low, other_tokens.p_value) == (1, None, None)
+    assert "no interval: the text is one document" in table.difference_text(other_tokens)
+    json.dumps(found.as_json(), allow_nan=False)
     for model, total in zip(models, totals(found.reports), strict=True):
         parts = [report for report in found.reports if report.model == str(model)]
         nats = sum(report.nll_nats for report in parts)
@@ -75,7 +78,7 @@ def test_every_model_on_every_text(folder, tmp_path):
         len(lines) == 1 + 6 + 3 + 4
         and "all 2 texts (total)" in lines[7]
         and "bits/byte" in lines[0]
-        and "95% interval" in lines[-1]
+        and "95% interval" in lines[-2]
     )
 
     rows = parquet.read_table(tmp_path / "losses.parquet").to_pandas()
@@ -99,6 +102,8 @@ def test_the_interval_is_that_of_independent_documents():
     error = math.sqrt(0.25 * 20 / 19) / math.sqrt(20) / 10 / math.log(2)
     assert found.bits_per_byte == pytest.approx(0.05 / math.log(2))
     assert found.high - found.bits_per_byte == pytest.approx(2.0930240544 * error)
+    itself = difference(Report, Report, b, b)
+    assert (itself.bits_per_byte, itself.low, itself.high, itself.p_value) == (0, 0, 0, 1)
 
 
 @pytest.mark.parametrize(
