@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kanlm import __version__, checksums
 from kanlm.config import UserError
-from kanlm.edge.onnx_export import needs, write_onnx
+from kanlm.edge.onnx_export import must_be_new, needs, write_onnx
 from kanlm.evaluation.loading import load_causal_lm
 from kanlm.initial import model_class, tied_weights
 from kanlm.model import KanLMForCausalLM
@@ -85,7 +85,7 @@ def export_onnx(
         folder = Path(out) if out is not None else RunDir(source).hf
         if not folder.exists():
             export(source, folder)
-    _must_be_new(folder / "onnx")
+    must_be_new(folder / "onnx")
     model, tokenizer = load_causal_lm(folder, device="cpu", trust_remote_code=trust_remote_code)
     LOG.info("%s: tracing the graph; a model of ten layers takes some minutes", folder)
     title = f"kanlm: {source}" if page else None

@@ -87,8 +87,7 @@ def write_onnx(
         UserError: what `graph` and `vendor` refuse; `folder` exists.
     """
     folder = Path(folder)
-    if folder.exists():
-        raise UserError(f"{folder}: exists already; delete it to write the ONNX files again")
+    must_be_new(folder)
     with new_folder(folder) as made:
         if page_title is not None:
             vendor(made / "web")  # a missing npm is told before the minutes of tracing
@@ -106,6 +105,11 @@ def write_onnx(
             add_page(made, model, page_title)
         write_text(made / checksums.NAME, checksums.checksums(made))
     return folder
+
+
+def must_be_new(folder: Path) -> None:
+    if folder.exists():
+        raise UserError(f"{folder}: exists already; delete it to write the ONNX files again")
 
 
 def stripped(proto: Any) -> Any:

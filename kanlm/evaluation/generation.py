@@ -29,6 +29,7 @@ from kanlm.edge.runtime import generate as generate_onnx
 from kanlm.edge.runtime import onnx_file
 from kanlm.evaluation import decoding
 from kanlm.evaluation.loading import load_causal_lm
+from kanlm.kernels import recompute
 from kanlm.kernels.decode import NativeDecoder, Weights
 
 
@@ -287,8 +288,9 @@ def new_tokens(row: list[int], network: Any) -> int:
 
 
 def speed(tokens: int, seconds: float, network: Any, decoder: NativeDecoder | None = None) -> str:
-    used = {getattr(m, "kernel", None) is not None for m in network.modules() if hasattr(m, "kernel")}
-    how = ", fused kernels" if True in used else ", reference kernels" if used else ""
+    chosen = [module.kernel for module in network.modules() if hasattr(module, "kernel")]
+    fused = any(kernel not in (None, recompute.edge, recompute.learned) for kernel in chosen)
+    how = ", fused kernels" if fused else ", reference kernels" if chosen else ""
     if decoder is not None:
         how = ", native decoder"
         if decoder.weight_error:

@@ -140,7 +140,7 @@ def test_mistakes_are_one_line(onnx_of, tokenizer, tmp_path, monkeypatch):
     model, folder = onnx_of(SAMPLE)
     with pytest.raises(UserError, match="ask for at most 254"):
         generate(folder / "model.onnx", "old cats", 300, 0.0, 0, 0)
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="exists already; delete it"):
         onnx_export.write_onnx(model, tokenizer, folder, int8=False)
     with pytest.raises(UserError, match="no such file"):
         OnnxModel(tmp_path / "model.onnx")

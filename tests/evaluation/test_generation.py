@@ -4,10 +4,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from kanlm import kernels
 from kanlm.cli import cli
 from kanlm.config import UserError
 from kanlm.data.tokenizer import trained_tokenizer
-from kanlm.evaluation import decoding
+from kanlm.evaluation import decoding, generation
 from kanlm.evaluation.generation import generate
 from kanlm.kernels import decode
 from kanlm.kernels.native import NativeUnavailable
@@ -125,6 +126,13 @@ def test_int8_weights_say_their_error(folder, compiled, capsys):
 def test_int8_weights_for_a_batch_are_refused(folder):
     with pytest.raises(UserError, match="--weights: int8 needs the native decoder: one prompt"):
         generate(folder, ["the", "cat"], **SETTINGS, weights="int8")
+
+
+def test_what_computed_is_named(folder, compiled):
+    model = KanLMForCausalLM.from_pretrained(folder)
+    for backend, words in (("cpu", "fused kernels"), ("recompute", "reference kernels"), ("reference",) * 2):
+        kernels.select(model, backend)
+        assert words in generation.speed(3, 1.0, model)
 
 
 def test_a_stop_token_ends_the_text():
