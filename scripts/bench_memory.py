@@ -1,4 +1,5 @@
-"""Peak memory of `kanlm tokenize` against the size of the corpus: one huge document, or many small ones.
+"""Peak memory of `kanlm tokenize` against the size of the corpus: one huge document, or many small ones, as
+rows of one file or as files (of about a thousand bytes each).
 
     python scripts/bench_memory.py texts.txt [more.txt ...] --megabytes 10 100 1000 --out memory.json
 
@@ -48,10 +49,14 @@ def paragraphs(files: list[Path]) -> list[str]:
     return found
 
 
-def write_corpus(path: Path, texts: list[str], megabytes: int, form: str) -> int:
-    """One document in a .txt file, or short rows in a .jsonl file; how many documents."""
+FORMS = {"one document": "corpus.txt", "rows": "corpus.jsonl", "files": "corpus/*/*.txt"}
+"""And what `data.source` is, in the folder of the corpus."""
+
+
+def write_corpus(folder: Path, texts: list[str], megabytes: int, form: str) -> int:
+    """One document in a .txt file, short rows in a .jsonl file, or short .txt files; how many documents."""
     rng, size, documents = random.Random(0), 0, 0
-    with open(path, "w", encoding="utf-8") as file:
+    with open(folder / ("corpus.jsonl" if form == "rows" else "corpus.txt"), "w", encoding="utf-8") as file:
         while size < megabytes * 1_000_000:
             text = texts[rng.randrange(len(texts))]
             if form == "one document":
@@ -62,7 +67,12 @@ def write_corpus(path: Path, texts: list[str], megabytes: int, form: str) -> int
             for start in range(0, len(text), 1000):
                 part = text[start : start + 1000]
                 size += len(part.encode())
-                file.write(json.dumps({"text": part}, ensure_ascii=False) + "\n")
+                if form == "rows":
+                    file.write(json.dumps({"text": part}, ensure_ascii=False) + "\n")
+                else:
+                    below = folder / "corpus" / f"{documents // 1000:04}"
+                    below.mkdir(parents=True, exist_ok=True)
+                    (below / f"{documents % 1000:03}.txt").write_text(part, encoding="utf-8")
                 documents += 1
     return documents
 
@@ -90,7 +100,7 @@ def main() -> None:
     )
     parser.add_argument("texts", nargs="+", type=Path)
     parser.add_argument("--megabytes", nargs="+", type=int, default=[10, 100, 1000])
-    parser.add_argument("--forms", nargs="+", default=["one document", "rows"])
+    parser.add_argument("--forms", nargs="+", default=["one document", "rows"], choices=FORMS)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -99,8 +109,8 @@ def main() -> None:
     for megabytes in arguments.megabytes:
         for form in arguments.forms:
             folder = Path(tempfile.mkdtemp(prefix="kanlm-memory-"))
-            source = folder / ("corpus.txt" if form == "one document" else "corpus.jsonl")
-            documents = write_corpus(source, texts, megabytes, form)
+            documents = write_corpus(folder, texts, megabytes, form)
+            source = folder / FORMS[form]
             (folder / "config.toml").write_text(CONFIG.format(source=source, cache=folder / "cache"))
             started, peak = time.monotonic(), (0, 0)
             command = [sys.executable, "-m", "kanlm", "tokenize", str(folder / "config.toml")]

@@ -20,6 +20,7 @@ import codecs
 import glob
 import hashlib
 import itertools
+import json
 import logging
 import lzma
 import os
@@ -135,33 +136,44 @@ def _embedded(spec: SourceConfig) -> Reader:
     return Reader("stories", stories.LICENCE, stories.VERSION, texts, stories.known_bits)
 
 
-def _matching(pattern: str) -> list[Path]:
+def _matching(pattern: str) -> list[str]:
     """The files of one kind that match, sorted; UserError where there are none or their kinds differ."""
     found = glob.iglob(str(Path(pattern).expanduser()), recursive=True)
-    files = sorted({path for name in found if (path := Path(name)).is_file()})
+    files = sorted({name for name in found if os.path.isfile(name)}, key=_by_parts)
     if not files:
         raise UserError(f"data.source: no file matches {pattern!r}")
-    kinds: dict[str | None, Path] = {}
+    kinds: dict[str | None, str] = {}
     for file in files:
         kinds.setdefault(_builder(file), file)
     if len(kinds) > 1:
-        one, other = list(kinds.values())[:2]
+        one, other = (os.path.basename(file) for file in list(kinds.values())[:2])
         raise UserError(
-            f"data.source: {pattern!r} matches files of several kinds ({one.name}, {other.name}); "
+            f"data.source: {pattern!r} matches files of several kinds ({one}, {other}); "
             "narrow it to one ending, or make a data.mixture"
         )
     return files
 
 
-def _local(spec: SourceConfig, path: Path, invalid_utf8: str, matching: list[Path] | None = None) -> Reader:
+def _below(folder: Path) -> list[str]:
+    """All files below a folder but hidden ones, sorted."""
+    found = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
+    return sorted((f for f in found if os.path.basename(f)[0] != "." and os.path.isfile(f)), key=_by_parts)
+
+
+def _by_parts(name: str) -> str:
+    """Sorts names as pathlib sorts paths, part by part. Of a million files strings are kept, not paths."""
+    return name.replace(os.sep, "\0")
+
+
+def _local(spec: SourceConfig, path: Path, invalid_utf8: str, matching: list[str] | None = None) -> Reader:
     """The reader of a file, of a folder, or of the files `matching` a pattern."""
-    named = matching or ([path] if path.is_file() else [])
-    files = named or [p for p in sorted(path.rglob("*")) if p.is_file() and p.name[0] != "."]
-    if not sum(file.stat().st_size for file in files):
+    named = matching or ([str(path)] if path.is_file() else [])
+    files = named or _below(path)
+    sizes = [os.path.getsize(file) for file in files]
+    if not sum(sizes):
         raise UserError(f"data.source: {spec.source!r} is empty; give a file or folder that holds text")
-    root = Path(os.path.commonpath([file.parent for file in named])) if named else path
-    names = [file.relative_to(root).as_posix() for file in files]
-    fingerprint = json_sha256([names, _content_marks(files), *_reading(spec, invalid_utf8)])
+    root = os.path.commonpath({os.path.dirname(file) for file in named}) if named else str(path)
+    fingerprint = _fingerprint(root, files, sizes, _reading(spec, invalid_utf8))
     builder = _builder(named[0]) if named else _commonest_builder(files)
     if named and builder is None:
         raise UserError(
@@ -172,65 +184,79 @@ def _local(spec: SourceConfig, path: Path, invalid_utf8: str, matching: list[Pat
         raise UserError(
             f"data.config_name: {spec.source!r} is a file and has no configurations; leave it out"
         )
+    if named and builder == "text":
+        # The library would look at each file for itself, and at a million for minutes.
+        if spec.split != "train":
+            raise UserError(f"data.split: {spec.source!r} has only the split 'train', got {spec.split!r}")
+        chunks = _text_chunks(named, spec, named, _decoding(invalid_utf8))
+        return Reader(spec.source, "not stated", fingerprint, chunks)
     arguments = _builder_arguments(builder, files, spec, invalid_utf8)
     texts_of = files if arguments else []  # where bytes that are not UTF-8 can be searched for
     with _one_line_errors(spec, texts_of):
-        saved = path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
-        if saved:
-            dataset = _saved(path, spec)
+        if path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            dataset, text_files = _saved(path, spec), None
         else:
             where = (
-                {"path": builder, "data_files": [glob.escape(str(file.resolve())) for file in named]}
+                {"path": builder, "data_files": [glob.escape(os.path.realpath(file)) for file in named]}
                 if named
                 else {"path": str(path.resolve()), "name": spec.config_name}
             )
             dataset = datasets.load_dataset(split=spec.split, streaming=True, **where, **arguments)
-
-        text_files = None
-        if builder == "text" and not saved:
-            text_files = named or _text_files(path, spec, arguments)
+            text_files = _text_files(path, spec, arguments) if builder == "text" else None
     if text_files is not None:
-        chunks = _text_chunks(text_files, spec, files, arguments["encoding_errors"])
+        chunks = _text_chunks(text_files, spec, files, _decoding(invalid_utf8))
     else:
         chunks = _dataset_chunks(dataset, spec, texts_of, invalid_utf8)
     return Reader(spec.source, dataset.info.license or "not stated", fingerprint, chunks)
 
 
+def _decoding(invalid_utf8: str) -> str:
+    return "replace" if invalid_utf8 == "replace" else "strict"
+
+
 def _builder_arguments(
-    builder: str | None, files: list[Path], spec: SourceConfig, invalid_utf8: str
+    builder: str | None, files: list[str], spec: SourceConfig, invalid_utf8: str
 ) -> dict[str, Any]:
     """What the library's reader of this kind of file is told."""
     if builder not in ("text", "json", "csv"):
         return {}
-    arguments: dict[str, Any] = {
-        "encoding": "utf_8",
-        "encoding_errors": "replace" if invalid_utf8 == "replace" else "strict",
-    }
+    arguments: dict[str, Any] = {"encoding": "utf_8", "encoding_errors": _decoding(invalid_utf8)}
     if builder == "text":
         arguments["sample_by"] = "document"
     if builder == "csv":
         # Texts stay what is written: "NA" and "12" are neither missing nor numbers.
         arguments |= {"converters": {spec.text_column: str}, "keep_default_na": False}
-        arguments["sep"] = "\t" if any(".tsv" in file.suffixes for file in files) else ","
+        arguments["sep"] = "\t" if any(".tsv" in Path(file).suffixes for file in files) else ","
     return arguments
 
 
-def _content_marks(files: list[Path]) -> list[tuple[int, str]]:
+def _fingerprint(root: str, files: list[str], sizes: list[int], reading: list[str | None]) -> str:
+    """The sha256 of the JSON [names within root, content marks, *reading], which is never whole in memory."""
+    prefix, digest = os.path.join(root, ""), hashlib.sha256(b"[[")
+    names = (file.removeprefix(prefix).replace(os.sep, "/") for file in files)
+    for number, name in enumerate(names):
+        digest.update((", " * bool(number) + json.dumps(name)).encode())
+    digest.update(b"], [")
+    for number, mark in enumerate(_content_marks(files, sizes)):
+        digest.update((", " * bool(number) + json.dumps(mark)).encode())
+    digest.update(f"], {json.dumps(reading)[1:]}".encode())
+    return digest.hexdigest()
+
+
+def _content_marks(files: list[str], sizes: list[int]) -> Iterator[tuple[int, str]]:
     """Size and sha256 of each file: the same for every copy, whatever its place and its times.
 
     Files of at most HASHED_BYTES in all are hashed whole; of more, blocks of 64 KiB with about that many in
     all: the first and the last of every file and, at even distances, at least one between. So a change is
     missed only where it keeps a file's size and lies wholly between two of them.
     """
-    sizes = [file.stat().st_size for file in files]
     total = sum(sizes)
-    return [
-        (size, _digest(file, size, max(3, -(-size * min(total, HASHED_BYTES) // (total * _BLOCK)))))
-        for file, size in zip(files, sizes, strict=True)
-    ]
+    for file, size in zip(files, sizes, strict=True):
+        blocks = max(3, -(-size * min(total, HASHED_BYTES) // (total * _BLOCK)))
+        yield size, _digest(file, size, blocks)
 
 
-def _digest(file: Path, size: int, blocks: int) -> str:
+def _digest(file: str, size: int, blocks: int) -> str:
     with open(file, "rb") as opened:
         if blocks * _BLOCK >= size:
             return hashlib.file_digest(opened, "sha256").hexdigest()
@@ -265,7 +291,7 @@ def _hub(spec: SourceConfig, invalid_utf8: str, streaming: bool) -> Reader:
 
 
 @contextmanager
-def _one_line_errors(spec: SourceConfig, files: list[Path]) -> Iterator[None]:
+def _one_line_errors(spec: SourceConfig, files: list[str]) -> Iterator[None]:
     """What can go wrong while `files` or a hub id are opened and read, as a UserError."""
     where = f"data.source: {spec.source!r} (split {spec.split!r}, config_name {spec.config_name!r})"
     try:
@@ -289,19 +315,19 @@ def _one_line_errors(spec: SourceConfig, files: list[Path]) -> Iterator[None]:
         raise UserError(line) from None
 
 
-def _text_files(path: Path, spec: SourceConfig, arguments: dict[str, Any]) -> list[Path] | None:
+def _text_files(path: Path, spec: SourceConfig, arguments: dict[str, Any]) -> list[str] | None:
     """The files of a folder's split in the library's order; None where some are of another kind."""
     builder = datasets.load_dataset_builder(str(path.resolve()), spec.config_name, **arguments)
-    files = [Path(file) for file in builder.config.data_files[spec.split]]
-    other = next((file for file in files if _builder(file) != "text" or not file.is_file()), None)
+    files = list(map(str, builder.config.data_files[spec.split]))
+    other = next((file for file in files if _builder(file) != "text" or not os.path.isfile(file)), None)
     if other is not None and spec.document_separator is not None:
         raise UserError(
-            f"data.document_separator: {str(other)!r} is no plain text file; unpack it, or leave out the key"
+            f"data.document_separator: {other!r} is no plain text file; unpack it, or leave out the key"
         )
     return files if other is None else None
 
 
-def _text_chunks(text_files: list[Path], spec: SourceConfig, searched: list[Path], errors: str) -> Chunks:
+def _text_chunks(text_files: list[str], spec: SourceConfig, searched: list[str], errors: str) -> Chunks:
     """Chunks of about BLOCK_CHARACTERS; the place is that in a file."""
 
     def guarded(iterator: Iterator[Any]) -> Iterator[Any]:
@@ -316,7 +342,7 @@ def _text_chunks(text_files: list[Path], spec: SourceConfig, searched: list[Path
         begin = state or {"file": 0, "cookie": 0, "skip": 0}
         place: Place | None = Place(begin["cookie"], begin["skip"])
         for number in range(begin["file"], len(text_files)):
-            file = TextFile(text_files[number], spec.document_separator, errors)
+            file = TextFile(Path(text_files[number]), spec.document_separator, errors)
             for here, text in guarded(file.documents(place)):
                 yield {"file": number, "cookie": here.cookie, "skip": here.skip}, text
             place = None
@@ -339,7 +365,7 @@ def _text_chunks(text_files: list[Path], spec: SourceConfig, searched: list[Path
 
 
 def _dataset_chunks(
-    dataset: datasets.IterableDataset, spec: SourceConfig, files: list[Path], invalid_utf8: str
+    dataset: datasets.IterableDataset, spec: SourceConfig, files: list[str], invalid_utf8: str
 ) -> Chunks:
     """Chunks of the text column; the place is the library's own state."""
 
@@ -393,13 +419,13 @@ def _counted(texts: Callable[[], Iterator[str]]) -> Chunks:
     return chunks
 
 
-def _invalid_utf8_message(spec: SourceConfig, files: list[Path], error: UnicodeDecodeError) -> str:
+def _invalid_utf8_message(spec: SourceConfig, files: list[str], error: UnicodeDecodeError) -> str:
     where = f"{spec.source!r}"
     for file in files:
         offset = _invalid_utf8_offset(file)
         if offset is not None:
-            unpacked = " of the unpacked text" if file.suffix in _COMPRESSIONS else ""
-            where = f"{str(file)!r}, byte {offset}{unpacked}"
+            unpacked = " of the unpacked text" if file.endswith(_COMPRESSIONS) else ""
+            where = f"{file!r}, byte {offset}{unpacked}"
             break
     return (
         f"data.source: {where}: not UTF-8 ({error.reason}); convert it, or set data.invalid_utf8=replace "
@@ -407,11 +433,11 @@ def _invalid_utf8_message(spec: SourceConfig, files: list[Path], error: UnicodeD
     )
 
 
-def _invalid_utf8_offset(file: Path) -> int | None:
+def _invalid_utf8_offset(file: str) -> int | None:
     """Position of the first byte that is not UTF-8; None where all are."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     position = 0
-    with fsspec.open(str(file), "rb", compression="infer") as stream:
+    with fsspec.open(file, "rb", compression="infer") as stream:
         while True:
             block = stream.read(1 << 20)
             pending = len(decoder.getstate()[0])
@@ -429,13 +455,15 @@ def _reading(spec: SourceConfig, invalid_utf8: str) -> list[str | None]:
     return [spec.config_name, spec.split, spec.text_column, spec.document_separator, invalid_utf8]
 
 
-def _builder(path: Path) -> str | None:
+def _builder(file: str | Path) -> str | None:
     """The `datasets` builder for a file of this name, compressed or not."""
-    return _ENDINGS.get((Path(path.stem) if path.suffix in _COMPRESSIONS else path).suffix)
+    stem, ending = os.path.splitext(os.path.basename(file))
+    return _ENDINGS.get(os.path.splitext(stem)[1] if ending in _COMPRESSIONS else ending)
 
 
-def _commonest_builder(files: list[Path]) -> str | None:
-    found = [kind for file in files if not file.name.startswith("README") and (kind := _builder(file))]
+def _commonest_builder(files: list[str]) -> str | None:
+    names = (name for name in map(os.path.basename, files) if not name.startswith("README"))
+    found = [kind for name in names if (kind := _builder(name))]
     return max(sorted(set(found)), key=found.count, default=None)
 
 

@@ -3,6 +3,7 @@
 import csv
 import errno
 import gzip
+import hashlib
 import json
 import lzma
 import os
@@ -17,6 +18,7 @@ import pytest
 from kanlm.config import UserError
 from kanlm.data import sources, stdlib, text_documents
 from kanlm.data.sources import reader
+from kanlm.runs import json_sha256
 
 SEPARATOR = "<|endoftext|>"
 
@@ -103,6 +105,19 @@ def test_fingerprint_follows_the_content(jsonl, texts, spec_for):
     assert reader(spec_for(jsonl)).fingerprint == before
     as_jsonl(jsonl, [*texts, "one more"])
     assert reader(spec_for(jsonl)).fingerprint != before
+
+
+def test_fingerprint_of_many_files_is_that_of_the_whole_list(tmp_path, spec_for):
+    """Written by the piece, it stays the sha256 of one JSON list; names are in pathlib's order."""
+    (tmp_path / "a").mkdir()
+    for name in ("a/c.txt", "a-b.txt", "d.txt"):
+        (tmp_path / name).write_text(name * 3)
+    spec = spec_for(tmp_path / "**" / "*.txt")
+    names = ["a/c.txt", "a-b.txt", "d.txt"]
+    marks = [(3 * len(name), hashlib.sha256(3 * name.encode()).hexdigest()) for name in names]
+    whole = [names, marks, *sources._reading(spec, "error")]
+    assert reader(spec).fingerprint == json_sha256(whole)
+    assert list(text_documents(spec)) == [3 * name for name in names]
 
 
 @pytest.mark.parametrize("hashed", [2**28, 2**17], ids=["whole", "in blocks"])
