@@ -49,7 +49,11 @@ def cli() -> None:
     """KAN-based small language models: train, export, evaluate, compare."""
 
 
-@verb("train", "accelerate launch -m kanlm train tiny-kan_glu train.max_tokens=2_000_000")
+@verb(
+    "train",
+    "accelerate launch -m kanlm train tiny-kan_glu train.max_tokens=2_000_000",
+    short_help="Train a run; goes on where it stopped.",
+)
 @click.argument("config", type=click.Path())
 @click.argument("overrides", nargs=-1)
 def train_verb(config: str, overrides: tuple[str, ...]) -> None:
@@ -64,7 +68,9 @@ def train_verb(config: str, overrides: tuple[str, ...]) -> None:
     train(run)
 
 
-@verb("plan", "kanlm plan tiny-kan")
+@verb(
+    "plan", "kanlm plan tiny-kan", short_help="Parameters, FLOPs, memory and matched widths; trains nothing."
+)
 @click.argument("config", type=click.Path())
 @click.argument("overrides", nargs=-1)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -77,7 +83,12 @@ def plan_verb(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     click.echo(json.dumps(planned, indent=2) if as_json else plan_text(planned))
 
 
-@cli.group("configs", invoke_without_command=True, epilog="\b\nExample:\n  kanlm configs copy tiny-kan_glu")
+@cli.group(
+    "configs",
+    invoke_without_command=True,
+    epilog="\b\nExample:\n  kanlm configs copy tiny-kan_glu",
+    short_help="List or copy the configurations that come with kanlm.",
+)
 @click.pass_context
 def configs_group(context: click.Context) -> None:
     """The configurations that come with kanlm; train, plan and compare take their names."""
@@ -155,7 +166,11 @@ def export_verb(
         push(run, repo, out=out, private=not public, dry_run=dry_run, echo=click.echo)
 
 
-@verb("eval", "kanlm eval runs/tiny-kan_glu/hf --data stdlib --out eval.json")
+@verb(
+    "eval",
+    "kanlm eval runs/tiny-kan_glu/hf --data stdlib --out eval.json",
+    short_help="Perplexity of causal language models; several are compared.",
+)
 @models_argument
 @click.option(
     "--data",
@@ -209,7 +224,11 @@ def eval_verb(
         update_card(model, [report for report in evaluation.reports if report.model == model])
 
 
-@verb("pairs", "kanlm pairs runs/a/hf runs/b/hf blimp.jsonl")
+@verb(
+    "pairs",
+    "kanlm pairs runs/a/hf runs/b/hf blimp.jsonl",
+    short_help="Zero-shot grammar: minimal pairs (BLiMP form).",
+)
 @models_argument
 @click.argument("file", type=click.Path())
 @click.option("--each", type=click.IntRange(min=1), help="Of every paradigm the first so many pairs.")
@@ -228,7 +247,11 @@ def pairs_verb(models: tuple[str, ...], file: str, as_json: bool, **settings) ->
     zero_shot_output(models, results, differences, task.text_table(models, results), as_json)
 
 
-@verb("last-word", "kanlm last-word runs/a/hf runs/b/hf lambada.jsonl")
+@verb(
+    "last-word",
+    "kanlm last-word runs/a/hf runs/b/hf lambada.jsonl",
+    short_help="Zero-shot: the word that ends a passage (LAMBADA form).",
+)
 @models_argument
 @click.argument("file", type=click.Path())
 @click.option("--first", type=click.IntRange(min=1), help="Only the first so many passages.")
@@ -253,7 +276,9 @@ def zero_shot_output(models, results, differences, table: str, as_json: bool) ->
     click.echo(json.dumps(content, indent=2))
 
 
-@verb("compare", "kanlm compare demo")
+@verb(
+    "compare", "kanlm compare demo", short_help="Plan, train, judge and report arms of equal size; resumable."
+)
 @click.argument("config", type=click.Path())
 @click.argument("overrides", nargs=-1)
 @click.option("--dry-run", is_flag=True, help="Runs, tokens, hours, detectable difference; trains nothing.")
@@ -269,7 +294,11 @@ def compare_verb(config: str, overrides: tuple[str, ...], dry_run: bool) -> None
     compare(config, overrides)
 
 
-@verb("report", "kanlm report runs/demo")
+@verb(
+    "report",
+    "kanlm report runs/demo",
+    short_help="Write a comparison's report again, or set two side by side.",
+)
 @click.argument("directory", type=click.Path())
 @click.argument("other", type=click.Path(), required=False)
 @click.option(
@@ -339,7 +368,11 @@ def generate_verb(model: str, prompts: tuple[str, ...], interactive: bool, **set
         generate(model, prompts or sys.stdin.read().removesuffix("\n"), **settings)  # as echo writes it
 
 
-@verb("inspect", "kanlm inspect runs/tiny-kan_glu/hf --data stdlib --out inspect/")
+@verb(
+    "inspect",
+    "kanlm inspect runs/tiny-kan_glu/hf --data stdlib --out inspect/",
+    short_help="What a model's functions do on real text, as one page.",
+)
 @model_argument
 @click.option(
     "--out", type=click.Path(), default="inspect", show_default=True, help="Folder for the page and JSON."
@@ -371,7 +404,11 @@ def inspect_verb(model: str, out: str, data: str | None, **settings) -> None:
     click.echo(inspect(model, out, data, **settings))
 
 
-@verb("prune", "kanlm prune runs/tiny-kan_glu/hf --keep 0.8 --data stdlib --out runs/tiny-kan_glu/pruned")
+@verb(
+    "prune",
+    "kanlm prune runs/tiny-kan_glu/hf --keep 0.8 --data stdlib --out runs/tiny-kan_glu/pruned",
+    short_help="Take the least important hidden channels out of a model.",
+)
 @model_argument
 @click.option("--data", required=True, help="Text that decides what goes, as in `kanlm eval`.")
 @click.option("--out", required=True, type=click.Path(), help="New folder for the pruned model.")
@@ -392,7 +429,11 @@ def prune_verb(model: str, out: str, data: str, **settings) -> None:
     click.echo(prune(model, out, data, **settings))
 
 
-@verb("convert", "kanlm convert HuggingFaceTB/SmolLM2-135M --arm kan_glu --out smollm2-kan --data stdlib")
+@verb(
+    "convert",
+    "kanlm convert HuggingFaceTB/SmolLM2-135M --arm kan_glu --out smollm2-kan --data stdlib",
+    short_help="Turn a model of another family into a KAN, equal at the start.",
+)
 @model_argument
 @click.option(
     "--arm",
@@ -417,7 +458,7 @@ def convert_verb(model: str, arm: str, out: str, **settings) -> None:
     click.echo(convert(model, arm, out, **settings))
 
 
-@cli.group("bench")
+@cli.group("bench", short_help="Speed and memory of KAN and MLP arms, side by side.")
 def bench_group() -> None:
     """Side-by-side speed and memory of KAN and MLP arms, as a table and dated JSON."""
 

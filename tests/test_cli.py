@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from kanlm.cli import cli, complaint
 from kanlm.config import UserError
@@ -37,6 +38,12 @@ def commands(group: click.Group, prefix: str = "") -> list[tuple[str, click.Comm
 def test_every_verb_has_help_with_an_example(name, command):
     text = command.get_help(click.Context(command, info_name=name))
     assert "Example:" in text and f"kanlm {name}" in text.replace("\n", " ")
+
+
+def test_the_list_of_verbs_is_whole_on_a_small_terminal():
+    """A sentence that is too long is cut by click."""
+    shown = CliRunner().invoke(cli, ["--help"], terminal_width=80).output
+    assert shown.count("\n  ") > 16 and "..." not in shown
 
 
 @pytest.mark.parametrize(
