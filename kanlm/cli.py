@@ -598,7 +598,7 @@ def main() -> None:
         line = complaint(error)
         if line is None or os.environ.get("KANLM_DEBUG") == "1":
             raise
-        click.echo(f"kanlm: error: {launcher.in_turn(line)}", err=True)
+        launcher.tell(line)
         sys.exit(2)
 
 

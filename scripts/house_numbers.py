@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WALKS = ("kanlm/train/loop.py:train:config", "kanlm/compare/run.py:compare:toml_path")
 STEP = (
-    "kanlm/train/loop.py:one_step",
+    "kanlm/train/step.py:one_step",
     "kanlm/data/loader.py:TokenLoader.__iter__",
     "kanlm/model/modeling_kanlm.py:KanLMForCausalLM.forward",
 )

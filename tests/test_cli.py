@@ -86,14 +86,10 @@ time.sleep(100)
 
 
 @pytest.mark.parametrize(
-    ("ranks", "line"),
-    [
-        ("012", "kanlm: error: "),
-        ("12", "kanlm: error: process 1: "),
-        ("2", "kanlm: error: process 2: "),
-    ],
+    "ranks",
+    ["012", "12", "2"],
 )
-def test_one_process_speaks_whichever_fail(ranks, line, tmp_path):
+def test_one_process_speaks_whichever_fail(ranks, tmp_path):
     """Three processes under torchrun fail alike, or some of them while the others are busy."""
     script = tmp_path / "fails.py"
     script.write_text(FAILS_IN)
@@ -103,7 +99,8 @@ def test_one_process_speaks_whichever_fail(ranks, line, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | path)
     said = [text for text in done.stderr.splitlines() if text.startswith("kanlm: error: ")]
     assert done.returncode != 0 and len(said) == 1, done.stderr
-    assert said[0].startswith(f"{line}nowhere.toml: no such config file")
+    signed = {f"process {rank}: " if rank != "0" else "" for rank in ranks}
+    assert said[0].removeprefix("kanlm: error: ").partition("nowhere.toml")[0] in signed
 
 
 def test_what_is_our_own_fault_is_not_blamed_on_the_user():

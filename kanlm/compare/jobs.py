@@ -25,7 +25,8 @@ from kanlm.compare.plan import Study
 from kanlm.compare.schema import Trial
 from kanlm.config import UserError
 from kanlm.runs import write_json
-from kanlm.train.status import fraction_done, held, wait_until_free
+from kanlm.train.lock import is_locked, wait_until_unlocked
+from kanlm.train.status import fraction_done
 
 FAILURE_LINES = 40
 """Last lines of a dead training process that are kept; the launcher adds a traceback of its own to them."""
@@ -68,9 +69,9 @@ def train_trial(study: Study, processes: Processes, trial: Trial, place: str) ->
     UserError for a mistake that the run's record tells, where no record was begun, and after a signal.
     """
     run, path = study.directory.run(trial.name), study.directory.config(trial.name)
-    if held(run):  # of a comparison that was killed, a training process can be left
+    if is_locked(run):  # of a comparison that was killed, a training process can be left
         say(f"{place}: {trial.name} is being trained by another process; waiting for it")
-        wait_until_free(run)
+        wait_until_unlocked(run)
     state, reason = state_of(run)
     if state == "diverged":
         say(f"{place}: {trial.name} diverged before: {reason}")

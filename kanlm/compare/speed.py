@@ -15,8 +15,8 @@ from kanlm.config import RunConfig
 from kanlm.model import KanLMConfig
 from kanlm.runs import read_json, write_json
 from kanlm.train.build import build
-from kanlm.train.gradients import clip_gradients, gradient_norm
 from kanlm.train.parallel import mixed_precision
+from kanlm.train.step import clip_gradients, gradient_norm
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -9,7 +9,8 @@ from kanlm.compare.artifacts import CompareDir, state_of
 from kanlm.compare.schema import Trial
 from kanlm.config import UserError
 from kanlm.runs import read_json
-from kanlm.train.status import fraction_done, held
+from kanlm.train.lock import is_locked
+from kanlm.train.status import fraction_done
 
 
 def is_comparison(folder: str | Path) -> bool:
@@ -32,7 +33,7 @@ def status(folder: str | Path) -> str:
     ]
     for name, (state, reason) in states.items():
         run = directory.run(name)
-        if held(run):
+        if is_locked(run):
             lines.append(f"  running  {name}: {fraction_done(run):.0%}")
         elif state not in ("finished", "not run"):
             lines.append(f"  {state:<8} {name}" + (f": {reason}" if reason else ""))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -41,13 +42,13 @@ class Stopped(SystemExit):
 class StopSignal:
     """Remembers SIGTERM and SIGINT for the duration of a `with` block, so that a step can be finished first.
 
-    While `at_once` is set they raise `Stopped` instead. A second SIGINT acts at once. Outside the main thread
-    no handler can be set; the signals then act as before.
+    Within `acting_at_once` they raise `Stopped` instead. A second SIGINT acts at once. Outside the main
+    thread no handler can be set; the signals then act as before.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self.at_once = False
+        self._at_once = False
         self._interrupts = 0
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -63,9 +64,25 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def acting_at_once(self, run_name: str, say: Callable[..., None]) -> Iterator[None]:
+        """Before the first step there is nothing to save: a signal ends the process, with a line."""
+        self._at_once = True
+        try:
+            yield
+        except Stopped:
+            say(
+                f"{run_name}: stopped by a signal before the first step; what is tokenised is kept; run the "
+                "same command again to go on",
+                flush=True,
+            )
+            raise
+        finally:
+            self._at_once = False
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        if self.at_once:
+        if self._at_once:
             raise Stopped(0)
         self._interrupts += number == signal.SIGINT
         if number == signal.SIGINT and self._interrupts > 1:

@@ -11,9 +11,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+from accelerate import Accelerator
 from torch.distributed import Store
+
+from kanlm.runs import RunDir, RunRecord, read_json, write_json
+from kanlm.train.parallel import shared_store
 
 INTERVAL_SECONDS = 3.0
 SILENT_SECONDS = 30.0
@@ -24,6 +29,30 @@ EXIT_STATUS = 1
 def several_machines() -> bool:
     """Whether torchrun started processes on more than this machine."""
     return int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+
+
+@contextmanager
+def watched_machines(accelerator: Accelerator, run: RunDir) -> Iterator[None]:
+    """While several machines train together, end this process with a line when one of them is lost."""
+    if not several_machines():
+        yield
+        return
+
+    def lost(who: str) -> str:
+        kept = max((path.name for path in run.checkpoints.glob("step-*")), default="none")
+        line = (
+            f"{run.root.name}: {who}; its machine or the network is gone; last checkpoint: {kept}; run the "
+            "same command again to go on, on any number of machines"
+        )
+        if accelerator.is_main_process and run.record.exists():
+            record = RunRecord.model_validate(read_json(run.record))
+            end = {"state": "failed", "failure": line, "failure_kind": "crashed"}
+            write_json(run.record, record.model_copy(update=end))
+        return line
+
+    store = shared_store(accelerator)
+    with Heartbeat(store, accelerator.process_index, accelerator.num_processes, lost):
+        yield
 
 
 class Heartbeat:

@@ -9,10 +9,10 @@ Imports nothing heavy, so that this comes before the seconds that torch takes.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -24,21 +24,26 @@ LAUNCHERS = {
     "torch.distributed.run",
 }
 
-SECONDS_FOR_THE_FIRST = 2.0
-"""Within these a launcher ends its other processes after the first of them has failed."""
 
+def tell(line: str) -> None:
+    """Print the line of a mistake, unless another process of this launch and machine has told the same.
 
-def in_turn(line: str) -> str:
-    """`line` at once in the main process; in another one after a while, with its number.
-
-    Processes that fail alike would all say the same. The main one speaks first, its end ends the others, and
-    they speak only where they alone have failed.
+    Processes that fail alike would all say it. torchrun gives each a file for its error, in folders side by
+    side; the process that is the first to mark the line there speaks, with its number if it is not the main
+    one.
     """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", os.devnull)
+    if error_file != os.devnull:
+        mark = Path(error_file).parents[1] / f"told-{hashlib.sha256(line.encode()).hexdigest()[:16]}"
+        try:
+            mark.touch(exist_ok=False)
+        except FileExistsError:
+            return
+        except OSError:  # no space, or not torchrun's folders: twice is better than never
+            pass
     rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        return line
-    time.sleep(SECONDS_FOR_THE_FIRST * (1 + int(os.environ.get("LOCAL_RANK", "0"))))
-    return f"process {rank}: {line}"
+    speaker = "" if rank == "0" else f"process {rank}: "
+    print(f"kanlm: error: {speaker}{line}", file=sys.stderr, flush=True)
 
 
 def end_with_launcher() -> bool:

@@ -1,48 +1,36 @@
 """Training: one run from its configuration to a finished checkpoint, resumable at any step.
 
 `train(config)` is called in every process that `accelerate launch` starts. Read from the top: `train`,
-`run_steps`, `one_step`. A step takes `batch_size` sequences over all processes and micro-batches; its
-loss is the sum over valid tokens divided by their global number, so that it is the same function of the batch
-however the batch is cut.
+`run_steps`, then `one_step` in step.py.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
-import torch
-
 from kanlm.config import RunConfig, UserError
 from kanlm.evaluation.perplexity import validation_loss
-from kanlm.initial import has_dropout
 from kanlm.runs import RunDir, RunRecord
 from kanlm.sizing import architecture
 from kanlm.train import checkpoint
-from kanlm.train.batches import Batch, read_text
+from kanlm.train.batches import read_text
 from kanlm.train.build import build
-from kanlm.train.faults import (
-    MAX_NONFINITE_STEPS,
-    Diverged,
-    Stopped,
-    StopSignal,
-    failure_kind,
-    nonfinite_error,
-)
-from kanlm.train.gradients import clip_gradients, global_sum, gradient_norm, no_sync
+from kanlm.train.faults import Diverged, StopSignal, failure_kind
 from kanlm.train.health import health_metrics
-from kanlm.train.parallel import new_accelerator, place, watched_machines
-from kanlm.train.resume import finished_record, held_by_this_process
-from kanlm.train.schedule import learning_rate_factor
+from kanlm.train.heartbeat import watched_machines
+from kanlm.train.lock import locked
+from kanlm.train.parallel import new_accelerator, place
+from kanlm.train.resume import finished_record
 from kanlm.train.session import Session, open_session, opening_recorded
+from kanlm.train.step import Step, one_step
 
 HIGH_LOSS, MAX_HIGH_STEPS = 1.5, 20
 """A loss above so many times ln(vocabulary), in so many steps in a row, stops a run."""
@@ -65,14 +53,12 @@ def train(config: RunConfig) -> RunRecord:
         watched_machines(accelerator, run),
         StopSignal() as stop_signal,
     ):
-        # Nothing is written into the run's folder before the lock, so that a mistake leaves none behind.
-        stop_signal.at_once = True
-        try:
+        with stop_signal.acting_at_once(config.name, say=accelerator.print):
             # Mistakes in sizes are told before any text is read; its tokenizer may be smaller than planned.
-            micro_batches = config.train.micro_batches(accelerator.num_processes)
+            micro_batch_size, accumulation_steps = config.train.micro_batches(accelerator.num_processes)
             _ = config.total_steps
             architecture(config)
-            text = read_text(config, accelerator, *micro_batches)
+            text = read_text(config, accelerator, micro_batch_size, accumulation_steps)
             special = {name: getattr(text.tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
             trainable = build(
                 architecture(config, len(text.tokenizer), **special),
@@ -82,16 +68,8 @@ def train(config: RunConfig) -> RunRecord:
                 init_from=config.init_from,
                 placement=partial(place, accelerator),
             )
-        except Stopped:
-            if accelerator.is_main_process:
-                print(
-                    f"{config.name}: stopped by a signal before the first step; what is tokenised is kept; "
-                    "run the same command again to go on",
-                    flush=True,
-                )
-            raise
-        stop_signal.at_once = False
-        with held_by_this_process(run, accelerator):
+        # So far nothing is written into the run's folder, so that a mistake leaves none behind.
+        with locked(run, accelerator):
             with opening_recorded(run, accelerator):
                 session = open_session(config, run, accelerator, stop_signal, text, trainable)
             with end_recorded(session):
@@ -122,23 +100,6 @@ def end_recorded(session: Session) -> Iterator[None]:
             session.progress.say(str(error))
         finally:
             session.progress.close()
-
-
-@dataclass
-class Step:
-    """One optimiser step as it was done; loss in nats/token over the global batch, z-loss not included."""
-
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    reading_seconds: float
-    """That reading batches has taken since the last step's were taken."""
-    batch: Batch
-    """The last micro-batch of this process."""
-    stopping: bool
-    """Whether some process has received a signal to stop."""
-    save_due: bool
-    """Whether the last checkpoint is `save_minutes` old."""
 
 
 def run_steps(session: Session) -> None:
@@ -183,129 +144,6 @@ def run_steps(session: Session) -> None:
             save(session)
     session.writer.finish()
     session.accelerator.wait_for_everyone()  # a launcher ends all processes when the first one has ended
-
-
-def one_step(session: Session) -> Step:
-    """Forward and backward over the micro-batches, then the optimiser, unless a number is not finite."""
-    settings, state = session.config.train, session.state
-    accelerator, model = session.accelerator, session.model
-    # The loader's place after these batches: a checkpoint of this step must not hold that of a read-ahead.
-    micro_batches, state.loader, reading_seconds = session.batches.take()
-    valid_tokens, stopping, save_due = agree_over_processes(session, micro_batches)
-    if has_dropout(session.model_config):  # a function of the step, so that a resumed run repeats it
-        torch.manual_seed(dropout_seed(session.config.seed, state.step, accelerator.process_index))
-    learning_rate = set_learning_rates(session)
-
-    loss_sum = torch.zeros((), device=accelerator.device)
-    for number, batch in enumerate(micro_batches, 1):
-        batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-        # Gradients are exchanged once a step, in the backward pass of the last micro-batch.
-        with nullcontext() if number == len(micro_batches) else no_sync(accelerator, model):
-            with accelerator.autocast():
-                # The model sums over its tokens and divides by those of the whole step.
-                output = model(**batch, num_items_in_batch=valid_tokens, use_cache=False)
-            loss = output.loss
-            loss_sum += loss.detach()
-            if settings.z_loss > 0:
-                squares = squared_log_partition(output.logits, batch["labels"])
-                loss = loss + settings.z_loss * squares / valid_tokens
-            del output  # backward needs the logits' memory
-            # DDP and FSDP2 average gradients over processes. The factor makes that a sum, and the division
-            # by the global number of valid tokens, which the model has done, makes it exact for documents
-            # and micro-batches of any length.
-            accelerator.backward(loss * accelerator.num_processes)
-    if accelerator.scaler is not None:  # fp16: clipping and the finite check need the true gradients
-        accelerator.unscale_gradients()
-    loss_tensor, norm_tensor = global_sum(loss_sum), gradient_norm(model)
-    # A GPU is still at work on the gradients; the next batch is read before its numbers are waited for.
-    if state.step + 1 < session.total_steps:
-        session.batches.read_ahead()
-    mean_loss, grad_norm = loss_tensor.item(), norm_tensor.item()
-
-    if math.isfinite(mean_loss) and math.isfinite(grad_norm):
-        clip_gradients(model, grad_norm, settings.max_grad_norm)
-        session.watch.observe(model, state.step + 1)  # before the gradients are cleared
-        for optimizer in session.optimizers:
-            optimizer.step()
-        state.nonfinite_in_a_row = 0
-    else:
-        leave_out_step(session, micro_batches, mean_loss, grad_norm)
-    for optimizer in session.optimizers:
-        optimizer.zero_grad()
-    if accelerator.num_processes == 1:  # a signal during the step; several processes stop after the next
-        stopping = session.stop_signal.received is not None
-    return Step(mean_loss, grad_norm, learning_rate, reading_seconds, micro_batches[-1], stopping, save_due)
-
-
-def agree_over_processes(session: Session, micro_batches: list[Batch]) -> tuple[int, bool, bool]:
-    """Of the step over all processes: valid tokens, whether to stop after it, whether to save after it.
-
-    All processes learn of a signal before the same step, and all stop after it.
-    """
-    # The model shifts the labels, so the first of each row is never a target.
-    valid = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches)
-    stop = session.stop_signal.received is not None
-    minutes = session.config.train.save_minutes
-    due = minutes > 0 and time.monotonic() - session.saved_at >= minutes * 60
-    if session.accelerator.num_processes > 1:
-        counts = torch.tensor([valid, stop, due], dtype=torch.int64, device=session.accelerator.device)
-        valid, stop, due = global_sum(counts).tolist()
-    return valid, bool(stop), bool(due)
-
-
-def set_learning_rates(session: Session) -> float:
-    """Give every group of every optimiser its rate of this step; the one of the matrices is returned."""
-    settings = session.config.train
-    factor = learning_rate_factor(session.state.step, session.total_steps, settings)
-    for optimizer in session.raw_optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-    return settings.learning_rate * factor
-
-
-def dropout_seed(seed: int, step: int, process: int) -> int:
-    """64 bits, another for each step and process."""
-    digest = hashlib.blake2b(f"{seed} {step} {process}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
-
-
-def lower_scale(scaler: torch.amp.GradScaler | None) -> bool:
-    """Halve fp16's loss scale; whether it was above 1, and so to blame for a gradient that is not finite.
-
-    It starts at 2^16, so at most 16 steps can be left out without the model's fault.
-    """
-    if scaler is None:
-        return False
-    scale = scaler.get_scale()
-    scaler.update(scale * scaler.get_backoff_factor())  # on all processes alike
-    return scale > 1
-
-
-def squared_log_partition(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum over valid tokens of (ln Z)^2, Z the softmax denominator.
-
-    logits [B, T, V]; labels [B, T], not yet shifted. The z-loss of Chowdhery et al. 2022, sec. 5
-    (https://arxiv.org/abs/2204.02311).
-    """
-    log_partition = logits[:, :-1].float().logsumexp(dim=-1)  # [B, T - 1]
-    return (log_partition.square() * (labels[:, 1:] != -100)).sum()
-
-
-def leave_out_step(session: Session, micro_batches: list[Batch], loss: float, grad_norm: float) -> None:
-    """Count a step that is not finite and say so; `Diverged` after `MAX_NONFINITE_STEPS` in a row."""
-    state = session.state
-    state.skipped_steps += 1
-    blamed = "the loss scale was too high, and is halved"
-    if not lower_scale(session.accelerator.scaler) or not math.isfinite(loss):
-        state.nonfinite_in_a_row += 1
-        blamed = f"{state.nonfinite_in_a_row} in a row"
-    session.progress.say(
-        f"step {state.step + 1}: loss {loss}, gradient norm {grad_norm}; the step was left out ({blamed})"
-    )
-    if state.nonfinite_in_a_row == MAX_NONFINITE_STEPS:
-        raise nonfinite_error(
-            session.config, session.accelerator, session.model, micro_batches, state.step, loss, grad_norm
-        )
 
 
 def stop_where_the_loss_stays_high(session: Session, loss: float) -> None:

@@ -26,10 +26,8 @@ from transformers import PreTrainedModel
 from kanlm.config import RunConfig, TrainConfig, UserError
 from kanlm.data.exchange import Exchange
 from kanlm.initial import decoder_layers
-from kanlm.runs import RunDir, RunRecord, read_json, write_json
 from kanlm.train import tracking
 from kanlm.train.build import MakeOptimizers
-from kanlm.train.heartbeat import Heartbeat, several_machines
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 COLLECTIVE_TIMEOUT = timedelta(hours=3)
@@ -156,30 +154,6 @@ def shared_store(accelerator: Accelerator) -> torch.distributed.Store:
     port = [store.port if store is not None else 0]
     torch.distributed.broadcast_object_list(port)
     return store if store is not None else opened(port[0])
-
-
-@contextmanager
-def watched_machines(accelerator: Accelerator, run: RunDir) -> Iterator[None]:
-    """While several machines train together, end this process with a line when one of them is lost."""
-    if not several_machines():
-        yield
-        return
-
-    def lost(who: str) -> str:
-        kept = max((path.name for path in run.checkpoints.glob("step-*")), default="none")
-        line = (
-            f"{run.root.name}: {who}; its machine or the network is gone; last checkpoint: {kept}; run the "
-            "same command again to go on, on any number of machines"
-        )
-        if accelerator.is_main_process and run.record.exists():
-            record = RunRecord.model_validate(read_json(run.record))
-            end = {"state": "failed", "failure": line, "failure_kind": "crashed"}
-            write_json(run.record, record.model_copy(update=end))
-        return line
-
-    store = shared_store(accelerator)
-    with Heartbeat(store, accelerator.process_index, accelerator.num_processes, lost):
-        yield
 
 
 def set_threads(state: PartialState, num_threads: int | None) -> None:

@@ -1,18 +1,12 @@
-"""When a run may go on: same configuration, text and tokenizer, one process group at a time."""
+"""When a run may go on: same configuration, text and tokenizer; and what it goes on with."""
 
 from __future__ import annotations
 
-import fcntl
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from accelerate import Accelerator
-
 from kanlm.config import RunConfig, UserError, with_found_paths
-from kanlm.runs import RunDir, RunRecord, read_json, remove_leftovers
+from kanlm.runs import RunDir, RunRecord, read_json
 from kanlm.train import checkpoint
 
 FREE_TO_CHANGE = {
@@ -101,31 +95,3 @@ def leaves(table: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in table.items():
         flat |= leaves(value, f"{prefix}.{key}" if prefix else key)
     return flat
-
-
-@contextmanager
-def held_by_this_process(run: RunDir, accelerator: Accelerator) -> Iterator[None]:
-    """Make the run's folder and lock it; UserError where another process trains it.
-
-    The lock goes with its process, so a killed one holds none.
-    """
-    if not accelerator.is_main_process:
-        accelerator.wait_for_everyone()
-        yield
-        return
-    run.root.mkdir(parents=True, exist_ok=True)
-    with open(run.root / ".lock", "w") as lock:
-        for attempt in range(3):  # `kanlm status` holds the lock for a moment
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if attempt == 2:
-                    raise UserError(
-                        f"{run.root}: another process is training this run; wait for it, or choose "
-                        "another name"
-                    ) from None
-                time.sleep(0.2)
-        remove_leftovers(run.config, run.record, run.metrics, run.tokenizer)
-        accelerator.wait_for_everyone()
-        yield

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
 from kanlm.config import UserError
 from kanlm.runs import RunDir, RunRecord, last_metrics, read_json, step_of
+from kanlm.train.lock import is_locked
 
 
 def status(run_dir: str | Path) -> str:
@@ -52,31 +51,13 @@ def status(run_dir: str | Path) -> str:
 
 
 def described_state(run: RunDir, record: RunRecord) -> str:
-    if record.state == "running" and not held(run):
+    if record.state == "running" and not is_locked(run):
         return "not running; its process ended without a word (killed?); run the same command again to go on"
     if record.state == "running":
         return f"running (process {record.process_id})"
     if record.state == "interrupted":
         return "interrupted; run the same command again to go on"
     return f"failed: {record.failure}" if record.state == "failed" else record.state
-
-
-def held(run: RunDir) -> bool:
-    """Whether a process trains this run now."""
-    try:
-        with open(run.root / ".lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-def wait_until_free(run: RunDir) -> None:
-    """Return once no process trains this run."""
-    with suppress(FileNotFoundError), open(run.root / ".lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)
 
 
 def fraction_done(run: RunDir) -> float:

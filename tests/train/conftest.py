@@ -13,6 +13,7 @@ import torch
 
 from kanlm.config import RunConfig, parsed, with_overrides
 from kanlm.train import loop
+from kanlm.train import step as train_step
 from kanlm.train.session import Session
 
 
@@ -119,18 +120,18 @@ def after_backward(monkeypatch):
     """Install `act(session)` between the backward pass and the gradient norm of every step."""
 
     def install(act: Callable[[Session], object]) -> None:
-        real_step, real_norm, sessions = loop.one_step, loop.gradient_norm, []
+        one_step, gradient_norm, sessions = loop.one_step, train_step.gradient_norm, []
 
-        def step(session):
+        def noting(session):
             sessions[:] = [session]
-            return real_step(session)
+            return one_step(session)
 
-        def norm(model):
+        def acting(model):
             act(sessions[0])
-            return real_norm(model)
+            return gradient_norm(model)
 
-        monkeypatch.setattr(loop, "one_step", step)
-        monkeypatch.setattr(loop, "gradient_norm", norm)
+        monkeypatch.setattr(loop, "one_step", noting)
+        monkeypatch.setattr(train_step, "gradient_norm", acting)
 
     return install
 

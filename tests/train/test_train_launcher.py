@@ -16,7 +16,7 @@ import pytest
 from kanlm.runs import RunDir
 from kanlm.train import loop
 from kanlm.train.launcher import is_launcher
-from kanlm.train.status import held
+from kanlm.train.lock import is_locked
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ("train.max_tokens=102_400", "train.zero_gradient_steps=0")  # 800 steps
@@ -70,7 +70,7 @@ def test_signal_to_the_launcher_saves_the_run(processes, number, write_toml, run
     launcher.send_signal(number)
     assert launcher.wait(timeout=120) != 0  # a launcher's own status after a signal, of the run says nothing
     deadline = time.monotonic() + 60
-    while held(run):  # the launcher of one process does not wait for it
+    while is_locked(run):  # the launcher of one process does not wait for it
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.02)
 

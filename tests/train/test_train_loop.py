@@ -29,6 +29,7 @@ from kanlm.model.ffn_kan import KANGLU
 from kanlm.model.kan import kan_coefficient_names
 from kanlm.runs import RunDir, RunRecord
 from kanlm.train import loop, parallel
+from kanlm.train import step as train_step
 from kanlm.train.build import build
 from kanlm.train.checkpoint import load_model, load_tokenizer
 from kanlm.train.faults import Diverged, StopSignal
@@ -159,7 +160,7 @@ def test_gradient_checkpointing_leaves_the_losses_as_they_are(run_config, losses
 
 
 def test_gradients_are_clipped_to_the_norm_asked_for(run_config, monkeypatch, metrics):
-    real, seen = loop.clip_gradients, []
+    real, seen = train_step.clip_gradients, []
 
     def clip(model, norm, max_norm):
         before = [parameter.grad.clone() for parameter in model.parameters()]
@@ -170,7 +171,7 @@ def test_gradients_are_clipped_to_the_norm_asked_for(run_config, monkeypatch, me
         for one, other in zip(before, after, strict=True):
             torch.testing.assert_close(one * (found[1] / found[0]), other, rtol=1e-4, atol=1e-8)
 
-    monkeypatch.setattr(loop, "clip_gradients", clip)
+    monkeypatch.setattr(train_step, "clip_gradients", clip)
     loop.train(run_config("train.max_grad_norm=0.01"))
     assert all(norm == pytest.approx(before) for norm, before, _ in seen)
     assert all(before > 0.02 and after == pytest.approx(0.01, rel=1e-4) for _, before, after in seen)
@@ -188,7 +189,7 @@ def test_any_seed_serves_dropout(run_config, losses):
     loop.train(one)
     loop.train(two)
     assert losses(one) == losses(two)
-    seeds = {loop.dropout_seed(*key) for key in itertools.product((0, 1, 2**60), range(50), range(8))}
+    seeds = {train_step.dropout_seed(*key) for key in itertools.product((0, 1, 2**60), range(50), range(8))}
     assert len(seeds) == 3 * 50 * 8 and all(0 <= seed < 2**64 for seed in seeds)
 
 
@@ -213,7 +214,7 @@ def test_z_loss_counts_valid_targets_only():
     logits = torch.randn(1, 3, 5, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([[1, -100, 2]])  # the target of position 0 is not valid, that of position 1 is
     expected = logits[0, 1].logsumexp(-1) ** 2
-    assert torch.allclose(loop.squared_log_partition(logits, labels), expected)
+    assert torch.allclose(train_step.squared_log_partition(logits, labels), expected)
 
 
 @pytest.fixture
@@ -299,7 +300,7 @@ def test_gradient_that_no_scale_makes_finite_stops_the_run(run_config, poison, l
 
 
 def test_loss_that_is_not_finite_has_no_scale_to_blame(run_config, monkeypatch, loss_scaling):
-    monkeypatch.setattr(loop, "global_sum", lambda loss: loss * math.nan)
+    monkeypatch.setattr(train_step, "global_sum", lambda loss: loss * math.nan)
     loss_scaling(2.0**16)
     with pytest.raises(Diverged, match="up to step 3"):
         loop.train(run_config())
@@ -393,7 +394,7 @@ def test_checkpoint_of_other_tokens_is_refused(run_config, interrupt_after, monk
 
 def test_error_of_our_own_is_recorded_as_a_crash(run_config, monkeypatch):
     config = run_config()
-    monkeypatch.setattr(loop, "gradient_norm", lambda *_: 1 / 0)
+    monkeypatch.setattr(train_step, "gradient_norm", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         loop.train(config)
     record = json.loads(RunDir(config.run_dir).record.read_text())

@@ -20,7 +20,7 @@ from kanlm.export import export
 from kanlm.runs import RunDir
 from kanlm.train import loop
 from kanlm.train.checkpoint import load_model
-from kanlm.train.status import held
+from kanlm.train.lock import is_locked
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("two_processes.py")
@@ -105,7 +105,7 @@ def test_two_processes_train_as_one(kind, run_table, run_config, tmp_path, losse
     assert ran.returncode != 0 and ("rank 1 dies here" if kind == "ddp" else "SIGKILL") in ran.stderr
     (died_at,) = (tmp_path / "runs").glob("*/died at")
     assert ended - float(died_at.read_text()) < 60
-    assert not held(RunDir(died_at.parent))
+    assert not is_locked(RunDir(died_at.parent))
     observed = json.loads(out.read_text())
     assert ("kan_health is left out" in ran.stdout) == (kind == "fsdp2")
 

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from kanlm.config import RunConfig, parsed
 from kanlm.data import TokenLoader
 from kanlm.train import loop
+from kanlm.train import step as train_step
 from kanlm.train.batches import StepBatches
 
 
@@ -36,7 +37,7 @@ def mask_labels(batches):
 
 def train(job: dict) -> dict:
     config = parsed(RunConfig, job["table"], "job")
-    originals = loop.one_step, StepBatches.take, loop.gradient_norm, TokenLoader.__iter__
+    originals = loop.one_step, StepBatches.take, train_step.gradient_norm, TokenLoader.__iter__
     one_step, take, gradient_norm, batches = originals
     sessions = []
 
@@ -74,12 +75,12 @@ def train(job: dict) -> dict:
 
     loop.one_step, StepBatches.take = interrupting, noting
     if job.get("masked"):
-        loop.gradient_norm = saving
+        train_step.gradient_norm = saving
         TokenLoader.__iter__ = lambda self: mask_labels(batches(self))
     try:
         record = loop.train(config)
     finally:
-        loop.one_step, StepBatches.take, loop.gradient_norm, TokenLoader.__iter__ = originals
+        loop.one_step, StepBatches.take, train_step.gradient_norm, TokenLoader.__iter__ = originals
     return {
         "state": record.state,
         "step": record.step,
