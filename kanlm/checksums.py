@@ -6,7 +6,6 @@ weights, code, tokenizer and configuration; the model card, which changes with e
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from kanlm.config import UserError, one_line
-from kanlm.runs import named_errors
+from kanlm.runs import file_sha256, named_errors
 
 NAME = "SHA256SUMS"
 _LEFT_OUT = (NAME, "README.md")
@@ -25,15 +24,10 @@ _AGAIN = "copy or export it again"
 _NOT_THERE = (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError)
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def checksums(folder: Path) -> str:
     """The content of SHA256SUMS for the files that lie in `folder`."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in _LEFT_OUT)
-    return "".join(f"{sha256(path)}  {path.name}\n" for path in files)
+    return "".join(f"{file_sha256(path)}  {path.name}\n" for path in files)
 
 
 def verify(folder: str | Path, only_present: bool = False) -> bool:
@@ -53,7 +47,7 @@ def verify(folder: str | Path, only_present: bool = False) -> bool:
             if only_present:
                 continue
             raise UserError(f"{folder / name}: missing, and {NAME} lists it; {_AGAIN}")
-        if sha256(folder / name) != expected:
+        if file_sha256(folder / name) != expected:
             raise UserError(
                 f"{folder / name}: damaged or changed: not the file of {NAME}; {_AGAIN}, or delete {listed} "
                 "if the change is yours"

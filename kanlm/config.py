@@ -408,7 +408,7 @@ def with_overrides(table: dict[str, Any], overrides: tuple[str, ...] | list[str]
     return table
 
 
-def parsed(
+def parse_table(
     kind: type[Section], table: dict[str, Any], where: str, overrides: tuple[str, ...] | list[str] = ()
 ) -> Any:
     """`table` as a `kind`; the first mistake becomes a one-line `UserError` that names the key, and `where`
@@ -460,4 +460,4 @@ def load_run_config(path: str | Path, overrides: tuple[str, ...] | list[str] = (
             f"{path}: a comparison, not one run: it has [[arms]]; `kanlm compare {path}` runs it, "
             "with --dry-run it shows sizes, tokens and hours"
         )
-    return parsed(RunConfig, with_overrides(table, overrides), str(path), overrides)
+    return parse_table(RunConfig, with_overrides(table, overrides), str(path), overrides)

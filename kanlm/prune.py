@@ -13,7 +13,7 @@ from kanlm.evaluation.loading import load_causal_lm
 from kanlm.evaluation.perplexity import held_out_documents
 from kanlm.export import code_span, export_model
 from kanlm.interpret.functions import token_batch
-from kanlm.interpret.pruning import checked_keep, pruned, without_edges
+from kanlm.interpret.pruning import checked_keep, prune_channels, without_edges
 from kanlm.interpret.removal import sequence_losses
 
 KEPT = (0.9, 0.8, 0.6, 0.4)
@@ -50,7 +50,7 @@ def prune(
         if what == "edges":
             small = without_edges(model, fit, keep)
         else:
-            small, _ = pruned(model, fit, keep)
+            small, _ = prune_channels(model, fit, keep)
     except ValueError as error:
         raise UserError(f"model {model_path}: {error}") from error
     before, after = (float(sequence_losses(network, held).mean()) for network in (model, small))
@@ -113,13 +113,13 @@ def prune_table(
         def loss(network: Any, held=held) -> float:
             return float(sequence_losses(network, held).mean())
 
-        small = {1.0: model} | {keep: pruned(model, fit, keep)[0] for keep in KEPT}
+        small = {1.0: model} | {keep: prune_channels(model, fit, keep)[0] for keep in KEPT}
         timed = [copy.deepcopy(network) for network in small.values()]
         for network in timed:
             kernels.select(network)  # what training steps take
         seconds = step_seconds(timed, fit[: max(1, 2048 // fit.shape[1])])
         for (keep, network), step in zip(small.items(), seconds, strict=True):
-            at_random = [pruned(model, fit, keep, "random", seed)[0] for seed in seeds]
+            at_random = [prune_channels(model, fit, keep, "random", seed)[0] for seed in seeds]
             row = {
                 "model": str(path),
                 "ffn_type": getattr(model.config, "ffn_type", model.config.model_type),

@@ -219,6 +219,11 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def json_sha256(value: Any, sort_keys: bool = False) -> str:
     """sha256 of `value` as JSON: the identity of data, of a tokenizer, of a recipe."""
     return hashlib.sha256(json.dumps(value, sort_keys=sort_keys).encode("utf-8")).hexdigest()

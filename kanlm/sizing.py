@@ -13,8 +13,8 @@ FLOPs (a multiply-add is 2), per token, forward and backward (twice the forward)
                   exp, tanh and erf count as 1
 The sum is what arms are matched by, so a KAN pays for the evaluation of its basis.
 
-A converted model of another family has no closed form: its parameters are counted on a model built without
-memory, and of its elementwise work learned functions and the activations beside them.
+A converted model of another family is counted as a whole on a model built without memory, and of its
+elementwise work learned functions and the activations beside them.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from transformers import PreTrainedConfig
 from kanlm.config import RunConfig, UserError, did_you_mean, one_line
 from kanlm.initial import decoder_layers, initial_config, model_class
 from kanlm.model import KanLMConfig
-from kanlm.model.ffn import arm_names, find_arm
+from kanlm.model.ffn import arm_names, build_ffn, find_arm
 from kanlm.model.ffn_kan import SILU_FLOPS
-from kanlm.model.kan import KANLinear
+from kanlm.model.kan import KANLinear, kan_coefficient_names
 from kanlm.model.learned_function import LearnedFunction
 
 TOLERANCE = {"parameters": 0.005, "flops": 0.01}
@@ -152,19 +152,35 @@ def _attention_parameters(config: KanLMConfig) -> int:
     return 2 * sum(_head_channels(config)) * config.hidden_size
 
 
+@dataclass(frozen=True)
+class BlockCounts:
+    """Parameters of one feed-forward block."""
+
+    total: int
+    matrices: int
+    """Those that take part in a matrix product for every token."""
+    coefficients: int
+    """Those of learned functions; of edge functions they are a matrix."""
+
+
+def block_counts(config: KanLMConfig) -> BlockCounts:
+    """The parameters of a block of `config`, counted on one that is built without memory (meta device)."""
+    with torch.device("meta"):
+        block = build_ffn(config)
+    sizes = {name: parameter.numel() for name, parameter in block.named_parameters()}
+    matrices = sum(module.weight.numel() for module in block.modules() if isinstance(module, nn.Linear))
+    coefficients = sum(sizes[name] for name in kan_coefficient_names(block))
+    return BlockCounts(sum(sizes.values()), matrices, coefficients)
+
+
 def parameter_counts(config: Any) -> Counts:
-    """Parameters, of a KanLMConfig in closed form; equal to the numbers of the built model."""
+    """Parameters; of a KanLMConfig without building the model, equal to the numbers of the built one."""
     if not isinstance(config, KanLMConfig):
         return built_counts(config)
-    return closed_counts(config)
-
-
-def closed_counts(config: KanLMConfig) -> Counts:
-    """`parameter_counts` in closed form."""
     embedding = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     attention = config.num_hidden_layers * _attention_parameters(config)
     norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
-    ffn = config.num_hidden_layers * sum(find_arm(config.ffn_type).count_parameters(config))
+    ffn = config.num_hidden_layers * block_counts(config).total
     non_embedding = attention + ffn + norms
     return Counts(embedding + non_embedding, embedding, non_embedding, ffn)
 
@@ -204,9 +220,9 @@ def training_flops(config: KanLMConfig, block_size: int) -> Flops:
     layers, head = config.num_hidden_layers, config.vocab_size * config.hidden_size
     attention = 12 * layers * _head_channels(config)[0] * block_size
     projections = _attention_parameters(config)
-    block = find_arm(config.ffn_type)
-    matrices = layers * (projections + block.count_parameters(config)[0])
-    return Flops(6 * (matrices + head), attention, 3 * layers * block.count_flops(config))
+    matrices = layers * (projections + block_counts(config).matrices)
+    elementwise = layers * find_arm(config.ffn_type).count_flops(config)
+    return Flops(6 * (matrices + head), attention, 3 * elementwise)
 
 
 def converted_flops(config: Any, block_size: int) -> Flops:
@@ -253,11 +269,6 @@ class Memory:
         return self.parameters + self.gradients + self.optimizer + self.activations + self.buffers
 
 
-def kan_coefficients(config: KanLMConfig) -> int:
-    """Coefficients of learned functions in the whole model."""
-    return config.num_hidden_layers * find_arm(config.ffn_type).count_coefficients(config)
-
-
 def memory_bytes(
     config: KanLMConfig,
     *,
@@ -284,7 +295,7 @@ def memory_bytes(
     layer = counts.non_embedding // config.num_hidden_layers
     share = devices if sharding == "fsdp2" else 1
     parameters = 4 * counts.total
-    coefficients = kan_coefficients(config)
+    coefficients = config.num_hidden_layers * block_counts(config).coefficients
     by_muon = counts.non_embedding - coefficients if optimizer == "muon" else 0
     by_muon += coefficients if kan_optimizer == "muon" else 0
     moments = 8 * counts.total - 4 * by_muon
@@ -338,7 +349,7 @@ def _activation_bytes(config: KanLMConfig, half: int, gradient_checkpointing: bo
 def matched_size(config: KanLMConfig, matching: Literal["parameters", "flops"], block_size: int) -> float:
     """What `matching` makes equal: non-embedding parameters, or training FLOPs of a token."""
     if matching == "parameters":
-        return closed_counts(config).non_embedding
+        return parameter_counts(config).non_embedding
     return training_flops(config, block_size).total
 
 
@@ -531,7 +542,7 @@ def plan_text(planned: dict[str, Any]) -> str:
         f"{planned['hidden_size']}, FFN width {planned['intermediate_size']}, "
         f"vocabulary {planned['vocab_size']:,}, blocks of {planned['block_size']}",
         "",
-        "parameters (closed form = built model)",
+        "parameters (sum of the parts = built model)",
         *(f"  {name.replace('_', '-'):<14}{number:>18,}" for name, number in parameters.items()),
         "",
         "training FLOPs per token (multiply-add = 2)",

@@ -56,7 +56,7 @@ def main() -> None:
     training_seconds, _ = seconds(lambda: tokenizer_for(config))
     tokenizer = tokenizer_for(config)
     backend = packing_tokenizer(tokenizer)
-    texts = list(documents(config, "train"))
+    texts = list(documents(config.data, "train"))
     megabytes = sum(len(text.encode("utf-8")) for text in texts) / 1e6
 
     def pack() -> None:

@@ -27,7 +27,7 @@ import torch
 from torch import multiprocessing
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from kanlm.config import RunConfig, load_run_config, parsed, with_overrides
+from kanlm.config import RunConfig, load_run_config, parse_table, with_overrides
 from kanlm.data import TokenLoader, tokenizer_for
 from kanlm.model import KanLMForCausalLM
 from kanlm.runs import hardware, versions, write_json
@@ -262,7 +262,7 @@ def main() -> None:
     if given.config:
         config = load_run_config(given.config, given.overrides)
     else:
-        config = parsed(RunConfig, with_overrides(DEFAULT, given.overrides), "built-in configuration")
+        config = parse_table(RunConfig, with_overrides(DEFAULT, given.overrides), "built-in configuration")
     tokens = given.steps * config.train.batch_size * config.data.block_size
     config = config.model_copy(
         update={"train": config.train.model_copy(update={"max_tokens": tokens, "eval_tokens": 1024})}

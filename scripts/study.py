@@ -41,7 +41,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from kanlm import kernels
 from kanlm.compare.judgement import ArmLosses, Judgement, judge, learned_nothing, sentence
-from kanlm.config import RunConfig, parsed
+from kanlm.config import RunConfig, parse_table
 from kanlm.data import tokenizer_for
 from kanlm.data.cache import TokenCache, cached
 from kanlm.data.corpus import split_sources
@@ -239,7 +239,7 @@ def run_config(trial: dict[str, Any]) -> RunConfig:
         },
         "train": train_table,
     }
-    return parsed(RunConfig, table, "study")
+    return parse_table(RunConfig, table, "study")
 
 
 def begun_with_functions(trial: dict[str, Any], config: RunConfig) -> RunConfig:
@@ -419,7 +419,7 @@ def last_train_loss(config: RunConfig) -> float:
 def text_cache(config: RunConfig, tokenizer: Any, split: str) -> TokenCache:
     source = config.data.validation_source.replace(".valid.", f".{split}.")
     other = config.model_copy(update={"data": config.data.model_copy(update={"validation_source": source})})
-    return cached(split_sources(other, "validation"), other, tokenizer, "validation")
+    return cached(split_sources(other.data, "validation"), other, tokenizer, "validation")
 
 
 @torch.no_grad()

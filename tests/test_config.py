@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kanlm.config import RunConfig, UserError, load_run_config, parsed, with_overrides
+from kanlm.config import RunConfig, UserError, load_run_config, parse_table, with_overrides
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -128,7 +128,7 @@ def test_config_json_of_a_run_is_a_config_file(tmp_path):
 def test_config_round_trips_through_json(tmp_path):
     config = load_run_config(written(tmp_path, MINIMAL))
     assert RunConfig.model_validate_json(config.model_dump_json()) == config
-    assert parsed(RunConfig, config.model_dump(mode="json"), "config.json") == config
+    assert parse_table(RunConfig, config.model_dump(mode="json"), "config.json") == config
 
 
 @pytest.mark.parametrize(
@@ -164,4 +164,4 @@ def test_numbers_that_are_not_finite_are_refused_at_any_depth():
     for override in ("train.betas=[nan, 0.9]", "model.kan_grid_max=inf", "model.rope_parameters={theta=inf}"):
         table = {"name": "x", "model": {}, "train": {"max_tokens": 1000}}
         with pytest.raises(UserError, match="finite number"):
-            parsed(RunConfig, with_overrides(table, [override]), "file", [override])
+            parse_table(RunConfig, with_overrides(table, [override]), "file", [override])

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kanlm.config import RunConfig, UserError, parsed
+from kanlm.config import RunConfig, UserError, parse_table
 from kanlm.export import code_span, eval_reports, export, export_model, model_card, model_of, update_card
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.runs import EvalReport, RunDir, read_json, write_json
@@ -47,7 +47,7 @@ def trained(tmp_path_factory):
             "num_threads": 1,
         },
     }
-    config = parsed(RunConfig, table, "test")
+    config = parse_table(RunConfig, table, "test")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         train(config)

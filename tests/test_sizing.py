@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kanlm import kernels, sizing
-from kanlm.config import RunConfig, TrainConfig, UserError, load_run_config, parsed
+from kanlm.config import RunConfig, TrainConfig, UserError, load_run_config, parse_table
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.model.configuration_kanlm import FFN_TYPES
 from kanlm.model.ffn import find_arm
@@ -28,7 +28,7 @@ SMALL = {
 
 def run_config(**tables) -> RunConfig:
     table = {"name": "t", "model": {"intermediate_size": 512}, "train": {"max_tokens": 100_000}} | tables
-    return parsed(RunConfig, table, "t.toml")
+    return parse_table(RunConfig, table, "t.toml")
 
 
 def variants():

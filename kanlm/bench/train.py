@@ -18,7 +18,7 @@ from kanlm.bench.measure import (
     report,
     require_device,
 )
-from kanlm.config import TrainConfig, UserError, parsed
+from kanlm.config import TrainConfig, UserError, parse_table
 from kanlm.model.configuration_kanlm import KanLMConfig
 from kanlm.model.modeling_kanlm import KanLMForCausalLM
 from kanlm.sizing import matched_width, parameter_counts, training_flops_per_token
@@ -96,7 +96,7 @@ def build_arm(
     """The arm's model and optimiser as training builds them, and which kernels it uses."""
     config = architecture(arm, size)
     config._attn_implementation = "sdpa"
-    settings = parsed(
+    settings = parse_table(
         TrainConfig,
         {
             "max_tokens": 1,

@@ -30,7 +30,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from kanlm.compare.judgement import Family, learned_nothing
 from kanlm.compare.schema import MATCHINGS, CompareConfig, Matching, PlannedArm, Trial
-from kanlm.config import UserError, parsed
+from kanlm.config import UserError, parse_table
 from kanlm.runs import (
     EvalReport,
     RunDir,
@@ -372,7 +372,7 @@ def load(root: str | Path) -> Artifacts:
         ) from None
     by_key = {arm.key: arm for arm in arms}
     results = [load_result(directory, files, trial, by_key[trial.key]) for trial in trials]
-    config = parsed(CompareConfig, stored["config"], str(directory.compare))
+    config = parse_table(CompareConfig, stored["config"], str(directory.compare))
     speed = files.json(directory.speed, Speed)
     baselines = files.json(directory.baselines, list[Baseline]) or []
     tables = []

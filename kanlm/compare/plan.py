@@ -19,12 +19,18 @@ from kanlm.compare.schema import (
     SizeConfig,
     Trial,
 )
-from kanlm.config import RunConfig, UserError, parsed
+from kanlm.config import RunConfig, UserError, parse_table
 from kanlm.data import TokenLoader, token_cache, tokenizer_for
 from kanlm.model import KanLMConfig
 from kanlm.model.ffn import find_arm
 from kanlm.runs import changed_keys, provenance, read_json, write_json
-from kanlm.sizing import closed_counts, matched_architectures, new_architecture, training_flops
+from kanlm.sizing import (
+    block_counts,
+    matched_architectures,
+    new_architecture,
+    parameter_counts,
+    training_flops,
+)
 
 RATES = ("learning_rate", "kan_learning_rate")
 Rates = dict[str, float]
@@ -87,7 +93,7 @@ def arms_of_size(
     solved = matched_architectures(runs, config.reference, vocab_size, width)
     for arm in config.arms:
         run, (model, mismatch) = runs[arm.name], solved[arm.name]
-        counts = closed_counts(model)
+        counts = parameter_counts(model)
         flops = training_flops(model, run.data.block_size)
         block = find_arm(model.ffn_type)
         planned.append(
@@ -104,7 +110,7 @@ def arms_of_size(
                 embedding_parameters=counts.embedding,
                 non_embedding_parameters=counts.non_embedding,
                 ffn_parameters=counts.ffn,
-                coefficients=block.count_coefficients(model),
+                coefficients=block_counts(model).coefficients,
                 flops_per_token=float(flops.total),
                 mismatch=mismatch,
             )
@@ -236,7 +242,7 @@ class Study:
             stored = self.directory.run(trial.name).config
             if not stored.is_file():
                 continue
-            before = parsed(RunConfig, read_json(stored), str(stored)).model_dump(mode="json")
+            before = parse_table(RunConfig, read_json(stored), str(stored)).model_dump(mode="json")
             changes = changed_keys(before, trial.run.model_dump(mode="json"))
             if changes:
                 more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""

@@ -34,7 +34,7 @@ from kanlm.config import (
     SourceConfig,
     UserError,
     config_file,
-    parsed,
+    parse_table,
     toml_table,
     with_overrides,
 )
@@ -348,7 +348,7 @@ def load_compare_config(path: str | Path, overrides: Iterable[str] = ()) -> Comp
     overrides = list(overrides)
     if isinstance(table.get("base"), str):
         table["base"] = toml_table(config_file(path).parent / table["base"])
-    config = parsed(CompareConfig, with_overrides(table, overrides), str(path), overrides)
+    config = parse_table(CompareConfig, with_overrides(table, overrides), str(path), overrides)
     try:
         _ = config.runs, config.arm_runs
     except UserError as error:
@@ -373,4 +373,4 @@ def run_config(config: CompareConfig, size: SizeConfig, changes: dict[str, Any],
         for key, value in layer.items():
             both = isinstance(value, dict) and isinstance(table.get(key), dict)
             table[key] = {**table[key], **value} if both else value
-    return parsed(RunConfig, table, where)
+    return parse_table(RunConfig, table, where)

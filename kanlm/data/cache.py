@@ -42,7 +42,7 @@ from kanlm.data.packing import Fragment, Packed, Packer
 from kanlm.data.sources import Unreachable
 from kanlm.data.tokenizer import tokenizer_hash
 from kanlm.metrics import TextCounts
-from kanlm.runs import fsync_folder, fsync_one, json_sha256, named_errors, read_json, write_json
+from kanlm.runs import file_sha256, fsync_folder, fsync_one, json_sha256, named_errors, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class TokenCache:
         if "documents_sha256" in self.manifest:  # older caches lack it
             expected["documents.bin"] = self.manifest["documents_sha256"]
         for name, digest in expected.items():
-            if _sha256(path := self.folder / name) != digest:
+            if file_sha256(path := self.folder / name) != digest:
                 raise UserError(
                     f"{path}: damaged (sha256 differs from manifest.json); delete {self.folder} to build "
                     "it again"
@@ -108,7 +108,7 @@ def token_cache(config: RunConfig, tokenizer: PreTrainedTokenizerFast, split: Sp
     if config.data.cache_url is not None:
         (folder,) = remote.published(config).folders(split)
         return _published_cache(folder, tokenizer)
-    return cached(split_sources(config, split), config, tokenizer, split)
+    return cached(split_sources(config.data, split), config, tokenizer, split)
 
 
 def train_caches(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[TokenCache, ...]:
@@ -117,7 +117,9 @@ def train_caches(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> tuple
         return tuple(
             _published_cache(folder, tokenizer) for folder in remote.published(config).folders("train")
         )
-    return tuple(cached((source,), config, tokenizer, "train") for source in split_sources(config, "train"))
+    return tuple(
+        cached((source,), config, tokenizer, "train") for source in split_sources(config.data, "train")
+    )
 
 
 def cached(
@@ -348,7 +350,7 @@ class _Build:
                 "words": counts.words,
                 "documents": counts.documents,
                 "sha256": digest.hexdigest(),
-                "documents_sha256": _sha256(self.partial / "documents.bin"),
+                "documents_sha256": file_sha256(self.partial / "documents.bin"),
                 "shards": shards,
             },
         )
@@ -392,7 +394,7 @@ class _Build:
         if (
             found.hexdigest() != record["sha256"]
             or not starts.is_file()
-            or _sha256(starts) != record["starts"]
+            or file_sha256(starts) != record["starts"]
         ):
             raise UserError(f"{shard}: damaged (sha256 differs); delete {path} to have it packed again")
         return record
@@ -433,7 +435,7 @@ class _Shard:
                 "file": f"{self.name}.bin",
                 "tokens": self.tokens,
                 "sha256": self.sha256.hexdigest(),
-                "starts": _sha256(starts),
+                "starts": file_sha256(starts),
                 "counts": asdict(self.counts),
             },
         )
@@ -467,11 +469,6 @@ class _Meter:
 
     def per_second(self) -> float:
         return self.tokens / max(time.monotonic() - self.started, 1e-9)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _no_text(split: Split, source: str) -> str:

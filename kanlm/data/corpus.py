@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from kanlm.config import DataConfig, RunConfig, SourceConfig, UserError
+from kanlm.config import DataConfig, SourceConfig, UserError
 from kanlm.data.sources import Reader, State, reader
 from kanlm.data.text import Text
 from kanlm.runs import json_sha256
@@ -92,9 +92,9 @@ class TextStream(Iterator[Text]):
         return {"chunk": self._place, "row": self._row, "read": self._read, "given": self._given}
 
 
-def documents(config: RunConfig, split: Split) -> Iterator[str]:
-    """Original text of a split of `config.data`: exactly what the token caches of that split hold."""
-    sources = split_sources(config, split)
+def documents(data: DataConfig, split: Split) -> Iterator[str]:
+    """Original text of a split of `data`: exactly what the token caches of that split hold."""
+    sources = split_sources(data, split)
     return map(str, itertools.chain.from_iterable(TextStream(source) for source in sources))
 
 
@@ -110,9 +110,8 @@ def text_documents(
     return map(str, TextStream(Source(found, 1.0, _whole, max_documents, None, None, found.fingerprint)))
 
 
-def split_sources(config: RunConfig, split: Split) -> tuple[Source, ...]:
+def split_sources(data: DataConfig, split: Split) -> tuple[Source, ...]:
     """The sources of a split: one for each of positive weight in a mixture."""
-    data = config.data
     if split == "validation" and data.validation_source is not None:
         return (_source(data, _validation_spec(data), split),)
     specs = [spec for spec in data.mixture if spec.weight > 0] or [data]

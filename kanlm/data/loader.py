@@ -69,7 +69,7 @@ class TokenLoader:
             pack, window = Packer(tokenizer), config.data.shuffle_buffer
             self._sources = self._streams = [
                 StreamedBlocks(source, pack, self._block_size, window, (config.data_seed, number), exchange)
-                for number, source in enumerate(split_sources(config, "train"))
+                for number, source in enumerate(split_sources(config.data, "train"))
             ]
             self.manifest = _streamed_manifest(self._streams, tokenizer)
         else:

@@ -52,7 +52,7 @@ def tokenize(config: RunConfig, workers: int | None, shard: str | None, push: st
 
 
 def _share(config: RunConfig, tokenizer: PreTrainedTokenizerFast, share: tuple[int, int]) -> Iterator[str]:
-    for source in split_sources(config, "train"):
+    for source in split_sources(config.data, "train"):
         made = cached_share((source,), config, tokenizer, "train", share)
         if isinstance(made, TokenCache):
             yield _described(made)

@@ -11,7 +11,6 @@ one commit.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from kanlm.config import RunConfig, SourceConfig, UserError, one_line
-from kanlm.runs import fsync_folder, fsync_one, json_sha256, read_json, write_json
+from kanlm.runs import file_sha256, fsync_folder, fsync_one, json_sha256, read_json, write_json
 
 HUB = "hf://datasets/"
 _FIELDS = (
@@ -168,10 +167,10 @@ def _get(system: AbstractFileSystem, there: str, folder: Path) -> None:
     for path in files:
         name = path.rpartition("/")[2]
         local = partial / name
-        if name in shards and local.is_file() and _sha256(local) == shards[name]:
+        if name in shards and local.is_file() and file_sha256(local) == shards[name]:
             continue
         system.get_file(path, str(local))
-        if name in shards and _sha256(local) != shards[name]:
+        if name in shards and file_sha256(local) != shards[name]:
             local.unlink()
             raise UserError(
                 f"data.cache_url: {path}: damaged (sha256 differs from its manifest); publish it again"
@@ -183,11 +182,6 @@ def _get(system: AbstractFileSystem, there: str, folder: Path) -> None:
     fsync_folder(partial)
     os.rename(partial, folder)
     fsync_one(folder.parent)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

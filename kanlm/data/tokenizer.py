@@ -124,7 +124,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def _key(config: RunConfig) -> str:
-    parts: list[Any] = [[source.fingerprint, source.weight] for source in split_sources(config, "train")]
+    parts: list[Any] = [[source.fingerprint, source.weight] for source in split_sources(config.data, "train")]
     parts += [config.tokenizer.vocab_size, SAMPLE_CHARACTERS, _RECIPE]
     return json_sha256(parts)
 
@@ -134,7 +134,7 @@ def _sample(config: RunConfig) -> Iterator[str]:
 
     Streamed text gives its beginning, as nobody knows where it ends.
     """
-    sources = split_sources(config, "train")
+    sources = split_sources(config.data, "train")
     total = sum(source.weight for source in sources)
     for source in sources:
         share = int(SAMPLE_CHARACTERS * source.weight / total)

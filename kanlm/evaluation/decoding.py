@@ -15,7 +15,7 @@ SERVED = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "use_cache"),
     *("do_sample", "temperature", "top_k", "top_p", "output_attentions", "output_hidden_states"),
 }
-"""Fields of a generation config that `continued` follows, the caller decides, or that change no token."""
+"""Fields of a generation config that `continue_tokens` follows, or that change no token."""
 
 
 def decoder_for(model: Any, weights: Weights = "float32") -> NativeDecoder | None:
@@ -33,7 +33,7 @@ def decoder_for(model: Any, weights: Weights = "float32") -> NativeDecoder | Non
     return native_decoder(model, weights=weights)
 
 
-def continued(
+def continue_tokens(
     decoder: NativeDecoder,
     ids: list[int],
     max_new_tokens: int,

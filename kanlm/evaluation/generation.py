@@ -96,7 +96,7 @@ def generate(
     network, tokenizer = ready(model, device, trust_remote_code)
     decoder = native(network, weights, len(prompts))
     set_seed(seed)
-    texts, tokens, seconds = continued(network, tokenizer, prompts, settings, decoder, out=out)
+    texts, tokens, seconds = generate_texts(network, tokenizer, prompts, settings, decoder, out=out)
     if len(prompts) > 1:
         print("\n\n".join(texts), file=out)
     print(speed(tokens, seconds, network, decoder), file=sys.stderr)
@@ -128,7 +128,7 @@ def converse(
     for line in lines:
         if line.strip():
             try:
-                _, tokens, seconds = continued(network, tokenizer, [line], settings, decoder, out=out)
+                _, tokens, seconds = generate_texts(network, tokenizer, [line], settings, decoder, out=out)
                 print(speed(tokens, seconds, network, decoder), file=sys.stderr)
             except UserError as error:
                 print(error, file=sys.stderr)
@@ -198,7 +198,7 @@ def native(network: Any, weights: Weights, prompts: int = 1) -> NativeDecoder | 
 
 
 @torch.inference_mode()
-def continued(
+def generate_texts(
     network: Any,
     tokenizer: Any,
     prompts: list[str],
@@ -253,7 +253,7 @@ def by_decoder(
 
     if streamer is not None:
         streamer.put(ids)
-    new = decoding.continued(
+    new = decoding.continue_tokens(
         *(decoder, ids[0].tolist(), settings.max_new_tokens),
         warpers=settings.warpers(),
         stop=stop,

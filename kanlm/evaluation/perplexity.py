@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kanlm import __version__, kernels, metrics
-from kanlm.config import RunConfig, SourceConfig, UserError, load_run_config, parsed
+from kanlm.config import DataConfig, SourceConfig, UserError, load_run_config, parse_table
 from kanlm.data import documents as split_documents
 from kanlm.data import text_documents
 from kanlm.evaluation.loading import load_causal_lm
@@ -465,17 +465,11 @@ def held_out_documents(
     """
     path = Path(data)
     if path.suffix == ".toml":
-        config = load_run_config(path)
+        settings = load_run_config(path).data
     elif RunDir(path).record.is_file():
-        config = load_run_config(RunDir(path).config)
+        settings = load_run_config(RunDir(path).config).data
     elif str(data) in ("stdlib", "stories"):
-        table: dict[str, Any] = {
-            "name": "held-out",
-            "model": {},
-            "data": {"source": str(data)},
-            "train": {"max_tokens": 1},
-        }
-        config = parsed(RunConfig, table, str(data))
+        settings = DataConfig(source=str(data))
     else:
         if split is None and not path.exists() and path.suffix == "":
             raise UserError(
@@ -487,14 +481,14 @@ def held_out_documents(
             "text_column": text_column,
             "document_separator": document_separator,
         }
-        spec = parsed(SourceConfig, table, "data")
+        spec = parse_table(SourceConfig, table, "data")
         texts = text_documents(spec, max_documents=max_documents, invalid_utf8=invalid_utf8)
         return texts, str(data), split or "all"
     if split not in (None, "train", "validation"):
         raise UserError(f"split: {data} has train and validation, got {split!r}")
     part: Literal["train", "validation"] = "train" if split == "train" else "validation"
-    texts = itertools.islice(split_documents(config, part), max_documents)
-    return texts, config.data.validation_source or config.data.source, part
+    texts = itertools.islice(split_documents(settings, part), max_documents)
+    return texts, settings.validation_source or settings.source, part
 
 
 def evaluate_spec(

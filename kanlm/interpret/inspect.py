@@ -30,7 +30,7 @@ from kanlm.interpret.removal import ClosedForms, lines_of, removal, start_of
 from kanlm.interpret.statistics import (
     STATISTICS,
     FunctionStatistics,
-    compared,
+    compare_with_control,
     function_statistics,
     layer_summary,
 )
@@ -141,10 +141,12 @@ def inspection(
     for layer in layers:
         statistics[layer.name] = function_statistics(layer)
         bar.update()
-        forms[layer.name] = fitted(layer, statistics[layer.name], library, weight)
+        forms[layer.name] = fit_layer(layer, statistics[layer.name], library, weight)
         bar.update()
         rows.append(
-            described(layer, statistics[layer.name], forms[layer.name], own, tokenizer, functions, threshold)
+            describe_layer(
+                layer, statistics[layer.name], forms[layer.name], own, tokenizer, functions, threshold
+            )
         )
         bar.update()
 
@@ -162,7 +164,7 @@ def inspection(
     for place, (layer, row) in enumerate(zip(layers, rows, strict=True)):
         trained = [part[place] for part in summaries["trained"]]
         against = {
-            control: compared(trained, [part[place] for part in summaries[control]])
+            control: compare_with_control(trained, [part[place] for part in summaries[control]])
             for control in ("random", "removed")
             if control in summaries and (control == "random" or layer.kind != "channel")
         }
@@ -206,7 +208,7 @@ def inspection(
     }
 
 
-def fitted(
+def fit_layer(
     layer: FunctionLayer, found: FunctionStatistics, library: Sequence[str] | None, weight: float
 ) -> Formulas:
     """Formulas of all functions of a layer, over the range that their inputs visit."""
@@ -223,7 +225,7 @@ def part_summaries(model: Any, part: Tensor, step: Callable[[], Any]) -> list[di
     return result
 
 
-def described(
+def describe_layer(
     layer: FunctionLayer,
     found: FunctionStatistics,
     forms: Formulas,

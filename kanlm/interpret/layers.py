@@ -176,7 +176,7 @@ def record_layers(model: nn.Module, input_ids: Tensor, gradients: bool = True) -
     """The layers of functions of `model` in the order of their calls, on tokens [B, T]."""
     seen: dict[str, tuple[Tensor, Tensor | None, Tensor]] = {}
 
-    def keep(name: str) -> Callable:
+    def make_hook(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             factor = args[1] if len(args) > 1 else None
             seen[name] = (args[0].detach(), None if factor is None else factor.detach(), output)
@@ -184,7 +184,7 @@ def record_layers(model: nn.Module, input_ids: Tensor, gradients: bool = True) -
         return hook
 
     layers = function_layers(model)
-    handles = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
+    handles = [module.register_forward_hook(make_hook(name)) for name, module in layers.items()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in trainable:  # gradients by activations alone

@@ -51,14 +51,14 @@ def channel_importance(model: Any, input_ids: Tensor) -> dict[str, Tensor]:
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
-    def keep(name: str):
+    def make_hook(name: str):
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             inputs[name], outputs[name] = args[0].detach(), output
 
         return hook
 
     found = blocks(model)
-    handles = [block.down_proj.register_forward_hook(keep(name)) for name, block in found.items()]
+    handles = [block.down_proj.register_forward_hook(make_hook(name)) for name, block in found.items()]
     try:
         logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
         loss = F.cross_entropy(logits.flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="sum")
@@ -101,7 +101,7 @@ def hidden_groups(block: nn.Module) -> int:
     return functions[0].groups if functions else 1
 
 
-def pruned(
+def prune_channels(
     model: Any, input_ids: Tensor, keep: float, rule: Rule = "importance", seed: int = 0
 ) -> tuple[Any, dict[str, Tensor]]:
     """A model with the share `keep` of each block's hidden channels, and which channels they were.

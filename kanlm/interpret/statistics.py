@@ -235,7 +235,7 @@ def sign_flip_p(differences: Sequence[float]) -> float | None:
     return float(np.mean(sums >= abs(values.sum()) * (1 - 1e-9)))
 
 
-def compared(
+def compare_with_control(
     trained: Sequence[dict[str, float | None]], control: Sequence[dict[str, float | None]]
 ) -> dict[str, dict[str, float | None]]:
     """For each statistic the control's mean over the parts of the text, and the p-value of the difference."""

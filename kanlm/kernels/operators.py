@@ -105,9 +105,11 @@ class Operators:
             "edge", edge, lambda x, weight, *rest: x.new_empty(len(x), len(weight), dtype=rest[-1])
         )
         gradient = define("elementwise_gradient", whole(elementwise_gradient), elementwise_gradient_shapes)
-        self.elementwise.register_autograd(partial_backward(gradient, wants_coefficients), setup_context=keep)
+        self.elementwise.register_autograd(
+            partial_backward(gradient, wants_coefficients), setup_context=save_inputs
+        )
         gradient = define("edge_gradient", whole(edge_gradient), edge_gradient_shapes)
-        self.edge.register_autograd(partial_backward(gradient, wants_each), setup_context=keep)
+        self.edge.register_autograd(partial_backward(gradient, wants_each), setup_context=save_inputs)
 
 
 def contiguous_like(tensor: Tensor) -> Tensor:
@@ -135,7 +137,7 @@ def edge_gradient_shapes(grad: Tensor, x: Tensor, weight: Tensor, base: Tensor |
     return tuple(grad.new_empty(0) if like is None else contiguous_like(like) for like in found)
 
 
-def keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def save_inputs(ctx: Any, inputs: tuple, output: Tensor) -> None:
     tensors, ctx.numbers = inputs[:3], inputs[3:]
     ctx.save_for_backward(*tensors)
 

@@ -16,6 +16,7 @@ Xu et al. 2024, arXiv:2406.01034 (Fourier), Bozorgasl & Chen 2024, arXiv:2405.12
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -30,40 +31,36 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def check_choice(field: str, value, known: Iterable) -> None:
+    """ValueError naming `field` for a `value` that is none of those `known`."""
+    if value not in known:
+        names = ", ".join(str(name) for name in known)
+        raise ValueError(f"{field}: unknown value {value!r}; choose one of {names}")
+
+
 def per_channel(coefficients: Tensor, channels: int) -> Tensor:
     """Coefficients [groups, K] as [K, C]: a group is a run of neighbours among the C channels."""
     return at_least_fp32(coefficients).t().repeat_interleave(channels // len(coefficients), dim=-1)
-
-
-def _raised(pieces: list[list[float]]) -> list[list[float]]:
-    """The pieces of order k from those of order k - 1: the recursion of `uniform_pieces`."""
-    k = len(pieces)
-    raised = [[0.0] * (k + 1) for _ in range(k + 1)]
-    for r in range(k + 1):
-        if r > 0:
-            for p, value in enumerate(pieces[r - 1]):
-                raised[r][p] += (k - r) / k * value
-                raised[r][p + 1] += value / k
-        if r < k:
-            for p, value in enumerate(pieces[r]):
-                raised[r][p] += (1 + r) / k * value
-                raised[r][p + 1] -= value / k
-    return raised
-
-
-PIECES = [[[1.0]]]
-while len(PIECES) <= MAX_ORDER:
-    PIECES.append(_raised(PIECES[-1]))
 
 
 def uniform_pieces(order: int) -> tuple[tuple[float, ...], ...]:
     """Polynomial pieces of a uniform B-spline: entry [r][p] is the coefficient of u^p, u in [0, 1].
 
     On an interval, with u the position in it, the functions that are not zero are B_{j+r} = sum_p [r][p] u^p
-    for r = 0..k (Schoenberg 1946). They follow from order 0 by B_{r,k}(u) = (u + k - r) / k * B_{r-1,k-1}(u)
-    + (1 + r - u) / k * B_{r,k-1}(u), de Boor's recursion seen from one interval.
+    for r = 0..k. They follow from Schoenberg's truncated powers (1946), B(t) = sum_i (-1)^i C(k+1, i)
+    (t - i)_+^k / k!, at t = u + k - r.
     """
-    return tuple(tuple(piece) for piece in PIECES[order])
+    return PIECES[order]
+
+
+def _piece(k: int, r: int) -> tuple[float, ...]:
+    """Piece r of `uniform_pieces` of order k: the powers of u + k - r - i, multiplied out."""
+    shifts = [((-1) ** i * math.comb(k + 1, i), k - r - i) for i in range(k - r + 1)]
+    sums = [sum(factor * shift ** (k - p) for factor, shift in shifts) for p in range(k + 1)]
+    return tuple(math.comb(k, p) * total / math.factorial(k) for p, total in enumerate(sums))
+
+
+PIECES = tuple(tuple(_piece(k, r) for r in range(k + 1)) for k in range(MAX_ORDER + 1))
 
 
 def slope_of(piece: tuple[float, ...]) -> tuple[float, ...]:
@@ -136,7 +133,7 @@ class Basis:
         """B_m(x): x [..., I] to [..., K, I], fp32 or fp64."""
         x = at_least_fp32(x)
         inside = x.clamp(self.grid_min, self.grid_max)
-        left, right = self._edge_slopes(x)
+        left, right = (self._derivatives(x.new_full((1,), end)) for end in (self.grid_min, self.grid_max))
         beyond = (x - inside).unsqueeze(-2)  # [..., 1, I]
         return self._values(inside) + beyond.clamp(max=0) * left + beyond.clamp(min=0) * right
 
@@ -149,17 +146,10 @@ class Basis:
         """sum_m c_gm B_m(x), g the group of the channel: [groups, K] and x [..., C] to [..., C]."""
         return (self.values(x) * per_channel(coefficients, x.shape[-1])).sum(-2)
 
-    def _edge_slopes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Slopes [K, 1] at both edges of the grid."""
-        return (
-            self._derivatives(x.new_full((1,), self.grid_min)),
-            self._derivatives(x.new_full((1,), self.grid_max)),
-        )
-
-    def _nodes(self, x: Tensor) -> Tensor:
-        """The G + 1 grid points as [K, 1]."""
-        nodes = torch.arange(self.grid_size + 1, device=x.device, dtype=x.dtype)
-        return (nodes * self.step + self.grid_min).unsqueeze(-1)
+    def _distances(self, x: Tensor) -> Tensor:
+        """From the G + 1 grid points, in grid steps: x [..., I] to [..., G + 1, I]."""
+        nodes = torch.arange(self.grid_size + 1, device=x.device, dtype=x.dtype) * self.step + self.grid_min
+        return (x.unsqueeze(-2) - nodes.unsqueeze(-1)) * (1 / self.step)
 
     def _values(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -245,42 +235,42 @@ def exact_product(matrix: Tensor, values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Gaussian(Basis):
-    """exp(-z^2), z the distance to a grid point in grid steps: K = G + 1."""
+    """exp(-z^2), z the distance to a grid point: K = G + 1."""
 
     def _values(self, x: Tensor) -> Tensor:
-        z = (x.unsqueeze(-2) - self._nodes(x)) * (1 / self.step)
+        z = self._distances(x)
         return torch.exp(-z * z)
 
     def _derivatives(self, x: Tensor) -> Tensor:
-        z = (x.unsqueeze(-2) - self._nodes(x)) * (1 / self.step)
+        z = self._distances(x)
         return torch.exp(-z * z) * z * (-2 / self.step)
 
 
 @dataclass(frozen=True)
 class ReflectionalSwitch(Basis):
-    """1 - tanh(z)^2, z the distance to a grid point in grid steps: K = G + 1."""
+    """1 - tanh(z)^2, z the distance to a grid point: K = G + 1."""
 
     def _values(self, x: Tensor) -> Tensor:
-        tanh = torch.tanh((x.unsqueeze(-2) - self._nodes(x)) * (1 / self.step))
+        tanh = torch.tanh(self._distances(x))
         return 1 - tanh * tanh
 
     def _derivatives(self, x: Tensor) -> Tensor:
-        tanh = torch.tanh((x.unsqueeze(-2) - self._nodes(x)) * (1 / self.step))
+        tanh = torch.tanh(self._distances(x))
         return (1 - tanh * tanh) * tanh * (-2 / self.step)
 
 
 @dataclass(frozen=True)
 class MexicanHat(Basis):
-    """2 / (sqrt(3) pi^(1/4)) (1 - z^2) exp(-z^2 / 2), z the distance to a grid point in steps: K = G + 1."""
+    """2 / (sqrt(3) pi^(1/4)) (1 - z^2) exp(-z^2 / 2), z the distance to a grid point: K = G + 1."""
 
     scale = 2 / (math.sqrt(3) * math.pi**0.25)
 
     def _values(self, x: Tensor) -> Tensor:
-        square = ((x.unsqueeze(-2) - self._nodes(x)) * (1 / self.step)).square()
+        square = self._distances(x).square()
         return (1 - square) * torch.exp(square * -0.5) * self.scale
 
     def _derivatives(self, x: Tensor) -> Tensor:
-        z = (x.unsqueeze(-2) - self._nodes(x)) * (1 / self.step)
+        z = self._distances(x)
         square = z * z
         return (square - 3) * z * torch.exp(square * -0.5) * (self.scale / self.step)
 
@@ -358,6 +348,5 @@ def make_basis(
         ValueError: an unknown name, grid_size < 1, order outside 0..5, a grid that is empty, infinite or too
             narrow for fp32.
     """
-    if name not in BASES:
-        raise ValueError(f"basis: unknown name {name!r}; choose one of {', '.join(BASES)}")
+    check_choice("basis", name, BASES)
     return BASES[name](grid_size, float(grid_min), float(grid_max), 1 if name == "linear" else order)

@@ -74,6 +74,7 @@ class KanLMConfig(PreTrainedConfig):
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
     }
+    attention_bias = False  # transformers' LlamaAttention reads it
 
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -156,6 +157,8 @@ class KanLMConfig(PreTrainedConfig):
 
         Names of transformers' own, such as `sep_token_id`, are near to a field too and stay.
         """
+        if unknown.get("attention_bias"):
+            raise ValueError("attention_bias: no layer of kanlm has a bias; leave it out")
         own = [name for name in vars(type(self)).get("__annotations__", {}) if not name.endswith("_token_id")]
         for key in unknown:
             cutoff = 0.5 if key.startswith("kan_") else 0.88

@@ -3,8 +3,8 @@
 
 Shapes: B batch, T time, D hidden_size, h intermediate_size. No block has a bias.
 
-An arm is one class, registered under its `ffn_type`. It states its family, its parameters, the FLOPs and the
-bytes of its forward pass beside that pass; sizes, comparisons, cards and kernels read them from here. This
+An arm is one class, registered under its `ffn_type`. It states its family, and the FLOPs and the bytes of
+its forward pass beside that pass; sizes, comparisons, cards and kernels read them from here. This
 file has what all arms share, the MLPs and the controls; ffn_kan.py has the KANs. A package of your own adds
 arms by an entry point of the group "kanlm.arms" that names its module.
 
@@ -46,6 +46,7 @@ def arm(name: str, family: Family) -> Callable[[type["FeedForward"]], type["Feed
     """
 
     def register(block: type[FeedForward]) -> type[FeedForward]:
+        # The file of an arm may be imported twice: as installed, and as a copy in an exported folder.
         if name in ARMS and ARMS[name].__qualname__ != block.__qualname__:
             raise ValueError(f"ffn_type: {name!r} is already {ARMS[name].__module__}.{ARMS[name].__name__}")
         block.ffn_type, block.family = name, family
@@ -121,17 +122,6 @@ class FeedForward(nn.Module):
         return 1
 
     @classmethod
-    def count_parameters(cls, config) -> tuple[int, int]:
-        """Parameters of one block: those that take part in a matrix product for every token, and others."""
-        area = config.hidden_size * config.intermediate_size
-        return (3 if cls.gated else 2) * area, cls.count_coefficients(config)
-
-    @classmethod
-    def count_coefficients(cls, config) -> int:
-        """Coefficients of learned functions in one block, part of the parameters."""
-        return 0
-
-    @classmethod
     def channel_flops(cls, config) -> int:
         """Forward FLOPs of one hidden channel of a token outside the matrices and the hidden norm."""
         raise NotImplementedError
@@ -178,17 +168,16 @@ class FeedForward(nn.Module):
 class MLP(FeedForward):
     """down(act(up u)), or act(norm(up u)) with `hidden_norm`: 2 D h parameters and the activation's.
 
-    `activation_flops` and `activation_parameters` are those of the activation for one channel and one block.
+    `activation_flops` are those of the activation for one channel.
     """
 
     channelwise = True
     activation_flops: ClassVar[int]
-    activation_parameters: ClassVar[int] = 0
 
     def __init__(self, config):
         super().__init__(config)
         self.activation = self.make_activation()
-        self.kernel = None
+        self.kernel = None  # only kernels.select of the package kanlm sets it
 
     @staticmethod
     def make_activation() -> Callable[[Tensor], Tensor]:
@@ -196,14 +185,9 @@ class MLP(FeedForward):
 
     def forward(self, u: Tensor) -> Tensor:
         hidden = self.up_proj(u)
-        if self.kernel is not None:  # norms too
+        if self.kernel is not None:  # it norms and activates in one pass
             return self.down_proj(self.kernel(self, hidden, None))
         return self.down_proj(self.activation(self.normalize(hidden)))
-
-    @classmethod
-    def count_parameters(cls, config):
-        matrices, _ = super().count_parameters(config)
-        return matrices, cls.activation_parameters
 
     @classmethod
     def channel_flops(cls, config):
@@ -283,7 +267,7 @@ class PolyNormMLP(MLP):
     """A control: a few learned numbers for a whole layer, and a norm over its channels."""
 
     channelwise = False
-    activation_parameters, activation_flops = 4, 14
+    activation_flops = 14
     channel_saves = (1, 24)  # three powers, each with its norm
     make_activation = staticmethod(PolyNorm)
 
@@ -320,6 +304,6 @@ class XIELUMLP(MLP):
     """A control: one function with two learned numbers for a whole layer."""
 
     channelwise = False  # its numbers would need a plan of their own
-    activation_parameters, activation_flops = 2, 9
+    activation_flops = 9
     channel_saves = (1, 20)
     make_activation = staticmethod(XIELU)

@@ -9,12 +9,10 @@ block starts at the output scale of the GELU MLP with equally many parameters.
 References: Liu et al. 2024, arXiv:2404.19756 (KAN), Yang & Wang 2024, arXiv:2409.10594 (functions of groups).
 """
 
-import math
-
 import torch.nn.functional as F
 from torch import Tensor
 
-from .basis import BASES, MAX_ORDER
+from .basis import BASES, Basis, check_choice
 from .ffn import NORM_FLOPS, FeedForward, arm, arm_names
 from .kan import KANLinear
 from .learned_function import LearnedFunction
@@ -47,11 +45,6 @@ def spline_order(config) -> int | None:
     return {"bspline": config.kan_order, "linear": 1}.get(config.kan_basis)
 
 
-def check_choice(field: str, value, known) -> None:
-    if value not in known:
-        raise ValueError(f"{field}: unknown value {value!r}; choose one of {', '.join(known)}")
-
-
 def check_functions(config) -> None:
     """What all learned functions ask of a config."""
     check_choice("kan_basis", config.kan_basis, FUNCTION_BASES)
@@ -61,11 +54,10 @@ def check_functions(config) -> None:
     check_choice("kan_initial", config.kan_initial, ("default", "silu", "gelu", "gelu_wave"))
     if config.kan_initial == "gelu_wave" and config.kan_basis == "rational":
         raise ValueError("kan_initial: a rational function cannot start at 'gelu_wave'; choose gelu or silu")
-    if not 0 <= config.kan_order <= MAX_ORDER:
-        raise ValueError(f"kan_order: must lie in 0..{MAX_ORDER}, got {config.kan_order}")
-    low, high = config.kan_grid_min, config.kan_grid_max
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(f"kan_grid_min: must be finite and below kan_grid_max, got {low} and {high}")
+    try:
+        Basis(**grid_settings(config))
+    except ValueError as error:  # of the layer, whose arguments have the same names
+        raise ValueError(f"kan_{error}") from None
 
 
 def check_groups(config, field: str) -> None:
@@ -107,10 +99,6 @@ class ChannelKAN(FeedForward):
     @classmethod
     def width_step(cls, config):
         return config.kan_num_groups
-
-    @classmethod
-    def count_coefficients(cls, config):
-        return cls.functions * config.kan_num_groups * num_basis_functions(config)
 
     @classmethod
     def function_flops(cls, config) -> int:
@@ -283,16 +271,6 @@ class EdgeKAN(FeedForward):
             )
         check_choice("kan_basis", config.kan_basis, EDGE_BASES)
         check_functions(config)
-
-    @classmethod
-    def count_parameters(cls, config):
-        area = config.hidden_size * config.intermediate_size
-        base = cls.layers * area * (config.kan_base != "none")
-        return (2 - cls.layers) * area + base + cls.count_coefficients(config), 0
-
-    @classmethod
-    def count_coefficients(cls, config):
-        return cls.layers * config.hidden_size * config.intermediate_size * num_basis_functions(config)
 
     @staticmethod
     def edge_flops(config) -> int:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .basis import Basis, at_least_fp32, exact_product, make_basis
+from .basis import Basis, at_least_fp32, check_choice, exact_product, make_basis
 from .learned_function import LearnedFunction
 from .whitening import assumed_points, moments, normal_points, whitening_map
 
@@ -71,10 +71,8 @@ class KANLinear(nn.Module):
             )
         if not 0 <= spline_share <= 1:
             raise ValueError(f"spline_share: a share lies in 0..1, got {spline_share}; 0.05 is the default")
-        if base not in ("silu", None):
-            raise ValueError(f"base: unknown function {base!r}; choose 'silu' or None")
-        if conditioning not in ("none", "whitened"):
-            raise ValueError(f"conditioning: unknown form {conditioning!r}; choose 'none' or 'whitened'")
+        check_choice("base", base, ("silu", None))
+        check_choice("conditioning", conditioning, ("none", "whitened"))
         if isinstance(basis, str):
             basis = make_basis(basis, grid_size, order, grid_min, grid_max)
         self.in_features, self.out_features, self.basis = in_features, out_features, basis
@@ -85,7 +83,7 @@ class KANLinear(nn.Module):
         self.whitening: Tensor | None
         self.register_buffer("whitening", None)
         if conditioning == "whitened":
-            wide = at_least_fp32(self.spline.weight[:0]).dtype
+            wide = torch.promote_types(self.spline.weight.dtype, torch.float32)
             shape = self.num_functions, self.num_functions
             self.whitening = torch.empty(shape, device=device, dtype=wide)
         self.kernel = None  # only kernels.select of the package kanlm sets it
@@ -161,7 +159,7 @@ class KANLinear(nn.Module):
         """Casts and moves; the whitening stays fp32 at least, as rounding it would change all functions."""
         before = self.whitening
         super()._apply(fn, recurse)
-        if before is not None and at_least_fp32(self.whitening[:0]).dtype != self.whitening.dtype:
+        if before is not None and self.whitening.dtype.itemsize < 4:
             self.whitening = before.to(self.whitening.device)
         return self
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .basis import BASES, Basis, BSpline, at_least_fp32, make_basis
+from .basis import BASES, Basis, BSpline, at_least_fp32, check_choice, make_basis
 from .rational import Rational, initial_rational
 
 INITIAL_FUNCTIONS = {
@@ -65,14 +65,9 @@ class LearnedFunction(nn.Module):
         groups = channels if groups is None else groups
         if groups < 1 or channels % groups:
             raise ValueError(f"groups: {groups} does not divide channels {channels}; choose a divisor")
-        if base not in ("silu", None):
-            raise ValueError(f"base: unknown function {base!r}; choose 'silu' or None")
-        if initial not in INITIAL_FUNCTIONS:
-            raise ValueError(
-                f"initial: unknown function {initial!r}; choose one of {', '.join(INITIAL_FUNCTIONS)}"
-            )
-        if basis not in BASES and basis != "rational":
-            raise ValueError(f"basis: unknown name {basis!r}; choose one of {', '.join(BASES)}, rational")
+        check_choice("base", base, ("silu", None))
+        check_choice("initial", initial, INITIAL_FUNCTIONS)
+        check_choice("basis", basis, (*BASES, "rational"))
         self.channels, self.groups = channels, groups
         self.basis_name, self.base, self.initial = basis, base, initial
         self.basis: Basis

@@ -22,8 +22,8 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -32,25 +32,15 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_kanlm import KanLMConfig
 from .ffn import build_ffn
 
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What this transformers calls the keys and values seen: it was renamed in 5.24, and both names are taken."""
 
-class KanLMRotaryEmbedding(nn.Module):
-    """Cosines and sines of position * frequency; transformers' scaled forms (`rope_parameters`) work."""
 
-    inv_freq: torch.Tensor
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.rope_type = config.rope_parameters["rope_type"]
-        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
-        functions = {"default": self.compute_default_rope_parameters} | ROPE_INIT_FUNCTIONS
-        frequencies, self.attention_scaling = functions[self.rope_type](config)
-        # Not saved: PreTrainedModel._init_weights computes them after loading, by the name of this class.
-        self.register_buffer("inv_freq", frequencies, persistent=False)  # [E/2]
-        self.register_buffer("original_inv_freq", frequencies.clone(), persistent=False)
+class KanLMRotaryEmbedding(LlamaRotaryEmbedding):
+    """Llama's cosines and sines [B, T, E] of positions, and its scaled forms (`rope_parameters`)."""
 
     @staticmethod
-    def compute_default_rope_parameters(config, **kwargs) -> tuple[torch.Tensor, float]:
+    def compute_default_rope_parameters(config, *_, **__) -> tuple[torch.Tensor, float]:
         """Frequencies theta^(-2i/E), i < E/2 (Su et al. 2021, eq. 15), fp32 [E/2]; cos and sin unscaled."""
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         return config.rope_parameters["rope_theta"] ** -exponents, 1.0
@@ -64,107 +54,13 @@ class KanLMRotaryEmbedding(nn.Module):
                 self._buffers[name] = exact[name].to(cast.device)
         return self
 
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [B, T, E] in the dtype of x, from position_ids [B, T]; the angles are fp32."""
-        angles = position_ids[..., None].float() * self.inv_freq.float()  # [B, T, E/2]
-        angles = torch.cat((angles, angles), dim=-1)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
-
-
-def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [B, H, T, E] with the pairs (x_i, x_{i+E/2}) turned by the angles of cos and sin [B, T, E]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
-
-
-CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""What this transformers calls the keys and values seen: it was renamed in 5.24, and both names are taken."""
-
-
-def eager_attention_forward(
-    module: "KanLMAttention",
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(q k^T * scaling + mask) v: [B, T, H, E] and the weights [B, H, T, S].
-
-    query [B, H, T, E]; key and value [B, C, S, E], each of which serves H/C heads; the mask is additive.
-    """
-    groups = module.num_key_value_groups
-    key = key.repeat_interleave(groups, dim=1)
-    value = value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling  # [B, H, T, S]
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-class KanLMAttention(nn.Module):
-    """Causal attention with rotary positions; the implementation is config._attn_implementation."""
-
-    def __init__(self, config, layer_idx):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = True
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        batch_and_time = hidden_states.shape[:-1]
-        heads = (*batch_and_time, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # [B, H, T, E]
-        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)  # [B, C, T, E]
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        query, key = rotated(query, *position_embeddings), rotated(key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # [B, C, S, E]
-
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return self.o_proj(output.reshape(*batch_and_time, -1)), weights  # [B, T, D]
-
 
 class KanLMDecoderLayer(GradientCheckpointingLayer):
-    """x + attention(norm(x)), then x + FFN(norm(x)); [B, T, D] to [B, T, D]."""
+    """x + attention(norm(x)), then x + FFN(norm(x)); [B, T, D] to [B, T, D]. The attention is Llama's."""
 
     def __init__(self, config: KanLMConfig, layer_idx: int):
         super().__init__()
-        self.self_attn = KanLMAttention(config, layer_idx)
+        self.self_attn = LlamaAttention(config, layer_idx)  # type: ignore[arg-type]
         self.mlp = build_ffn(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -177,13 +73,9 @@ class KanLMDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attended, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
+        normed = self.input_layernorm(hidden_states)
+        # By position, as the cache has two names.
+        attended, _ = self.self_attn(normed, position_embeddings, attention_mask, past_key_values, **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -229,7 +121,7 @@ class KanLMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": KanLMDecoderLayer, "attentions": KanLMAttention}
+    _can_record_outputs = {"hidden_states": KanLMDecoderLayer, "attentions": LlamaAttention}
     # Every key of a checkpoint must fit, but a base model may be read from under a head, or get a new head.
     # Not by _keys_to_ignore_on_load_unexpected: vLLM drops those keys, and with them an untied head.
     _required_prefixes: tuple[str, ...] = ("model.", "lm_head.")
@@ -325,7 +217,7 @@ class KanLMModel(KanLMPreTrainedModel):
             KanLMDecoderLayer(config, index) for index in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = KanLMRotaryEmbedding(config)
+        self.rotary_emb = KanLMRotaryEmbedding(config)  # type: ignore[arg-type]
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -15,7 +15,6 @@ processes.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -39,7 +38,7 @@ from transformers import PreTrainedTokenizerFast
 from kanlm.checksums import must_be_readable
 from kanlm.config import UserError
 from kanlm.initial import config_of, tied_weights
-from kanlm.runs import RunDir, new_folder, read_json, step_of, write_json
+from kanlm.runs import RunDir, file_sha256, new_folder, read_json, step_of, write_json
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 FILES = {"model.safetensors", "optimizer.safetensors", "model.json", "trainer.json"}
@@ -73,15 +72,10 @@ class Snapshot:
             write_json(new / "model.json", self.model_config)
             write_json(new / "trainer.json", self.trainer)
             files = {
-                path.name: {"size": path.stat().st_size, "sha256": sha256(path)}
+                path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)}
                 for path in sorted(new.iterdir())
             }
             write_json(new / "manifest.json", {"step": self.step, "files": files})
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def gather_states(
@@ -172,7 +166,7 @@ def verify(folder: Path) -> None:
     for name, (size, digest) in files.items():
         path = folder / name
         try:
-            found_size, found_digest = path.stat().st_size, sha256(path)
+            found_size, found_digest = path.stat().st_size, file_sha256(path)
         except FileNotFoundError:
             raise CorruptCheckpoint(f"{path}: missing, but listed in manifest.json") from None
         except OSError as error:

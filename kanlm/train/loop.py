@@ -56,7 +56,7 @@ def train(config: RunConfig) -> RunRecord:
         with stop_signal.acting_at_once(config.name, say=accelerator.print):
             # Mistakes in sizes are told before any text is read; its tokenizer may be smaller than planned.
             micro_batch_size, accumulation_steps = config.train.micro_batches(accelerator.num_processes)
-            _ = config.total_steps
+            _ = config.total_steps  # an error where the budget is less than one step
             architecture(config)
             text = read_text(config, accelerator, micro_batch_size, accumulation_steps)
             special = {name: getattr(text.tokenizer, name) for name in ("eos_token_id", "pad_token_id")}

@@ -27,7 +27,7 @@ from kanlm.runs import (
     write_json,
     write_text,
 )
-from kanlm.sizing import parameter_counts, training_flops_per_token
+from kanlm.sizing import Counts, parameter_counts, training_flops_per_token
 from kanlm.train import checkpoint, parallel
 from kanlm.train.batches import StepBatches, Text
 from kanlm.train.build import Trainable
@@ -102,7 +102,7 @@ def open_session(
     model_config = accelerator.unwrap_model(trainable.model).config
     wrapper = parallel.wrapper(accelerator)
     state = TrainerState(world_size=accelerator.num_processes)
-    said: list[str] = []  # there is a place to say it once the step to go on from is known
+    said: list[str] = []  # `progress` says it, which begins at the step to go on from
     loader = text.batches.loader
     optimizers = [optimizer.optimizer for optimizer in trainable.optimizers]
     folder = resume(run, state, trainable.model, optimizers, loader, accelerator, say=said.append)
@@ -168,15 +168,7 @@ def open_session(
         ),
         busy=BusyNotice(accelerator),
     )
-    device = accelerator.device.type
-    if device == "cpu":
-        device += f" ({torch.get_num_threads()} thread(s) each)"
-    said.append(
-        f"{config.name}: {counts.total:,} parameters ({counts.non_embedding:,} without embeddings), "
-        f"{record.total_steps:,} steps of {config.train.batch_size} x {config.data.block_size} tokens, "
-        f"{accelerator.num_processes} process(es) on {device}, "
-        f"wrapper {wrapper}, precision {accelerator.mixed_precision}"
-    )
+    said.append(opening_line(session, counts, wrapper))
     if wrapper == "fsdp2" and kan_coefficient_names(accelerator.unwrap_model(trainable.model)):
         said.append("kan_health is left out: it cannot read sharded parameters (FSDP2)")
     if folder is not None:
@@ -185,6 +177,20 @@ def open_session(
         progress.say(line)
     session.keep_record(state)
     return session
+
+
+def opening_line(session: Session, counts: Counts, wrapper: str) -> str:
+    """What is trained, and on what."""
+    config, accelerator = session.config, session.accelerator
+    device = accelerator.device.type
+    if device == "cpu":
+        device += f" ({torch.get_num_threads()} thread(s) each)"
+    return (
+        f"{config.name}: {counts.total:,} parameters ({counts.non_embedding:,} without embeddings), "
+        f"{session.total_steps:,} steps of {config.train.batch_size} x {config.data.block_size} tokens, "
+        f"{accelerator.num_processes} process(es) on {device}, "
+        f"wrapper {wrapper}, precision {accelerator.mixed_precision}"
+    )
 
 
 def resume(

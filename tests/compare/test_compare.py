@@ -148,7 +148,7 @@ def test_every_held_out_token_is_scored(studied, monkeypatch):
     monkeypatch.chdir(folder)
     config = load_run_config(folder / "runs/study/configs/parameters-base-kan-seed0.json")
     tokenizer = tokenizer_for(config)
-    texts = list(documents(config, "validation"))
+    texts = list(documents(config.data, "validation"))
     tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
     size = sum(len(text.encode()) for text in texts)
     assert {(run["eval"]["tokens"], run["eval"]["bytes"]) for run in content["runs"]} == {(tokens, size)}

@@ -31,7 +31,7 @@ def test_cache_holds_every_document_after_an_eos(jsonl, config_for):
     tokenizer = tokenizer_for(config)
     for split in ("train", "validation"):
         cache = token_cache(config, tokenizer, split)
-        texts = list(documents(config, split))
+        texts = list(documents(config.data, split))
         bounds = [*cache.document_starts.tolist(), len(cache)]
         stored = [cache.tokens(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
         assert all(
@@ -65,7 +65,7 @@ def test_cache_follows_text_and_tokenizer(jsonl, texts, config_for):
 
 def shards_of(config, tokenizer, shard_characters, monkeypatch, batch_characters=500):
     monkeypatch.setattr(packing, "BATCH_CHARACTERS", batch_characters)
-    return cached(split_sources(config, "train"), config, tokenizer, "train", shard_characters)
+    return cached(split_sources(config.data, "train"), config, tokenizer, "train", shard_characters)
 
 
 def test_shards_and_processes_do_not_change_the_tokens(jsonl, tmp_path, config_for, monkeypatch):
@@ -168,7 +168,7 @@ def test_mixture_has_a_cache_for_each_source_and_one_for_validation(jsonl, confi
     held_out = token_cache(config, tokenizer, "validation")
     assert (first.manifest["source"], second.manifest["source"]) == (str(jsonl), "stories")
     assert held_out.manifest["documents"] + first.manifest["documents"] + second.manifest["documents"] == 300
-    assert held_out.manifest["bytes"] == total_counts(documents(config, "validation")).bytes
+    assert held_out.manifest["bytes"] == total_counts(documents(config.data, "validation")).bytes
 
 
 BUILDER = """
@@ -185,7 +185,7 @@ def slowly_kept(self):
     print("shard", flush=True)
     time.sleep(float(sys.argv[2]))
 _Shard.keep = slowly_kept
-cache = cached(split_sources(config, "train"), config, tokenizer_for(config), "train", 6000)
+cache = cached(split_sources(config.data, "train"), config, tokenizer_for(config), "train", 6000)
 print(json.dumps(cache.manifest))
 """
 

@@ -16,7 +16,7 @@ from kanlm.evaluation.perplexity import held_out_documents
 def test_hashed_documents_are_split_without_loss_or_overlap(jsonl, texts, config_for):
     write_jsonl(jsonl, texts + texts[:50])  # duplicates must fall on one side
     config = config_for(jsonl, validation_fraction=0.2)
-    train, held_out = list(documents(config, "train")), list(documents(config, "validation"))
+    train, held_out = list(documents(config.data, "train")), list(documents(config.data, "validation"))
     assert Counter(train + held_out) == Counter(texts + texts[:50])
     assert not set(train) & set(held_out)
     assert 0.1 < len(held_out) / len(texts) < 0.3
@@ -25,7 +25,7 @@ def test_hashed_documents_are_split_without_loss_or_overlap(jsonl, texts, config
 def test_of_few_documents_the_tails_are_held_out(tmp_path, texts, config_for):
     write_jsonl(tmp_path / "few.jsonl", texts[:99])
     config = config_for(tmp_path / "few.jsonl", validation_fraction=0.25)
-    heads, tails = list(documents(config, "train")), list(documents(config, "validation"))
+    heads, tails = list(documents(config.data, "train")), list(documents(config.data, "validation"))
     assert [head + tail for head, tail in zip(heads, tails, strict=True)] == texts[:99]
     assert 0.15 < sum(map(len, tails)) / sum(map(len, texts[:99])) < 0.3
 
@@ -41,21 +41,21 @@ def test_validation_split_and_source(tmp_path, texts, config_for):
     write_jsonl(folder / "train.jsonl", texts)
     write_jsonl(folder / "test.jsonl", ["held out one", "held out two"])
     by_split = config_for(folder, validation_split="test", max_documents=5)
-    assert list(documents(by_split, "train")) == texts[:5]
-    assert list(documents(by_split, "validation")) == ["held out one", "held out two"]
+    assert list(documents(by_split.data, "train")) == texts[:5]
+    assert list(documents(by_split.data, "validation")) == ["held out one", "held out two"]
     by_source = config_for(folder, validation_source=str(folder / "test.jsonl"))
-    assert list(documents(by_source, "train")) == texts
-    assert list(documents(by_source, "validation")) == ["held out one", "held out two"]
+    assert list(documents(by_source.data, "train")) == texts
+    assert list(documents(by_source.data, "validation")) == ["held out one", "held out two"]
 
 
 def test_held_out_text_that_is_trained_on_is_refused(tmp_path, jsonl, config_for, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for held_out in ({"validation_split": "train"}, {"validation_source": "./texts.jsonl"}):
         with pytest.raises(UserError, match="is what is trained on"):
-            list(documents(config_for(jsonl, **held_out), "train"))
+            list(documents(config_for(jsonl, **held_out).data, "train"))
     mixture = (SourceConfig(source=str(jsonl)), SourceConfig(source="stories"))
     with pytest.raises(UserError, match="is what is trained on"):
-        list(documents(config_for(mixture=mixture, validation_source="stories"), "train"))
+        list(documents(config_for(mixture=mixture, validation_source="stories").data, "train"))
 
 
 def test_mixture_holds_out_a_part_of_each_source(jsonl, texts, config_for):
@@ -65,7 +65,7 @@ def test_mixture_holds_out_a_part_of_each_source(jsonl, texts, config_for):
         SourceConfig(source="no/no", weight=0.0),
     )
     config = config_for(mixture=mixture, max_documents=200)
-    held_out, train = list(documents(config, "validation")), list(documents(config, "train"))
+    held_out, train = list(documents(config.data, "validation")), list(documents(config.data, "train"))
     assert {text.startswith("It was a") for text in held_out} == {True, False}
     assert len(held_out) + len(train) == 400
 
@@ -74,14 +74,14 @@ def test_streaming_bounds_the_hashed_out_documents(jsonl, texts, config_for, mon
     monkeypatch.setattr("kanlm.data.corpus.STREAMED_VALIDATION_DOCUMENTS", 5)
     whole = config_for(jsonl, validation_fraction=0.3)
     streamed = config_for(jsonl, validation_fraction=0.3, streaming=True)
-    assert list(documents(streamed, "validation")) == list(documents(whole, "validation"))[:5]
-    assert list(documents(streamed, "train")) == list(documents(whole, "train"))
+    assert list(documents(streamed.data, "validation")) == list(documents(whole.data, "validation"))[:5]
+    assert list(documents(streamed.data, "train")) == list(documents(whole.data, "train"))
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_stream_goes_on_after_any_text(jsonl, config_for, monkeypatch, split):
     monkeypatch.setattr("kanlm.data.sources.CHUNK_ROWS", 11)
-    (source,) = split_sources(config_for(jsonl, validation_fraction=0.3, max_documents=250), split)
+    (source,) = split_sources(config_for(jsonl, validation_fraction=0.3, max_documents=250).data, split)
     stream, states, found = TextStream(source), [], []
     states.append(stream.state_dict())
     for text in stream:
@@ -94,7 +94,7 @@ def test_stream_goes_on_after_any_text(jsonl, config_for, monkeypatch, split):
 
 def test_rule_of_the_split_is_part_of_its_fingerprint(jsonl, config_for):
     def fingerprint(split="train", **data):
-        return split_sources(config_for(jsonl, **data), split)[0].fingerprint
+        return split_sources(config_for(jsonl, **data).data, split)[0].fingerprint
 
     others = [
         fingerprint("validation"),
@@ -127,5 +127,5 @@ def test_what_eval_scores_of_an_embedded_source_is_never_trained_on(
     scored, name, split = held_out_documents(source)
     scored = set(scored)
     assert len(scored) > 10 and (name, split) == (source, "validation")
-    trained = list(documents(config_for("" if "mixture" in data else source, **data), "train"))
+    trained = list(documents(config_for("" if "mixture" in data else source, **data).data, "train"))
     assert len(trained) > 40 and scored.isdisjoint(trained)

@@ -116,5 +116,5 @@ def test_numbers_and_plurals():
 def test_manifest_holds_the_known_bits_of_the_split(config_for):
     config = config_for("stories", max_documents=150, validation_fraction=0.2)
     manifest = token_cache(config, tokenizer_for(config), "validation").manifest
-    assert manifest["known_bits"] == pytest.approx(sum(map(known_bits, documents(config, "validation"))))
+    assert manifest["known_bits"] == pytest.approx(sum(map(known_bits, documents(config.data, "validation"))))
     assert 0.1 < manifest["known_bits"] / manifest["bytes"] < 0.17

@@ -143,8 +143,8 @@ def test_a_stop_token_ends_the_text():
         def step(self, token):
             return torch.eye(9)[token + 1]
 
-    assert decoding.continued(Counting(), [1], 7, stop={4}) == [2, 3, 4]
-    assert decoding.continued(Counting(), [1], 3, stop={7}) == [2, 3, 4]
+    assert decoding.continue_tokens(Counting(), [1], 7, stop={4}) == [2, 3, 4]
+    assert decoding.continue_tokens(Counting(), [1], 3, stop={7}) == [2, 3, 4]
 
 
 def test_settings_that_only_transformers_knows_go_to_it(folder, caplog):

@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from kanlm import prune
 from kanlm.cli import cli
 from kanlm.config import UserError
-from kanlm.interpret.pruning import blocks, channel_importance, kept_channels, pruned, without_edges
+from kanlm.interpret.pruning import blocks, channel_importance, kept_channels, prune_channels, without_edges
 from kanlm.interpret.timing import step_seconds
 
 IDS = torch.randint(64, (4, 32), generator=torch.Generator().manual_seed(0))
@@ -18,7 +18,7 @@ ARMS = ["kan", "kan_mixed", "kan_grouped", "kan_glu", "gelu", "swiglu", "relu2",
 @pytest.mark.parametrize("ffn_type", ARMS)
 def test_pruned_model_is_the_old_one_without_the_channels(ffn_type, model):
     network = model(ffn_type, kan_num_groups=2)
-    small, kept = pruned(network, IDS, 0.5)
+    small, kept = prune_channels(network, IDS, 0.5)
     assert small.config.intermediate_size == 6
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in network.parameters())
     for name, block in blocks(network).items():
@@ -43,7 +43,7 @@ def test_pruned_model_is_the_old_one_without_the_channels(ffn_type, model):
 @pytest.mark.parametrize("ffn_type", ["kan", "kan_glu", "swiglu"])
 def test_keeping_all_changes_nothing(ffn_type, model):
     network = model(ffn_type)
-    small, _ = pruned(network, IDS, 1.0)
+    small, _ = prune_channels(network, IDS, 1.0)
     assert torch.equal(small(IDS).logits, network(IDS).logits)
 
 
@@ -58,7 +58,7 @@ def test_channels_that_do_nothing_go_first(ffn_type, model):
     scores = channel_importance(network, IDS)
     for name, score in scores.items():
         assert score[[1, 4, 7, 10]].max() == 0 < score[[0, 2, 3]].min()
-        kept = pruned(network, IDS, 2 / 3)[1][name].tolist()
+        kept = prune_channels(network, IDS, 2 / 3)[1][name].tolist()
         assert kept == [0, 2, 3, 5, 6, 8, 9, 11]
 
 
@@ -70,7 +70,7 @@ def test_every_group_keeps_equally_many():
 
 def test_pruning_removes_computation(model):
     network = model("kan", hidden_size=128, intermediate_size=512, num_hidden_layers=1)
-    small, _ = pruned(network, IDS, 0.4)
+    small, _ = prune_channels(network, IDS, 0.4)
     ffn = [
         sum(p.numel() for p in block.parameters())
         for block in (*blocks(network).values(), *blocks(small).values())
@@ -103,7 +103,7 @@ def test_keep_lies_in_zero_to_one(keep, tmp_path):
 
 def test_single_channels_cannot_shrink(model):
     with pytest.raises(ValueError, match="kan_num_groups"):
-        pruned(model("kan_glu", kan_num_groups=12), IDS, 0.5)
+        prune_channels(model("kan_glu", kan_num_groups=12), IDS, 0.5)
 
 
 def test_table_has_every_share_by_importance_at_random_and_tuned(model, monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kanlm.config import RunConfig, parsed, with_overrides
+from kanlm.config import RunConfig, parse_table, with_overrides
 from kanlm.train import loop
 from kanlm.train import step as train_step
 from kanlm.train.session import Session
@@ -72,7 +72,7 @@ def run_table(tmp_path, cache_dir):
 @pytest.fixture
 def run_config(run_table):
     def config(*overrides: str) -> RunConfig:
-        return parsed(RunConfig, run_table(*overrides), "test")
+        return parse_table(RunConfig, run_table(*overrides), "test")
 
     return config
 

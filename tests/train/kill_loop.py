@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from kanlm.config import RunConfig, parsed
+from kanlm.config import RunConfig, parse_table
 from kanlm.runs import RunDir
 from kanlm.train.loop import train
 
@@ -71,7 +71,7 @@ def end_of(child: int, run: RunDir) -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    config = parsed(RunConfig, json.loads(Path(sys.argv[1]).read_text()), "table")
+    config = parse_table(RunConfig, json.loads(Path(sys.argv[1]).read_text()), "table")
     randomness = random.Random(0)
     kills = int(sys.argv[2])
     lives = [killed(config, kill < kills // 4, kill % 2 == 0, randomness) for kill in range(kills)]

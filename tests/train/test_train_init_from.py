@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from kanlm.config import RunConfig, UserError, parsed
+from kanlm.config import RunConfig, UserError, parse_table
 from kanlm.convert import convert
 from kanlm.data.tokenizer import trained_tokenizer
 from kanlm.evaluation.loading import load_causal_lm
@@ -24,7 +24,7 @@ def test_training_begins_with_the_exported_model(run_config, run_table, losses, 
     folder = export(first.run_dir, tmp_path / "exported")
     table = run_table("name=second", "train.learning_rate=1e-12", f"init_from={folder}", "seed=7")
     del table["model"]
-    second = parsed(RunConfig, table, "test")
+    second = parse_table(RunConfig, table, "test")
     train(second)
     config, weights = load_model(second.run_dir)
     assert config.ffn_type == "kan_glu" and config.intermediate_size == 24
@@ -42,21 +42,21 @@ def test_training_begins_with_the_exported_model(run_config, run_table, losses, 
         ("init_from=nowhere", "nowhere has no config.json"),
     ):
         with pytest.raises(UserError, match=message):
-            train(parsed(RunConfig, run_table("name=third", f"init_from={folder}", override), "test"))
+            train(parse_table(RunConfig, run_table("name=third", f"init_from={folder}", override), "test"))
     assert not (second.run_dir.parent / "third").exists()
 
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"model_type": "gpt2"}))
     (folder / "SHA256SUMS").unlink()
     with pytest.raises(UserError, match="holds a 'gpt2' model"):
-        train(parsed(RunConfig, table | {"name": "third"}, "test"))
+        train(parse_table(RunConfig, table | {"name": "third"}, "test"))
 
 
 def test_the_model_table_is_needed_without_it(run_table):
     table = run_table()
     del table["model"]
     with pytest.raises(UserError, match="model: required, but absent"):
-        parsed(RunConfig, table, "test")
+        parse_table(RunConfig, table, "test")
 
 
 TEXTS = [f"{age} cats see {count} birds.\n" for age in ("old", "new") for count in range(100)]
@@ -95,7 +95,7 @@ def test_converted_model_is_trained_resumed_and_exported(
             f"name={name}", f"init_from={folder}", "data.cross_document_attention=false", *overrides
         )
         del table["model"]
-        return parsed(RunConfig, table, "test")
+        return parse_table(RunConfig, table, "test")
 
     whole, parts = config("whole"), config("parts")
     record = train(whole)
@@ -130,7 +130,7 @@ def test_functions_alone_of_a_converted_model_are_trained(run_table, tmp_path):
         f"init_from={converted_folder('llama', 'kan_glu', tmp_path)}", "train.trainable=functions"
     )
     del table["model"]
-    config = parsed(RunConfig, table, "test")
+    config = parse_table(RunConfig, table, "test")
     train(config)
     before = load_causal_lm(tmp_path / "kan")[0]
     trained = kan_coefficient_names(before)

@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from kanlm.config import RunConfig, parsed
+from kanlm.config import RunConfig, parse_table
 from kanlm.export import export
 from kanlm.runs import RunDir
 from kanlm.train import loop
@@ -150,7 +150,7 @@ def test_two_processes_train_as_one(kind, run_table, run_config, tmp_path, losse
             assert (two / name).read_bytes() == (one / name).read_bytes(), name
 
     # gradients of sequences with unequal numbers of targets: 1 process x 8 = 2 processes x 4 = 2 parts x 4
-    single = load_file(parsed(RunConfig, masked["table"], "job").run_dir / "gradients.safetensors")
+    single = load_file(parse_table(RunConfig, masked["table"], "job").run_dir / "gradients.safetensors")
     for other in (f"{kind}-masked", "alone-in-parts"):
         found = load_file(run_config(f"name={other}").run_dir / "gradients.safetensors")
         assert single.keys() == found.keys()

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from kanlm.config import RunConfig, parsed
+from kanlm.config import RunConfig, parse_table
 from kanlm.data import TokenLoader
 from kanlm.train import loop
 from kanlm.train import step as train_step
@@ -36,7 +36,7 @@ def mask_labels(batches):
 
 
 def train(job: dict) -> dict:
-    config = parsed(RunConfig, job["table"], "job")
+    config = parse_table(RunConfig, job["table"], "job")
     originals = loop.one_step, StepBatches.take, train_step.gradient_norm, TokenLoader.__iter__
     one_step, take, gradient_norm, batches = originals
     sessions = []
