@@ -22,7 +22,7 @@ from kanlm.runs import write_json
 
 def held_out_documents(study: Study) -> Iterator[str]:
     settings = study.config.evaluation
-    found = text_documents(settings.source) if settings.source else documents(study.base, "validation")
+    found = text_documents(settings.source) if settings.source else documents(study.base.data, "validation")
     return itertools.islice(found, settings.max_documents)
 
 
@@ -106,7 +106,7 @@ def ensure_baselines(study: Study) -> None:
         print("baselines: none; they would read the whole of a streamed text (data.max_documents bounds it)")
     elif settings.baselines:
         print("baselines: Kneser-Ney n-grams and xz -9 on the same text", flush=True)
-        training, held_out = list(documents(study.base, "train")), list(held_out_documents(study))
+        training, held_out = list(documents(study.base.data, "train")), list(held_out_documents(study))
         by_order = kneser_ney_by_order(training, held_out)
         best = min(by_order, key=by_order.__getitem__)
         rows = [
