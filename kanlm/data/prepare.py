@@ -32,6 +32,8 @@ def tokenize(config: RunConfig, workers: int | None, shard: str | None, push: st
         raise UserError("data.streaming: true reads no token cache; add data.streaming=false")
     if config.data.cache_url is not None:
         raise UserError("data.cache_url: names tokens that are there already; leave it out to make some")
+    if push is not None:
+        remote.must_be_place(push)
     if workers is not None:
         data = config.data.model_copy(update={"num_workers": workers})
         config = config.model_copy(update={"data": data})

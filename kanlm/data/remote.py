@@ -61,6 +61,18 @@ def recipe_key(config: RunConfig) -> str:
     return json_sha256([table, tokenizer], sort_keys=True)[:16]
 
 
+def must_be_place(url: str) -> None:
+    """Raise, before anything is tokenised, where `url` can be no place to publish at.
+
+    Raises:
+        UserError: fsspec does not know the protocol, its driver is missing, or it names half a repository.
+    """
+    if url.startswith(HUB) and len([part for part in url.removeprefix(HUB).split("/") if part]) < 2:
+        raise UserError(f"--push: {url!r} names no repository; write {HUB}OWNER/NAME")
+    with _one_line_errors(f"--push: {url!r}", "written"):
+        fsspec.get_filesystem_class(fsspec.core.split_protocol(url)[0] or "file")
+
+
 def publish(config: RunConfig, url: str, local: Published) -> str:
     """Copy `local` to `url`, but for shards that are there already; the recipe's address there."""
     recipe = {
@@ -81,7 +93,7 @@ def publish(config: RunConfig, url: str, local: Published) -> str:
     name = f"recipes/{recipe_key(config)}.json"
     record = Path(config.data.cache_dir) / name
     write_json(record, recipe)
-    with _one_line_errors(url, "written"):
+    with _one_line_errors(f"--push: {url!r}", "written"):
         if url.startswith(HUB):
             _commit(url.removeprefix(HUB), [*files, (record, name)])
         else:
@@ -129,7 +141,7 @@ def published(config: RunConfig) -> Published:
         record = here / name
         recipe = read_json(record) if record.is_file() else None
         if recipe is None or not all((here / folder).is_dir() for folder in _folders(recipe)):
-            with _one_line_errors(url, "read"):
+            with _one_line_errors(f"data.cache_url: {url!r}", "read"):
                 system, root = fsspec.url_to_fs(url)
                 if not system.exists(f"{root}/{name}"):
                     raise UserError(
@@ -185,12 +197,12 @@ def _get(system: AbstractFileSystem, there: str, folder: Path) -> None:
 
 
 @contextmanager
-def _one_line_errors(url: str, done: str) -> Iterator[None]:
+def _one_line_errors(where: str, done: str) -> Iterator[None]:
     try:
         yield
     except UserError:
         raise
     except ImportError as error:  # fsspec says which package has the driver
-        raise UserError(f"data.cache_url: {url!r} needs a driver: {one_line(error)}") from None
+        raise UserError(f"{where} needs a driver: {one_line(error)}") from None
     except _FAILURES as error:
-        raise UserError(f"data.cache_url: {url!r} cannot be {done}: {one_line(error)}") from None
+        raise UserError(f"{where} cannot be {done}: {one_line(error)}") from None

@@ -10,7 +10,7 @@ import torch
 from sample_data import sample_texts, write_jsonl
 
 from kanlm.config import SourceConfig, UserError
-from kanlm.data import TokenLoader, packing, remote, token_cache, tokenizer_for, train_caches
+from kanlm.data import TokenLoader, packing, prepare, remote, token_cache, tokenizer_for, train_caches
 from kanlm.data import cache as cache_module
 from kanlm.data.prepare import parsed_share, tokenize
 from kanlm.data.tokenizer import beginning, sampled
@@ -145,8 +145,25 @@ def test_place_that_holds_nothing_or_has_no_driver_is_one_line(jsonl, tmp_path, 
             tokenizer_for(config_for(jsonl, cache_url=url))
         assert "\n" not in str(caught.value)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="data.cache_url: .* cannot be written: .*Not a directory"):
+    with pytest.raises(UserError, match="--push: .* cannot be written: .*Not a directory"):
         lines(config_for(jsonl), push=f"{tmp_path}/file")
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("abc://bucket", "--push: 'abc://bucket' cannot be written: Protocol not known"),
+        ("s3://bucket/folder", "--push: 's3://bucket/folder' needs a driver: .*s3fs"),
+        ("hf://datasets/owner", "--push: .* names no repository; write hf://datasets/OWNER/NAME"),
+    ],
+)
+def test_place_to_push_to_is_looked_at_before_anything_is_tokenised(
+    jsonl, config_for, monkeypatch, url, message
+):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.setattr(prepare, "tokenizer_for", lambda config: pytest.fail("tokenised"))
+    with pytest.raises(UserError, match=message):
+        lines(config_for(jsonl), push=url)
 
 
 def test_hub_repository_gets_one_commit(jsonl, config_for, monkeypatch):
