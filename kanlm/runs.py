@@ -229,16 +229,21 @@ def json_sha256(value: Any, sort_keys: bool = False) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=sort_keys).encode("utf-8")).hexdigest()
 
 
-def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+def leaves(table: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted keys; a list is one value."""
+    if not isinstance(table, Mapping):
+        return {prefix: table}
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= leaves(value, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """`section.key: old, now new` of every value that differs between two runs' dumps."""
-    changes = []
-    for key in dict.fromkeys([*before, *after]):
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            changes += changed_keys(old, new, f"{prefix}{key}.")
-        elif old != new:
-            changes.append(f"{prefix}{key}: {old}, now {new}")
-    return changes
+    old, new = leaves(before), leaves(after)
+    differing = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+    return [f"{key}: {old.get(key)}, now {new.get(key)}" for key in differing]
 
 
 def fsync_one(path: Path) -> None:

@@ -9,22 +9,8 @@ import pytest
 
 from kanlm.runs import read_json
 
-TOY = '''
-"""down(sin(up u)): an MLP with a sine."""
-
-import torch
-
-from kanlm.model.ffn import MLP, arm
-
-
-@arm("toy_sine", "mlp")
-class SineMLP(MLP):
-    activation_flops = 1
-
-    @staticmethod
-    def make_activation():
-        return torch.sin
-'''
+DOCUMENTED = (Path(__file__).parents[1] / "docs" / "library.md").read_text()
+TOY = DOCUMENTED.partition("# my_arms.py\n")[2].partition("```")[0].replace('"sine"', '"toy_sine"')
 COMPARISON = """
 name = "toy"
 reference = "toy_sine"

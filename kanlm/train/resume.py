@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kanlm.config import RunConfig, UserError, with_found_paths
-from kanlm.runs import RunDir, RunRecord, read_json
+from kanlm.runs import RunDir, RunRecord, leaves, read_json
 from kanlm.train import checkpoint
 
 FREE_TO_CHANGE = {
@@ -85,13 +85,3 @@ def finished_record(config: RunConfig, run: RunDir) -> RunRecord | None:
     except (OSError, ValueError):  # damaged: the run goes on from what is intact
         return None
     return record
-
-
-def leaves(table: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested tables as dotted keys; a list is one value."""
-    if not isinstance(table, dict):
-        return {prefix: table}
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= leaves(value, f"{prefix}.{key}" if prefix else key)
-    return flat

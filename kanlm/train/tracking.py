@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from accelerate import Accelerator
 
 from kanlm.config import RunConfig, UserError, one_line
+from kanlm.runs import leaves
 
 KEPT = "metrics.jsonl has every number"
 INSTALL = {"wandb": "wandb", "tensorboard": "'kanlm[track]'", "trackio": "'kanlm[track]'"}
@@ -119,12 +120,10 @@ def failures(name: str) -> tuple[type[BaseException], ...]:
     return (OSError,)
 
 
-def dotted(table: dict[str, Any], prefix: str = "") -> dict[str, bool | str | float | int]:
+def dotted(table: dict[str, Any]) -> dict[str, bool | str | float | int]:
     """Nested tables as dotted keys with scalar values; None is left out, anything else becomes text."""
-    values: dict[str, bool | str | float | int] = {}
-    for key, value in table.items():
-        if isinstance(value, dict):
-            values |= dotted(value, f"{prefix}{key}.")
-        elif value is not None:
-            values[f"{prefix}{key}"] = value if isinstance(value, (bool, str, float, int)) else str(value)
-    return values
+    return {
+        key: value if isinstance(value, (bool, str, float, int)) else str(value)
+        for key, value in leaves(table).items()
+        if value is not None
+    }
