@@ -110,7 +110,7 @@ def test_two_launchers_that_meet_train_one_run(write_toml, run_config, tmp_path)
                 environment = os.environ | {"PYTHONPATH": str(ROOT)}
                 launchers.append(subprocess.Popen(command + rest, stdout=out, stderr=out, env=environment))
             waited_for(first_listens, launchers[0], log)
-        assert [launcher.wait(timeout=120) for launcher in launchers] == [0, 0], log.read_text()
+        assert [launcher.wait(timeout=300) for launcher in launchers] == [0, 0], log.read_text()
     finally:
         for launcher in launchers:
             launcher.kill()
