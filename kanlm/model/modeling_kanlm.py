@@ -242,9 +242,12 @@ class KanLMModel(KanLMPreTrainedModel):
         Raises:
             ValueError: both inputs, neither of them, or no token.
         """
+        pages = None
         if cache is not None and not isinstance(cache, Cache):
-            # The pages of continuous batching: for the attention function, not a cache of the model's.
-            kwargs["cache"], cache = cache, None  # type: ignore[typeddict-unknown-key]
+            # The pages of continuous batching: the attention's, or before 5.24 the attention function's.
+            pages, cache = cache, None
+            if CACHE != "cache":
+                kwargs["cache"], pages = pages, None  # type: ignore[typeddict-unknown-key]
         past_key_values = cache if past_key_values is None else past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: give exactly one of the two")
@@ -269,7 +272,7 @@ class KanLMModel(KanLMPreTrainedModel):
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
-                past_key_values=past_key_values,
+                past_key_values=past_key_values if pages is None else pages,
                 position_ids=position_ids,
                 **kwargs,
             )
