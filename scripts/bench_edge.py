@@ -3,8 +3,10 @@
     python scripts/bench_edge.py runs/tiny-kan_glu/hf runs/tiny-swiglu/hf --data stdlib --out edge.json
 
 Each MODEL is a folder with onnx/ in it (kanlm export RUN --onnx --int8); name KAN and MLP of equal size
-together. Measured in a process of its own each, in turns over rounds, medians shown: bytes on disk, peak
-memory, time to the first token after a prompt of 32, tokens/s at batch 1; once, with --data: bits per byte.
+together. `torch` is transformers' `generate` with the definition's operations, `native` the decoder of
+`kanlm generate` on the same weights. Measured in a process of its own each, in turns over rounds, medians
+shown: bytes on disk, peak memory, time to the first token after a prompt of 32, tokens/s at batch 1; once,
+with --data: bits per byte.
 `of bound` is weight bytes x tokens/s over the rate at which this machine copies memory.
 """
 
@@ -27,13 +29,13 @@ import numpy as np
 
 from kanlm.edge.runtime import OnnxModel, sampler
 
-KINDS = ("torch", "onnx", "onnx int8")
+KINDS = ("torch", "native", "onnx", "onnx int8")
 FILES = {"onnx": "model.onnx", "onnx int8": "model_int8.onnx"}
 PROMPT, NEW = 32, 128
 
 
 def file_of(model: Path, kind: str) -> Path:
-    return model / "model.safetensors" if kind == "torch" else model / "onnx" / FILES[kind]
+    return model / "onnx" / FILES[kind] if kind in FILES else model / "model.safetensors"
 
 
 def prompt_ids(vocabulary: int) -> list[int]:
@@ -42,8 +44,8 @@ def prompt_ids(vocabulary: int) -> list[int]:
 
 def decoding(model: Path, kind: str) -> tuple[float, float]:
     """Seconds to the first token, and tokens/s of those after it; greedy, stops are ignored."""
-    if kind == "torch":
-        return torch_decoding(model)
+    if kind not in FILES:
+        return native_decoding(model) if kind == "native" else torch_decoding(model)
     session = OnnxModel(file_of(model, kind), threads=1)
     session.config["eos_token_id"] = None
     ids, greedy = prompt_ids(session.config["vocab_size"]), sampler(0.0, 0, 0)
@@ -73,6 +75,28 @@ def torch_decoding(model: Path) -> tuple[float, float]:
     return first - start, (NEW - 1) / (last - first)
 
 
+def native_decoding(model: Path) -> tuple[float, float]:
+    """The same by the native decoder."""
+    import torch
+
+    from kanlm import kernels
+    from kanlm.evaluation.loading import load_causal_lm
+    from kanlm.kernels.decode import NativeDecoder
+
+    torch.set_num_threads(1)
+    network: Any = load_causal_lm(model, device="cpu")[0]
+    kernels.select(network)
+    decoder = NativeDecoder(network)
+    decoder.prefill(prompt_ids(network.config.vocab_size))
+    start = time.perf_counter()
+    logits, times = decoder.prefill(prompt_ids(network.config.vocab_size)), []
+    for _ in range(NEW):
+        token = int(logits.argmax())
+        times.append(time.perf_counter())
+        logits = decoder.step(token)
+    return times[0] - start, (NEW - 1) / (times[-1] - times[0])
+
+
 def bits_per_byte(model: Path, kind: str, data: str, documents: int, context: int) -> float:
     """Of the first `documents` held-out documents, with the metric of `kanlm eval`."""
     import torch
@@ -83,7 +107,7 @@ def bits_per_byte(model: Path, kind: str, data: str, documents: int, context: in
 
     torch.set_num_threads(1)
     network, tokenizer = load_causal_lm(model, device="cpu")
-    if kind != "torch":
+    if kind in FILES:
         session = OnnxModel(file_of(model, kind), threads=1)
 
         def logits(input_ids, attention_mask=None, use_cache=False):
@@ -144,7 +168,7 @@ def benchmark(
         }
         size = file_of(model, kind).stat().st_size
         bound = size * row["tokens_per_second"] / rate
-        if data is not None:
+        if data is not None and kind != "native":  # whose weights are torch's
             text = {"data": data, "documents": documents, "context": context}
             row |= child({"model": str(model), "kind": kind, **text})
         rows.append({"model": str(model), "kind": kind, "bytes": size, "of_bound": bound, **row})
