@@ -1,0 +1,407 @@
+"""The report of the study, every number from docs/results/study/trials.jsonl."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+import click
+import numpy as np
+from study_plan import AVERAGED, RESULTS, key_of, plan, results, run_config, trials_of
+from study_runs import SEGMENTS
+from study_texts import counted
+
+from kanlm.compare.judgement import ArmLosses, Judgement, judge, learned_nothing, sentence
+from kanlm.model.ffn import find_arm
+from kanlm.runs import read_json, write_json
+from kanlm.sizing import architecture, training_flops_per_token
+from kanlm.stats import Rung, holm, paired_difference, size_ratio, standard_error
+
+HEADER = """# The study: learned activations against fixed ones at equal parameters
+
+Written by `python scripts/study.py report` from trials.jsonl (a line for each training) and
+configs/study.toml (the plan). Loss in nats/token: lower is better. Rates are chosen by the validation text
+with a seed that no verdict uses; only final phases read the test text. The twin of `kan_act, normed` is
+`gelu, normed`: the same block with the function fixed at its start. "Detectable" is the true difference that
+so many seeds find in 80% of studies, "text" what another test text of this kind would change in the
+difference (standard error over 64 parts)."""
+
+
+@click.command()
+def report() -> None:
+    """Write docs/results/study/report.md and report.json from trials.jsonl: every number from there."""
+    rows = {row["key"]: row for row in results()}
+    parts, judged = [HEADER], []
+    for phase in plan():
+        done = [rows[key] for trial in trials_of((phase["name"],)) if (key := key_of(trial)) in rows]
+        if not done:
+            continue
+        title = f"## {phase['name']}\n\n{phase.get('about', '')}\n"
+        if phase.get("role") == "final":
+            if len({row["arm"] for row in done}) < 2:
+                continue  # nothing to judge yet
+            found, text = judged_phase(phase, done)
+            judged += found
+        else:
+            text = seeds_table(done) if len(phase["seeds"]) > 1 else rates_table(done)
+        parts.append(f"{title}\n{text}")
+    parts += ladders(rows)
+    RESULTS.with_name("report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_json(RESULTS.with_name("report.json"), {"verdict": {"judgements": judged}})
+    print(RESULTS.with_name("report.md"))
+
+
+LABELS = (
+    "arm",
+    "hidden_norm",
+    "kan_num_groups",
+    "kan_grid_size",
+    "kan_initial",
+    "min_lr_ratio",
+    "weight_decay",
+)
+
+
+def label_of(row: dict[str, Any]) -> str:
+    """The arm of a trial for a reader, e.g. `gelu, normed`."""
+    parts = [row["arm"]] + (["normed"] if row.get("hidden_norm") else [])
+    if "functions_of" in row:
+        shapes = "frozen at shapes" if "frozen" in row else "from shapes"
+        parts.append(f"{shapes} of seed {row['functions_of']}")
+    elif "frozen" in row:
+        parts.append("frozen")
+    if "waves" in row:
+        parts.append(f"{row['waves']} functions of a layer from gelu_wave")
+    if "shared" in row:
+        parts.append("one function for all layers")
+    return ", ".join(parts + [f"{key}={row[key]}" for key in LABELS[2:] if key in row])
+
+
+def rates_of(row: dict[str, Any]) -> str:
+    own = f" / {row['kan_learning_rate']:g}" if "kan_learning_rate" in row else ""
+    own = " / 0" if "frozen" in row else own
+    return f"{row['learning_rate']:g}{own}"
+
+
+def rates_table(done: list[dict[str, Any]]) -> str:
+    """Every trial of a search, the best of each arm marked."""
+    by_arm = defaultdict(list)
+    for row in done:
+        by_arm[label_of(row)].append(row)
+    lines = ["| arm | rates of matrices / coefficients | validation | seed |", "|---|---|---|---|"]
+    for label, own in sorted(by_arm.items(), key=lambda item: min(r.get("valid", math.inf) for r in item[1])):
+        best = min(own, key=lambda row: row.get("valid", math.inf))
+        for row in sorted(own, key=lambda row: (row["learning_rate"], row.get("kan_learning_rate", 0))):
+            loss = f"{row['valid']:.4f}" if "valid" in row else "diverged"
+            loss = f"**{loss}**" if row is best else loss
+            lines.append(f"| {label} | {rates_of(row)} | {loss} | {row['seed']} |")
+    return "\n".join(lines)
+
+
+def seeds_table(done: list[dict[str, Any]]) -> str:
+    """Trials of several seeds: the mean of each, and its paired difference to the normed GELU."""
+    by_trial: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    for row in done:
+        by_trial[label_of(row), rates_of(row)][row["seed"]] = row.get("valid", math.inf)
+    twin = next((own for (label, _), own in by_trial.items() if label == "gelu, normed"), {})
+    lines = [
+        "| arm | rates of matrices / coefficients | validation | seeds | less the normed GELU, 95% |",
+        "|---|---|---|---|---|",
+    ]
+    for (label, rates), own in sorted(by_trial.items(), key=lambda item: fmean([*item[1].values()])):
+        seeds = sorted(set(own) & set(twin)) if own is not twin else []
+        gap = ""
+        if len(seeds) > 1:
+            found = paired_difference([own[s] for s in seeds], [twin[s] for s in seeds])
+            gap = f"{found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
+        lines.append(f"| {label} | {rates} | {fmean([*own.values()]):.4f} | {len(own)} | {gap} |")
+    return "\n".join(lines)
+
+
+def judged_phase(phase: dict[str, Any], done: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """The judgements of a final phase and their table; the validation text chooses the baseline."""
+    by_arm = defaultdict(list)
+    for row in done:
+        by_arm[label_of(row)].append(row)
+    arms = [
+        ArmLosses(
+            label,
+            "control" if "frozen" in own[0] else find_arm(own[0]["arm"]).family,
+            validation={row["seed"]: row["valid"] for row in own if "valid" in row},
+            test={row["seed"]: row["test"] for row in own if "test" in row},
+            diverged=[row["seed"] for row in own if row["state"] == "diverged"],
+            bits_per_byte={row["seed"]: row["test_bits_per_byte"] for row in own if "test" in row},
+        )
+        for label, own in by_arm.items()
+    ]
+    size, counts = f"{phase['corpus']} {phase['size']}", counts_of(phase)
+    idle = [
+        arm.name
+        for arm in arms
+        if arm.bits_per_byte and learned_nothing(fmean([*arm.bits_per_byte.values()]), counts)
+    ]
+    judgements = [
+        replace(one, text_error_nats=text_error(by_arm, one))
+        for one in judge(arms, size=size, learned_nothing=idle)
+    ]
+    lines = [
+        "| arm | rates | parameters | MFLOPs a token | seeds | validation | test | bits per byte | "
+        "functions at their start |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in sorted(arms, key=lambda arm: np.mean(list(arm.validation.values() or [math.inf]))):
+        own = by_arm[arm.name]
+        fixed = [r["test_with_initial_functions"] for r in own if "test_with_initial_functions" in r]
+        cells = [
+            f"{np.mean(list(values.values())):.4f}"
+            for values in (arm.validation, arm.test, arm.bits_per_byte)
+        ]
+        cells.append(f"{np.mean(fixed):.4f}" if fixed else "")
+        size = next((row["non_embedding_parameters"] for row in own if "valid" in row), 0)
+        lines.append(
+            f"| {arm.name} | {rates_of(own[0])} | {size:,} | {megaflops(own[0]):.3f} | {len(arm.test)} | "
+            f"{' | '.join(cells)} |"
+        )
+    lines += ["", *(f"- {sentence(one)}{beaten(one, counts)}" for one in judgements), *counting(phase), ""]
+    lines += [
+        "| arm against | seeds | difference | interval | bootstrap | sign flips p | detectable | text |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for one in judgements:
+        # Against its own twin too, which is the attribution: what the learning of the function gave.
+        lines += [difference_row(one)] + [
+            difference_row(other)
+            for twin in arms
+            if twin.family == "mlp" and twin.name != one.baseline
+            for other in judge([next(a for a in arms if a.name == one.arm), twin])
+        ]
+    lines += spreads(arms, judgements)
+    lines += averaging(by_arm, judgements)
+    lines += zero_shot_table(by_arm, judgements)
+    return [{**one.as_dict(), "phase": phase["name"]} for one in judgements], "\n".join(lines)
+
+
+def megaflops(trial: dict[str, Any]) -> float:
+    """Of a training step, for each token."""
+    return training_flops_per_token(architecture(run_config(trial)), 128) / 1e6
+
+
+def text_error(by_arm: dict[str, list[dict[str, Any]]], one: Judgement) -> float | None:
+    """What another test text of this kind would change in the difference, from its segments, nats/token."""
+    own, other = (
+        {row["seed"]: row for row in by_arm[name] if "test" in row} for name in (one.arm, one.baseline)
+    )
+    seeds = sorted(set(own) & set(other))
+    if not seeds:
+        return None
+    gaps = [np.subtract(own[seed]["test_segments"], other[seed]["test_segments"]) for seed in seeds]
+    tokens = sum(own[seeds[0]]["test_segments"]) / own[seeds[0]]["test"]
+    return standard_error(np.mean(gaps, axis=0).tolist(), [tokens / SEGMENTS] * SEGMENTS)
+
+
+def spreads(arms: list[ArmLosses], judgements: list[Judgement]) -> list[str]:
+    """What pairing by seed (equal draws by name, equal order of data) does to the spread of differences."""
+    lines = []
+    for one in judgements:
+        own, other = (next(arm.test for arm in arms if arm.name == name) for name in (one.arm, one.baseline))
+        seeds = sorted(set(own) & set(other))
+        if len(seeds) < 3:
+            continue
+        a, b = (np.array([losses[seed] for seed in seeds]) for losses in (own, other))
+        paired, apart = np.std(a - b, ddof=1), math.sqrt(np.var(a, ddof=1) + np.var(b, ddof=1))
+        lines.append(
+            f"\nStandard deviation over seeds: {one.arm} {np.std(a, ddof=1):.4f}, {one.baseline} "
+            f"{np.std(b, ddof=1):.4f}; of the differences {paired:.4f} in pairs of one seed, {apart:.4f} if "
+            "seeds were unrelated."
+        )
+    return lines
+
+
+def averaging(by_arm: dict[str, list[dict[str, Any]]], judgements: list[Judgement]) -> list[str]:
+    """The differences with the last checkpoints averaged, beside those of the same seeds without."""
+    lines = []
+    for one in judgements:
+        own, other = (
+            {row["seed"]: row for row in by_arm[name] if "test_averaged" in row}
+            for name in (one.arm, one.baseline)
+        )
+        seeds = sorted(set(own) & set(other))
+        if len(seeds) < 2:
+            continue
+        lines += [
+            "",
+            f"| test, weights of {len(seeds)} seeds | {one.arm} | {one.baseline} | difference | interval | "
+            "spread |",
+            "|---|---|---|---|---|---|",
+        ]
+        for words, key in (("the last", "test"), (f"mean of {AVERAGED} checkpoints", "test_averaged")):
+            a, b = ([rows[seed][key] for seed in seeds] for rows in (own, other))
+            gap, spread = paired_difference(a, b), np.std(np.subtract(a, b), ddof=1)
+            lines.append(
+                f"| {words} | {fmean(a):.4f} | {fmean(b):.4f} | {gap.mean:+.4f} | "
+                f"{gap.low:+.4f} to {gap.high:+.4f} | {spread:.4f} |"
+            )
+    return lines
+
+
+def ladders(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Power laws over the phases of each ladder: how many times the MLP's parameters the KAN needs."""
+    by_ladder = defaultdict(list)
+    for phase in plan():
+        if "ladder" in phase:
+            by_ladder[phase["ladder"]].append(phase)
+    parts = []
+    for name, phases in by_ladder.items():
+        rungs, lines = (
+            [],
+            ["| parameters | tokens | seeds | KAN | MLP | difference |", "|---|---|---|---|---|---|"],
+        )
+        for phase in phases:
+            arms: dict[str, dict[int, dict[str, Any]]] = {"kan": {}, "mlp": {}}
+            for trial in trials_of((phase["name"],)):
+                row = rows.get(key_of(trial), {})
+                if "test" in row:
+                    arms[find_arm(row["arm"]).family][row["seed"]] = row
+            seeds = sorted(set(arms["kan"]) & set(arms["mlp"]))
+            if not seeds:
+                continue
+            own, other = ([arms[f][seed] for seed in seeds] for f in ("kan", "mlp"))
+            losses = [[row["test"] for row in both] for both in (own, other)]
+            sizes = [both[0]["non_embedding_parameters"] for both in (own, other)]
+            rungs.append(Rung(*map(float, sizes), *losses))
+            gap = f"{fmean(losses[0]) - fmean(losses[1]):+.4f}"
+            if len(seeds) > 1:
+                found = paired_difference(*losses)
+                gap += f" ({found.low:+.4f} to {found.high:+.4f})"
+            lines.append(
+                f"| {sizes[0]:,} | {phase['tokens']:,} | {len(seeds)} | {fmean(losses[0]):.4f} | "
+                f"{fmean(losses[1]):.4f} | {gap} |"
+            )
+        if not rungs:
+            continue
+        parts.append(f"## Ladder: {name}\n\n" + "\n".join(lines) + "\n\n" + ladder_sentence(rungs))
+    return parts
+
+
+def ladder_sentence(rungs: list[Rung]) -> str:
+    if len(rungs) < 3:
+        return f"{len(rungs)} of the sizes are trained; a power law needs three."
+    found = size_ratio(rungs)
+    by_size = ", ".join(
+        f"{float(size):,.0f}: {'beyond' if value is None else f'{value:.2f}'}"
+        for size, value in found.by_size.items()
+    )
+    laws = "; ".join(
+        f"{arm} {fit.irreducible:.2f} + ({fit.scale:.3g} / N)^{fit.exponent:.3f}"
+        for arm, fit in (("KAN", found.fit), ("MLP", found.other_fit))
+    )
+    ratio = "no ratio" if found.ratio is None else f"{found.ratio:.2f} times the MLP's parameters"
+    if found.low is not None:
+        ratio += f" ({found.low:.2f} to {found.high:.2f}, 95%)"
+    short = f" Too short to say: {found.too_short}." if found.too_short else ""
+    return (
+        f"For equal loss the KAN needs {ratio}, claimed 1/100; by size {by_size}. Loss in nats/token of N "
+        f"parameters: {laws}.{short}"
+    )
+
+
+def zero_shot_table(by_arm: dict[str, list[dict[str, Any]]], judgements: list[Judgement]) -> list[str]:
+    """BLiMP and LAMBADA of each judged arm beside its baseline, paired by seed, Holm over the lines."""
+    lines = []
+    for one in judgements:
+        own, other = (
+            {row["seed"]: row for row in by_arm[name] if "blimp" in row} for name in (one.arm, one.baseline)
+        )
+        seeds = sorted(set(own) & set(other))
+        if len(seeds) < 2:
+            continue
+        asked = {
+            "LAMBADA, nats a word": lambda row: row["lambada_nats"],
+            "LAMBADA, % right": lambda row: 100 * row["lambada_accuracy"],
+            "BLiMP, % over paradigms": lambda row: 100 * row["blimp"],
+        }
+        asked |= {
+            f"BLiMP, {name.replace('_', ' ')}, %": lambda row, name=name: 100 * row["blimp_phenomena"][name]
+            for name in own[seeds[0]]["blimp_phenomena"]
+        }
+        rows = [
+            ([value(own[s]) for s in seeds], [value(other[s]) for s in seeds]) for value in asked.values()
+        ]
+        found = [paired_difference(*row) for row in rows]
+        adjusted = holm([difference.p_value for difference in found])
+        lines += [
+            "",
+            f"| zero-shot | {one.arm} | {one.baseline} | difference | 95% interval | p (Holm) |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {name} | {fmean(a):.3f} | {fmean(b):.3f} | {gap.mean:+.3f} | "
+            f"{gap.low:+.3f} to {gap.high:+.3f} | {p:.2g} |"
+            for name, (a, b), gap, p in zip(asked, rows, found, adjusted, strict=True)
+        ]
+    return lines
+
+
+def counts_of(phase: dict[str, Any]) -> list[dict[str, Any]]:
+    """What n-grams and xz reach from as much text as the phase's models saw; empty before `baselines`."""
+    path = RESULTS.with_name("baselines.json")
+    row = read_json(path).get(counted(phase["corpus"], phase["tokens"])) if path.is_file() else None
+    if row is None:
+        return []
+    orders = row["kneser_ney_bits_per_byte"]
+    order, best = min(orders.items(), key=lambda item: item[1])
+    return [
+        {"name": f"Kneser-Ney of order {order}", "bits_per_byte": best, "orders": orders},
+        {"name": "xz", "bits_per_byte": row["xz_bits_per_byte"]},
+    ]
+
+
+def beaten(one: Judgement, counts: list[dict[str, Any]]) -> str:
+    """What a sentence has to add where counting or compressing predicts the text better than both arms."""
+    bits = [value for value in (one.arm_bits_per_byte, one.baseline_bits_per_byte) if value is not None]
+    better = [row for row in counts if bits and row["bits_per_byte"] <= min(bits)]
+    if not better:
+        return ""
+    listed = " and ".join(f"{row['name']} ({row['bits_per_byte']:.4f})" for row in better)
+    return f" From as much text, {listed} predict{'s' if len(better) == 1 else ''} better than both."
+
+
+def counting(phase: dict[str, Any]) -> list[str]:
+    """What needs no neural network on the phase's test text."""
+    path = RESULTS.with_name("baselines.json")
+    lines = []
+    for tokens, words in (
+        (phase["tokens"], "as much training text as the models saw"),
+        (None, "all training text"),
+    ):
+        row = read_json(path).get(counted(phase["corpus"], tokens)) if path.is_file() else None
+        if row is None:
+            continue
+        order, best = min(row["kneser_ney_bits_per_byte"].items(), key=lambda item: item[1])
+        lines.append(
+            f"- Counting, from {words} ({row['bytes']:,} bytes): Kneser-Ney of order {order} "
+            f"{best:.4f} bits per byte, xz {row['xz_bits_per_byte']:.4f}."
+        )
+    return lines
+
+
+def p_text(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def difference_row(one: Judgement) -> str:
+    def pair(interval: Any) -> str:
+        return f"{interval[0]:+.4f} to {interval[1]:+.4f}" if interval else ""
+
+    if one.difference_nats is None:
+        return f"| {one.arm} against {one.baseline} | 0 | | | | | | |"
+    p = "" if one.p_sign_flip is None else p_text(one.p_sign_flip)
+    detectable = "" if one.detectable_nats is None else f"{one.detectable_nats:.4f}"
+    text = "" if one.text_error_nats is None else f"{one.text_error_nats:.4f}"
+    return (
+        f"| {one.arm} against {one.baseline} | {one.seeds} | {one.difference_nats:+.4f} | "
+        f"{pair(one.interval_nats)} | {pair(one.bootstrap_nats)} | {p} | {detectable} | {text} |"
+    )
