@@ -11,10 +11,11 @@ from kanlm import auto_classes
 
 if TYPE_CHECKING:
     from kanlm.config import RunConfig, UserError, load_run_config
+    from kanlm.initial import kan_coefficient_names
     from kanlm.kernels import select as select_kernels
     from kanlm.model.configuration_kanlm import KanLMConfig
     from kanlm.model.ffn import build_ffn
-    from kanlm.model.kan import KANLinear, kan_coefficient_names
+    from kanlm.model.kan import KANLinear
     from kanlm.model.learned_function import LearnedFunction
     from kanlm.model.modeling_kanlm import KanLMForCausalLM, KanLMModel
     from kanlm.train.health import kan_health
@@ -45,7 +46,7 @@ _HOMES = {
     "RunConfig": "kanlm.config",
     "UserError": "kanlm.config",
     "build_ffn": "kanlm.model.ffn",
-    "kan_coefficient_names": "kanlm.model.kan",
+    "kan_coefficient_names": "kanlm.initial",
     "kan_health": "kanlm.train.health",
     "load_run_config": "kanlm.config",
     "select_kernels": "kanlm.kernels",

@@ -22,10 +22,10 @@ from kanlm.config import UserError
 from kanlm.evaluation.loading import load_causal_lm
 from kanlm.evaluation.perplexity import held_out_documents
 from kanlm.export import export_model, plain
+from kanlm.initial import kan_coefficient_names
 from kanlm.interpret.functions import token_batch
 from kanlm.interpret.removal import sequence_losses
 from kanlm.model import KanLMConfig, KanLMForCausalLM
-from kanlm.model.kan import kan_coefficient_names
 from kanlm.model.modeling_converted import CONVERTED, feed_forward_blocks, register
 
 ARMS = ("kan_glu", "kan_act", "kan_grouped", "kan")

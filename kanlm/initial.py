@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from kanlm.checksums import must_be_readable, verify
 from kanlm.config import UserError, one_line
 from kanlm.model import KanLMConfig, KanLMForCausalLM
+from kanlm.model.kan import KANLinear, LearnedFunction
 from kanlm.model.modeling_converted import CONVERTED, register
 from kanlm.runs import RunDir
 
@@ -80,3 +81,17 @@ def tied_weights(config: Any) -> dict[str, str]:
 def has_dropout(config: Any) -> bool:
     """Whether a training step draws random numbers."""
     return any((getattr(config, name, None) or 0.0) > 0 for name in DROPOUTS)
+
+
+def kan_coefficient_names(model: nn.Module) -> set[str]:
+    """Names of the parameters of `model` that are coefficients of learned functions.
+
+    They get no weight decay and their own learning rate: decay pulls a function to zero, not to a simpler
+    one.
+    """
+    names = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, KANLinear | LearnedFunction):
+            child = "spline.weight" if isinstance(module, KANLinear) else "coefficients"
+            names.add(f"{prefix}.{child}" if prefix else child)
+    return names

@@ -31,12 +31,11 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from kanlm.config import RunConfig, UserError, did_you_mean, one_line
-from kanlm.initial import decoder_layers, initial_config, model_class
+from kanlm.initial import decoder_layers, initial_config, kan_coefficient_names, model_class
 from kanlm.model import KanLMConfig
-from kanlm.model.ffn import arm_names, build_ffn, find_arm
-from kanlm.model.ffn_kan import SILU_FLOPS
-from kanlm.model.kan import KANLinear, kan_coefficient_names
-from kanlm.model.learned_function import LearnedFunction
+from kanlm.model.ffn import FeedForward, arm_names, build_ffn, find_arm
+from kanlm.model.kan import KANLinear
+from kanlm.model.learned_function import SILU_FLOPS, LearnedFunction
 
 TOLERANCE = {"parameters": 0.005, "flops": 0.01}
 """Relative mismatch up to which two arms count as equal in size."""
@@ -163,10 +162,15 @@ class BlockCounts:
     """Those of learned functions; of edge functions they are a matrix."""
 
 
-def block_counts(config: KanLMConfig) -> BlockCounts:
-    """The parameters of a block of `config`, counted on one that is built without memory (meta device)."""
+def meta_block(config: KanLMConfig) -> FeedForward:
+    """A feed-forward block of `config` without memory (meta device)."""
     with torch.device("meta"):
-        block = build_ffn(config)
+        return build_ffn(config)
+
+
+def block_counts(config: KanLMConfig) -> BlockCounts:
+    """The parameters of a block of `config`."""
+    block = meta_block(config)
     sizes = {name: parameter.numel() for name, parameter in block.named_parameters()}
     matrices = sum(module.weight.numel() for module in block.modules() if isinstance(module, nn.Linear))
     coefficients = sum(sizes[name] for name in kan_coefficient_names(block))
@@ -221,7 +225,7 @@ def training_flops(config: KanLMConfig, block_size: int) -> Flops:
     attention = 12 * layers * _head_channels(config)[0] * block_size
     projections = _attention_parameters(config)
     matrices = layers * (projections + block_counts(config).matrices)
-    elementwise = layers * find_arm(config.ffn_type).count_flops(config)
+    elementwise = layers * meta_block(config).count_flops()
     return Flops(6 * (matrices + head), attention, 3 * elementwise)
 
 
@@ -236,10 +240,9 @@ def converted_flops(config: Any, block_size: int) -> Flops:
     elementwise = 0
     for module in model.modules():
         if isinstance(module, LearnedFunction):  # the function, and the activation that it is added to
-            elementwise += module.channels * (4 + 2 * config.kan["order"] + SILU_FLOPS)
+            elementwise += module.channels * (module.flops + 1 + SILU_FLOPS)
         elif isinstance(module, KANLinear):
-            order = config.kan["order"]
-            elementwise += module.in_features * (3 + (order + 1) * 2 * order + SILU_FLOPS)
+            elementwise += module.in_features * module.flops
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     attention = 12 * config.num_hidden_layers * width * block_size
@@ -327,11 +330,11 @@ def _saved_bytes(config: KanLMConfig, half: int) -> tuple[int, int]:
     """
     width = config.hidden_size
     heads, key_values = _head_channels(config)
-    block = find_arm(config.ffn_type)
+    block = meta_block(config)
     readers = 3 + (2 if block.gated else 1)  # matrices that read a norm's output
     norms = 2 * 8 * width + half * width * (readers if half < 4 else 2)
     attention = half * (2 * heads + 2 * key_values)
-    return norms + attention + block.saved_bytes(config, half), (8 + half) * width
+    return norms + attention + block.saved_bytes(half), (8 + half) * width
 
 
 def _activation_bytes(config: KanLMConfig, half: int, gradient_checkpointing: bool) -> int:

@@ -15,7 +15,7 @@ import torch
 
 from kanlm import kernels
 from kanlm.model import KanLMConfig
-from kanlm.model.ffn import FeedForward, arm_names, build_ffn, find_arm
+from kanlm.model.ffn import FeedForward, arm_names, build_ffn
 
 BACKENDS = ("reference", "recompute", "cpu")
 
@@ -48,7 +48,7 @@ def main(width: int, hidden: int, tokens: int, arms: tuple[str, ...]) -> None:
     for name in arms or arm_names():
         config = KanLMConfig(ffn_type=name, hidden_size=width, intermediate_size=hidden)
         block = build_ffn(config)
-        row = f"{name:<12}{find_arm(name).saved_bytes(config, 4):>10,}"
+        row = f"{name:<12}{block.saved_bytes(4):>10,}"
         for backend in BACKENDS:
             try:
                 kernels.select(block, backend)

@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from kanlm import kernels
 from kanlm.config import RunConfig
 from kanlm.data import tokenizer_for
-from kanlm.data.cache import TokenCache, cached
+from kanlm.data.cache import TokenCache, ensure_cache
 from kanlm.data.corpus import split_sources
 from kanlm.evaluation.last_word import read_passages, score_words
 from kanlm.evaluation.minimal_pairs import read_pairs, score_pairs
@@ -208,7 +208,7 @@ def last_train_loss(config: RunConfig) -> float:
 def text_cache(config: RunConfig, tokenizer: Any, split: str) -> TokenCache:
     source = config.data.validation_source.replace(".valid.", f".{split}.")
     other = config.model_copy(update={"data": config.data.model_copy(update={"validation_source": source})})
-    return cached(split_sources(other.data, "validation"), other, tokenizer, "validation")
+    return ensure_cache(split_sources(other.data, "validation"), other, tokenizer, "validation")
 
 
 @torch.no_grad()

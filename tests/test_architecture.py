@@ -42,7 +42,6 @@ CAPSULE = {
     "basis",
     "whitening",
     "learned_function",
-    "rational",
     "kan",
     "ffn",
     "ffn_kan",

@@ -8,9 +8,10 @@ import torch
 from kanlm import kernels, sizing
 from kanlm.config import RunConfig, TrainConfig, UserError, load_run_config, parse_table
 from kanlm.model import KanLMConfig, KanLMForCausalLM
+from kanlm.model.basis import BASES, FUNCTION_BASES
 from kanlm.model.configuration_kanlm import FFN_TYPES
 from kanlm.model.ffn import find_arm
-from kanlm.model.ffn_kan import EDGE_BASES, FUNCTION_BASES, EdgeKAN
+from kanlm.model.ffn_kan import EdgeKAN
 from kanlm.train.optimizer import optimizers
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -37,7 +38,7 @@ def variants():
         if arm.family != "kan":
             bases = ("bspline",)
         else:
-            bases = EDGE_BASES if issubclass(arm, EdgeKAN) else FUNCTION_BASES
+            bases = BASES if issubclass(arm, EdgeKAN) else FUNCTION_BASES
         for basis in bases:
             yield ffn_type, basis
 

@@ -96,10 +96,12 @@ def build_arm(
     """The arm's model and optimiser as training builds them, and which kernels it uses."""
     config = architecture(arm, size)
     config._attn_implementation = "sdpa"
+    *_, sequences, positions = SIZES[size]
     settings = parse_table(
         TrainConfig,
         {
-            "max_tokens": 1,
+            "max_tokens": sequences * positions,  # a step
+            "batch_size": sequences,
             "learning_rate": 1e-4,
             "kernels": backend,
             "compile": compiled,

@@ -108,7 +108,7 @@ def token_cache(config: RunConfig, tokenizer: PreTrainedTokenizerFast, split: Sp
     if config.data.cache_url is not None:
         (folder,) = remote.published(config).folders(split)
         return _published_cache(folder, tokenizer)
-    return cached(split_sources(config.data, split), config, tokenizer, split)
+    return ensure_cache(split_sources(config.data, split), config, tokenizer, split)
 
 
 def train_caches(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[TokenCache, ...]:
@@ -118,11 +118,11 @@ def train_caches(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> tuple
             _published_cache(folder, tokenizer) for folder in remote.published(config).folders("train")
         )
     return tuple(
-        cached((source,), config, tokenizer, "train") for source in split_sources(config.data, "train")
+        ensure_cache((source,), config, tokenizer, "train") for source in split_sources(config.data, "train")
     )
 
 
-def cached(
+def ensure_cache(
     sources: tuple[Source, ...],
     config: RunConfig,
     tokenizer: PreTrainedTokenizerFast,
@@ -156,7 +156,7 @@ def cached(
     return _checked_cache(folder, identity)
 
 
-def cached_share(
+def pack_share(
     sources: tuple[Source, ...],
     config: RunConfig,
     tokenizer: PreTrainedTokenizerFast,
@@ -252,7 +252,7 @@ class _Build:
     ):
         self.folder, self.sources, self.identity, self.split = folder, sources, identity, split
         self.partial = folder.with_name(f"{folder.name}.partial")
-        self.pack, self.key = Packer(tokenizer), json_sha256(identity)
+        self.packer, self.key = Packer(tokenizer), json_sha256(identity)
         self.shard_characters = shard_characters or SHARD_CHARACTERS
 
     def written(self) -> list[Path]:
@@ -282,7 +282,7 @@ class _Build:
         with _Meter(self.split) as meter:
             shard: _Shard | None = None
             try:
-                for packed in self.pack.packed(wanted(), num_workers):
+                for packed in self.packer.pack(wanted(), num_workers):
                     shard = shard or _Shard(self.partial, coming.popleft(), self.key)
                     shard.add(packed)
                     meter.add(packed)
@@ -300,7 +300,7 @@ class _Build:
     def _shards(self) -> Iterator[tuple[int, str, Iterator[Fragment]]]:
         """Number, name and fragments of every shard; the fragments are to be read to the end."""
         texts = itertools.chain.from_iterable(TextStream(source) for source in self.sources)
-        fragments = self.pack.fragments(texts)
+        fragments = self.packer.fragments(texts)
         first = next(fragments, None)
         number = 0
 
@@ -343,7 +343,7 @@ class _Build:
             self.partial / "manifest.json",
             manifest
             | {
-                "dtype": self.pack.dtype.name,
+                "dtype": self.packer.dtype.name,
                 "tokens": tokens,
                 "text_tokens": tokens - counts.documents,
                 "bytes": counts.bytes,
@@ -385,7 +385,7 @@ class _Build:
         starts = path.with_suffix(".starts")
         if record.get("key") != self.key:
             raise UserError(f"{path}: of another tokenizer or other text; delete {self.partial}")
-        if not shard.is_file() or shard.stat().st_size != record["tokens"] * self.pack.dtype.itemsize:
+        if not shard.is_file() or shard.stat().st_size != record["tokens"] * self.packer.dtype.itemsize:
             raise UserError(f"{shard}: damaged (its size differs); delete {path} to have it packed again")
         with open(shard, "rb") as file:
             while block := file.read(1 << 20):

@@ -22,7 +22,7 @@ from kanlm.config import RunConfig, UserError
 from kanlm.data.cache import TokenCache, train_caches
 from kanlm.data.corpus import split_sources
 from kanlm.data.exchange import Exchange
-from kanlm.data.order import Mixture, permuted
+from kanlm.data.order import Mixture, permute
 from kanlm.data.packing import Packer
 from kanlm.data.stream import STREAM_PLACES, StreamedBlocks
 from kanlm.data.tokenizer import tokenizer_hash
@@ -159,7 +159,7 @@ class _CachedBlocks:
         result = np.empty((len(indices), self._block_size), dtype=np.int64)
         for epoch in np.unique(epochs):
             (here,) = np.nonzero(epochs == epoch)
-            order = permuted(places[here], self._number, (*self._key, int(epoch)))
+            order = permute(places[here], self._number, (*self._key, int(epoch)))
             for row, block in zip(here, order.tolist(), strict=True):
                 result[row] = self.cache.tokens(block * self._block_size, (block + 1) * self._block_size)
         return result

@@ -15,7 +15,7 @@ _ROUNDS = 6
 _U64 = np.uint64
 
 
-def permuted(indices: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
+def permute(indices: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
     """Images of `indices` [N] int64 under the pseudo-random permutation of range(size) that `key` chooses.
 
     A Feistel network over the smallest even number of bits that holds `size`; what lands outside walks on
@@ -84,7 +84,7 @@ class Mixture:
     def _cycle_uncached(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
         """Sources of one cycle's places [CYCLE], and how often each occurred earlier in the cycle [CYCLE]."""
         slots = np.repeat(np.arange(len(self._quotas)), self._quotas)
-        order = slots[permuted(np.arange(CYCLE), CYCLE, (self._seed, cycle))]
+        order = slots[permute(np.arange(CYCLE), CYCLE, (self._seed, cycle))]
         before = np.empty(CYCLE, dtype=np.int64)
         for source, quota in enumerate(self._quotas):
             before[order == source] = np.arange(quota)

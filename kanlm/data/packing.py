@@ -111,7 +111,7 @@ class Packer:
         """One Packed for `fragments`, in this thread or, as the tokenizer likes, in threads of its own."""
         size = sum(len(fragment.text) for fragment in fragments)
         (part,) = self._parts(fragments, batch_characters=size + 1)
-        return self.encoded(part)
+        return self.encode(part)
 
     def fragments(self, texts: Iterable[Text]) -> Iterator[Fragment]:
         """`texts` in order, long ones in fragments with the same ids as the whole has.
@@ -125,7 +125,7 @@ class Packer:
             else:
                 yield from _numbered(cut_at_words(text, FRAGMENT_CHARACTERS, strict=self._cuts))
 
-    def encoded(self, part: Part) -> Packed:
+    def encode(self, part: Part) -> Packed:
         """The ids of `part`, an EOS before each document that begins in it."""
         encodings = self._backend.encode_batch(part.pieces, add_special_tokens=False)
         ids = np.fromiter(  # twice as fast as np.array
@@ -142,7 +142,7 @@ class Packer:
         counts = sum((fragment.counts() for fragment in part.fragments), TextCounts())
         return Packed(ids, lengths, begins, counts, part.ends_shard)
 
-    def packed(self, fragments: Iterable[Fragment], num_workers: int = 0) -> Iterator[Packed]:
+    def pack(self, fragments: Iterable[Fragment], num_workers: int = 0) -> Iterator[Packed]:
         """`fragments` in order, in batches of whole ones, encoded while this thread reads on: by
         `num_workers` processes, or where these are fewer than two by as many threads as there are cores."""
         with self._pool(num_workers) as (pool, encode, width):
@@ -184,7 +184,7 @@ class Packer:
         if num_workers < 2:
             width = min(len(os.sched_getaffinity(0)), MAX_THREADS)
             with _serial_calls(), ThreadPoolExecutor(width, thread_name_prefix="packing") as threads:
-                yield threads, self.encoded, width
+                yield threads, self.encode, width
         else:
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(num_workers, context, _start_worker, (self,)) as processes:
@@ -274,4 +274,4 @@ def _start_worker(packer: Packer) -> None:
 
 
 def _encode_in_worker(part: Part) -> Packed:
-    return _worker_packer.encoded(part)
+    return _worker_packer.encode(part)

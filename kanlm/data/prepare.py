@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kanlm.config import RunConfig, UserError
 from kanlm.data import remote
-from kanlm.data.cache import TokenCache, cached_share, token_cache, train_caches
+from kanlm.data.cache import TokenCache, pack_share, token_cache, train_caches
 from kanlm.data.corpus import split_sources
 from kanlm.data.tokenizer import tokenizer_for, tokenizer_hash
 from kanlm.runs import new_folder, save_tokenizer
@@ -55,7 +55,7 @@ def tokenize(config: RunConfig, workers: int | None, shard: str | None, push: st
 
 def _share(config: RunConfig, tokenizer: PreTrainedTokenizerFast, share: tuple[int, int]) -> Iterator[str]:
     for source in split_sources(config.data, "train"):
-        made = cached_share((source,), config, tokenizer, "train", share)
+        made = pack_share((source,), config, tokenizer, "train", share)
         if isinstance(made, TokenCache):
             yield _described(made)
         else:

@@ -18,7 +18,7 @@ import numpy as np
 from kanlm.config import UserError
 from kanlm.data.corpus import Source, TextStream
 from kanlm.data.exchange import Exchange
-from kanlm.data.order import permuted
+from kanlm.data.order import permute
 from kanlm.data.packing import Fragment, Packer
 
 _BATCH_CHARACTERS = 1 << 18
@@ -70,7 +70,7 @@ class StreamedBlocks:
             here = todo[indices[todo] < window.first + len(window.blocks)]
             if len(here):
                 places = indices[here] - window.first
-                order = permuted(places, len(window.blocks), (*self.key, window.first))
+                order = permute(places, len(window.blocks), (*self.key, window.first))
                 result[here] = window.blocks[order]
                 todo = todo[len(here) :]
             else:

@@ -141,7 +141,7 @@ def _sample(config: RunConfig) -> Iterator[str]:
         if config.data.streaming:
             yield from beginning(TextStream(source), share)
         else:
-            yield from sampled(TextStream(source), share)
+            yield from sample(TextStream(source), share)
 
 
 def beginning(texts: Iterable[Text], characters: int) -> Iterator[str]:
@@ -154,7 +154,7 @@ def beginning(texts: Iterable[Text], characters: int) -> Iterator[str]:
             characters -= len(piece)
 
 
-def sampled(texts: Iterable[Text], characters: int, seed: int = 0) -> Iterator[str]:
+def sample(texts: Iterable[Text], characters: int, seed: int = 0) -> Iterator[str]:
     """`characters` of `texts` in their order: pieces of about SAMPLE_PIECE, each as likely as any other.
 
     One pass that holds no more than the sample: a piece is drawn a number, and those of the lowest are kept.

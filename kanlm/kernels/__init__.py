@@ -155,10 +155,9 @@ def _fused(module: nn.Module, ops: Any) -> Callable | None:
     if isinstance(module, GatedMLP | MLP):
         return ops.activation(module.activation)
     if isinstance(module, ChannelKAN) and module.hidden_norm:
-        functions = [child for child in module.children() if isinstance(child, LearnedFunction)]
-        served = len(functions) == module.functions and all(
+        served = all(
             is_plain_function(function) and supports_learned(function, ops.FUNCTION_ORDER)
-            for function in functions
+            for function in (getattr(module, name) for name in module.functions)
         )
         return ops.apply_normed if served else None
     if isinstance(module, EdgeKAN):

@@ -33,7 +33,7 @@ from torch import Tensor, fx, nn
 
 from kanlm.kernels.native import NativeUnavailable, load, pointer
 from kanlm.kernels.support import is_plain_linear
-from kanlm.model.basis import Basis, BSpline, Fourier, uniform_pieces
+from kanlm.model.basis import UNIFORM_PIECES, Basis, BSpline, Fourier
 from kanlm.model.ffn import XIELU, PolyNorm
 from kanlm.model.kan import KANLinear, LearnedFunction
 from kanlm.model.modeling_kanlm import CACHE, KanLMForCausalLM
@@ -505,7 +505,7 @@ class Program:
             )
             return self.matrix(weight.flatten(1), computed)
         packed, scales = self.packed(weight)
-        pieces = torch.tensor(uniform_pieces(layer.basis.order)).flatten()
+        pieces = torch.tensor(UNIFORM_PIECES[layer.basis.order]).flatten()
         if scales is not None:
             pieces = torch.cat((pieces, scales))
         scratch = self.new_vector(inputs * (layer.basis.order + 3))

@@ -31,7 +31,7 @@ from kanlm.kernels.operators import (
     function_numbers,
 )
 from kanlm.kernels.support import RATIONAL, SILU, SPLINE, product_dtype, require_unchanged
-from kanlm.model.basis import MAX_ORDER, Basis, uniform_pieces
+from kanlm.model.basis import MAX_ORDER, UNIFORM_PIECES, Basis
 from kanlm.model.kan import KANLinear, LearnedFunction
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -570,7 +570,7 @@ class _Plan:
     def _pieces(self, like: Tensor) -> Tensor:
         """[k + 1 functions, k + 1 powers]."""
         assert self.basis is not None
-        return torch.tensor(uniform_pieces(self.basis.order), dtype=like.dtype, device=like.device)
+        return torch.tensor(UNIFORM_PIECES[self.basis.order], dtype=like.dtype, device=like.device)
 
 
 def learned(layer: LearnedFunction, a: Tensor, u: Tensor | None) -> Tensor:

@@ -12,16 +12,18 @@ periodic). The right edge belongs to the grid.
 
 References: de Boor 1978 (B-splines), Schoenberg 1946 (uniform ones), Li 2024, arXiv:2405.06721 (Gaussians
 for KANs), Delis 2024, FasterKAN (reflectional switch), Sidharth & Gokul 2024, arXiv:2405.07200 (Chebyshev),
-Xu et al. 2024, arXiv:2406.01034 (Fourier), Bozorgasl & Chen 2024, arXiv:2405.12832 (wavelets).
+Xu et al. 2024, arXiv:2406.01034 (Fourier), Bozorgasl & Chen 2024, arXiv:2405.12832 (wavelets), Yang & Wang
+2024, arXiv:2409.10594 (rational functions).
 """
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 MAX_ORDER = 5
 """Highest order of B-splines, here and in a model's configuration."""
@@ -29,6 +31,21 @@ MAX_ORDER = 5
 
 def at_least_fp32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class ExactBuffers(nn.Module):
+    """A module whose buffers stay fp32 at least where `model.to(torch.bfloat16)` casts them.
+
+    Rounded frequencies would be off by whole radians at position 1000, a rounded whitening in every function.
+    """
+
+    def _apply(self, fn, recurse=True):
+        exact = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, cast in self._buffers.items():
+            if cast is not None and cast.dtype.itemsize < 4:
+                self._buffers[name] = exact[name].to(cast.device)
+        return self
 
 
 def check_choice(field: str, value, known: Iterable) -> None:
@@ -43,24 +60,20 @@ def per_channel(coefficients: Tensor, channels: int) -> Tensor:
     return at_least_fp32(coefficients).t().repeat_interleave(channels // len(coefficients), dim=-1)
 
 
-def uniform_pieces(order: int) -> tuple[tuple[float, ...], ...]:
-    """Polynomial pieces of a uniform B-spline: entry [r][p] is the coefficient of u^p, u in [0, 1].
-
-    On an interval, with u the position in it, the functions that are not zero are B_{j+r} = sum_p [r][p] u^p
-    for r = 0..k. They follow from Schoenberg's truncated powers (1946), B(t) = sum_i (-1)^i C(k+1, i)
-    (t - i)_+^k / k!, at t = u + k - r.
-    """
-    return PIECES[order]
-
-
 def _piece(k: int, r: int) -> tuple[float, ...]:
-    """Piece r of `uniform_pieces` of order k: the powers of u + k - r - i, multiplied out."""
+    """Piece r of a uniform B-spline of order k: the powers of u + k - r - i, multiplied out."""
     shifts = [((-1) ** i * math.comb(k + 1, i), k - r - i) for i in range(k - r + 1)]
     sums = [sum(factor * shift ** (k - p) for factor, shift in shifts) for p in range(k + 1)]
     return tuple(math.comb(k, p) * total / math.factorial(k) for p, total in enumerate(sums))
 
 
-PIECES = tuple(tuple(_piece(k, r) for r in range(k + 1)) for k in range(MAX_ORDER + 1))
+UNIFORM_PIECES = tuple(tuple(_piece(k, r) for r in range(k + 1)) for k in range(MAX_ORDER + 1))
+"""Polynomial pieces of uniform B-splines: entry [k][r][p] is the coefficient of u^p, u in [0, 1].
+
+On an interval, with u the position in it, the functions of order k that are not zero are B_{j+r} = sum_p
+[k][r][p] u^p for r = 0..k. They follow from Schoenberg's truncated powers (1946), B(t) = sum_i (-1)^i
+C(k+1, i) (t - i)_+^k / k!, at t = u + k - r.
+"""
 
 
 def slope_of(piece: tuple[float, ...]) -> tuple[float, ...]:
@@ -95,12 +108,13 @@ class Basis:
     grid_max: float
     order: int = 3
 
+    function_flops: ClassVar[int]
+    """Forward FLOPs of one function at one input; exp, tanh and the like count as 1."""
+
     def __post_init__(self):
         grid_size, order, grid_min, grid_max = self.grid_size, self.order, self.grid_min, self.grid_max
         if not isinstance(grid_size, int) or grid_size < 1:
-            raise ValueError(
-                f"grid_size: a grid has at least 1 interval, got {grid_size!r}; write an int >= 1"
-            )
+            raise ValueError(f"grid_size: must be an int of at least 1, got {grid_size!r}")
         if not isinstance(order, int) or not 0 <= order <= MAX_ORDER:
             raise ValueError(f"order: must be an int in 0..{MAX_ORDER}, got {order!r}; 3 is cubic")
         if not (math.isfinite(grid_min) and math.isfinite(grid_max) and grid_min < grid_max):
@@ -123,6 +137,16 @@ class Basis:
     def step(self) -> float:
         """Length of a grid interval."""
         return (self.grid_max - self.grid_min) / self.grid_size
+
+    @property
+    def values_flops(self) -> int:
+        """Forward FLOPs of `values` at one input."""
+        return self.num_functions * self.function_flops
+
+    @property
+    def combine_flops(self) -> int:
+        """Forward FLOPs of `combine` at one input."""
+        return self.values_flops + 2 * self.num_functions
 
     def grid_points(self) -> Tensor:
         """The G + 1 ends of the intervals, fp64 [G + 1, 1] on the CPU."""
@@ -158,11 +182,10 @@ class Basis:
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
 class BSpline(Basis):
     """Uniform B-splines of order k: K = G + k, at most k + 1 of them not zero, summing to one.
 
-    Each interval's pieces are polynomials in the position u in the interval (`uniform_pieces`), so there is
+    Each interval's pieces are polynomials in the position u in the interval (`UNIFORM_PIECES`), so there is
     no recursion over orders.
     """
 
@@ -170,17 +193,23 @@ class BSpline(Basis):
     def num_functions(self) -> int:
         return self.grid_size + self.order
 
+    @property
+    def values_flops(self) -> int:
+        return 3 + (self.order + 1) * 2 * self.order  # the interval, then order + 1 polynomials
+
+    @property
+    def combine_flops(self) -> int:
+        return 3 + 2 * self.order  # the interval, then one polynomial
+
     def values(self, x: Tensor) -> Tensor:
         interval, inside, beyond = self.place(x)
-        pieces = [
-            horner(piece, inside) + beyond * horner(slope_of(piece), inside)
-            for piece in uniform_pieces(self.order)
-        ]
-        return spread(interval, pieces, self.num_functions)
+        pieces = UNIFORM_PIECES[self.order]
+        values = [horner(piece, inside) + beyond * horner(slope_of(piece), inside) for piece in pieces]
+        return spread(interval, values, self.num_functions)
 
     def derivatives(self, x: Tensor) -> Tensor:
         interval, inside, _ = self.place(x)
-        slopes = [horner(slope_of(piece), inside) / self.step for piece in uniform_pieces(self.order)]
+        slopes = [horner(slope_of(piece), inside) / self.step for piece in UNIFORM_PIECES[self.order]]
         return spread(interval, slopes, self.num_functions)
 
     def place(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,7 +245,7 @@ class BSpline(Basis):
         G + 1 are the linear continuations outside the grid, with u measured from the grid's edge.
         """
         c = at_least_fp32(coefficients)
-        pieces = torch.tensor(uniform_pieces(self.order), dtype=c.dtype, device=c.device)
+        pieces = torch.tensor(UNIFORM_PIECES[self.order], dtype=c.dtype, device=c.device)
         pieces = F.pad(pieces, (0, 2 - min(2, len(pieces))))  # a slope, 0, also at order 0
         inner = exact_product(c.unfold(-1, len(pieces), 1), pieces)  # [groups, G, powers]
         powers = torch.arange(inner.shape[-1], device=c.device)
@@ -233,9 +262,10 @@ def exact_product(matrix: Tensor, values: Tensor) -> Tensor:
         return matrix @ values
 
 
-@dataclass(frozen=True)
 class Gaussian(Basis):
     """exp(-z^2), z the distance to a grid point: K = G + 1."""
+
+    function_flops = 5
 
     def _values(self, x: Tensor) -> Tensor:
         z = self._distances(x)
@@ -246,9 +276,10 @@ class Gaussian(Basis):
         return torch.exp(-z * z) * z * (-2 / self.step)
 
 
-@dataclass(frozen=True)
 class ReflectionalSwitch(Basis):
     """1 - tanh(z)^2, z the distance to a grid point: K = G + 1."""
+
+    function_flops = 5
 
     def _values(self, x: Tensor) -> Tensor:
         tanh = torch.tanh(self._distances(x))
@@ -259,10 +290,10 @@ class ReflectionalSwitch(Basis):
         return (1 - tanh * tanh) * tanh * (-2 / self.step)
 
 
-@dataclass(frozen=True)
 class MexicanHat(Basis):
     """2 / (sqrt(3) pi^(1/4)) (1 - z^2) exp(-z^2 / 2), z the distance to a grid point: K = G + 1."""
 
+    function_flops = 7
     scale = 2 / (math.sqrt(3) * math.pi**0.25)
 
     def _values(self, x: Tensor) -> Tensor:
@@ -275,9 +306,10 @@ class MexicanHat(Basis):
         return (square - 3) * z * torch.exp(square * -0.5) * (self.scale / self.step)
 
 
-@dataclass(frozen=True)
 class Chebyshev(Basis):
     """Chebyshev polynomials T_0 .. T_G of the grid mapped to [-1, 1]: K = G + 1."""
+
+    function_flops = 2
 
     def _mapped(self, x: Tensor) -> Tensor:
         return (x - self.grid_min) * (2 / (self.grid_max - self.grid_min)) - 1
@@ -299,20 +331,17 @@ class Chebyshev(Basis):
         return torch.stack(functions, dim=-2) * (2 / (self.grid_max - self.grid_min))
 
 
-@dataclass(frozen=True)
 class Fourier(Basis):
     """1, cos(pi t), sin(pi t), cos(2 pi t), ... of the grid mapped to t in [-1, 1]: K = G + 1, periodic."""
 
+    function_flops = 3
+
     def _angles(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Angles of the functions 1..G [..., G, I] and their frequencies [G, 1]; odd ones are cosines."""
-        numbers = torch.arange(1, self.grid_size + 1, device=x.device)
-        frequencies = (
-            ((numbers + 1) // 2).to(x.dtype) * (2 * math.pi / (self.grid_max - self.grid_min))
-        ).unsqueeze(-1)
-        centre = (self.grid_min + self.grid_max) / 2
-        # A sine is a cosine a quarter turn later.
-        phase = ((numbers + 1) % 2).to(x.dtype).unsqueeze(-1) * (math.pi / 2)
-        return (x.unsqueeze(-2) - centre) * frequencies - phase, frequencies
+        numbers = torch.arange(1, self.grid_size + 1, device=x.device, dtype=x.dtype).unsqueeze(-1)
+        frequencies = ((numbers + 1) / 2).floor() * (2 * math.pi / (self.grid_max - self.grid_min))
+        phase = (numbers + 1) % 2 * (math.pi / 2)  # a sine is a cosine a quarter turn later
+        return (x.unsqueeze(-2) - (self.grid_min + self.grid_max) / 2) * frequencies - phase, frequencies
 
     def values(self, x: Tensor) -> Tensor:
         x = at_least_fp32(x)
@@ -325,6 +354,25 @@ class Fourier(Basis):
         return torch.cat((torch.zeros_like(x).unsqueeze(-2), -angles.sin() * frequencies), dim=-2)
 
 
+class Rational(Basis):
+    """phi(x) = P(x) / Q(x), no sum over functions: p_0..p_5, q_0..q_3; inputs are expected on the grid.
+
+    P(x) = sum_n p_n x^n and Q(x) = 1 + (q_0 x + q_1 x^2)^2 + (q_2 x + q_3 x^2)^2. Q is positive everywhere;
+    its gradient vanishes only at q = 0, where no function starts. A safe Pade activation with coefficients
+    that a group shares (Yang & Wang 2024).
+    """
+
+    num_functions = 10
+    combine_flops = 19
+
+    def combine(self, coefficients: Tensor, x: Tensor) -> Tensor:
+        c = per_channel(coefficients, x.shape[-1])  # [10, C]
+        numerator = c[5]
+        for n in range(4, -1, -1):
+            numerator = numerator * x + c[n]
+        return numerator / (1 + ((c[6] + c[7] * x) * x).square() + ((c[8] + c[9] * x) * x).square())
+
+
 BASES = {
     "bspline": BSpline,
     "rbf": Gaussian,
@@ -334,6 +382,10 @@ BASES = {
     "wavelet": MexicanHat,
     "linear": BSpline,
 }
+"""Sums over functions, which functions of edges and of channels can be."""
+
+FUNCTION_BASES = {**BASES, "rational": Rational}
+"""What functions of channels can be."""
 
 
 def make_basis(
@@ -341,12 +393,12 @@ def make_basis(
 ) -> Basis:
     """The basis `name` on a uniform grid of `grid_size` intervals on [grid_min, grid_max].
 
-    K is grid_size + order for `bspline`, grid_size + 1 for all others; `linear` is the B-spline of order 1,
-    and only `bspline` reads `order`.
+    K is grid_size + order for `bspline`, 10 for `rational`, grid_size + 1 for all others; `linear` is the
+    B-spline of order 1, and only `bspline` reads `order`.
 
     Raises:
         ValueError: an unknown name, grid_size < 1, order outside 0..5, a grid that is empty, infinite or too
             narrow for fp32.
     """
-    check_choice("basis", name, BASES)
-    return BASES[name](grid_size, float(grid_min), float(grid_max), 1 if name == "linear" else order)
+    check_choice("basis", name, FUNCTION_BASES)
+    return FUNCTION_BASES[name](grid_size, float(grid_min), float(grid_max), 1 if name == "linear" else order)

@@ -11,6 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from .basis import check_choice
 from .ffn import arm_names, find_arm
 from .ffn_kan import KAN_TYPES
 
@@ -46,11 +47,10 @@ class KanLMConfig(PreTrainedConfig):
     KAN: `kan_basis` with `kan_grid_size` (G intervals or functions) of order `kan_order` (B-splines: the
     degree) on [`kan_grid_min`, `kan_grid_max`]; `kan_base` (`silu` or `none`) adds a fixed branch beside the
     edge functions; `kan_conditioning` (`none` or `whitened`) is the form of the edge coefficients;
-    `kan_num_groups` learned functions serve the channels of a `kan_act`, `kan_grouped`, `kan_glu` or
-    `kan_product` layer;
-    `kan_glu_form` (`interpolated` or `residual`) says whether the gate's function starts as a spline fitted
-    to SiLU or as SiLU plus a zero correction; `kan_initial` (`default`, `silu`, `gelu` or `gelu_wave`, see
-    `LearnedFunction`) what the function in the activation's place is at first, `default` the arm's own.
+    `kan_num_groups` functions serve the channels of a layer of `kan_act`, `kan_grouped`, `kan_glu` and
+    `kan_product`; `kan_glu_form` (`interpolated` or `residual`) says whether the gate's function starts as a
+    spline fitted to SiLU or as SiLU plus a zero correction; `kan_initial` (`default`, `silu`, `gelu` or
+    `gelu_wave`) what the function in the activation's place is at first, `default` the arm's own.
 
     `format_version` must be the one that this code reads; `kanlm_version` names the kanlm that exported it.
 
@@ -63,10 +63,7 @@ class KanLMConfig(PreTrainedConfig):
     model_type = "kanlm"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
     base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
+        f"layers.*.self_attn.{name}_proj": "rowwise" if name == "o" else "colwise" for name in "qkvo"
     }
     """Of the attention; `__post_init__` adds the FFN where its channels do not depend on each other."""
     base_model_pp_plan = {
@@ -128,7 +125,7 @@ class KanLMConfig(PreTrainedConfig):
         # Before the base class, so that a mistake is a plain one-line ValueError.
         self.validate_architecture()
         self.base_model_tp_plan = self.base_model_tp_plan | {
-            f"layers.*.mlp.{name}": split for name, split in find_arm(self.ffn_type).tp_plan().items()
+            f"layers.*.mlp.{name}": split for name, split in find_arm(self.ffn_type).tp_plan.items()
         }
         super().__post_init__(**kwargs)
 
@@ -145,12 +142,10 @@ class KanLMConfig(PreTrainedConfig):
                 raise ValueError(f"{field}: must be at least 1, got {getattr(self, field)}")
         self._validate_attention()
         find_arm(self.ffn_type).check(self)
-        if not (math.isfinite(self.initializer_range) and self.initializer_range > 0):
-            raise ValueError(
-                f"initializer_range: must be a finite number above 0, got {self.initializer_range}"
-            )
-        if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps > 0):
-            raise ValueError(f"rms_norm_eps: must be a finite number above 0, got {self.rms_norm_eps}")
+        for field in ("initializer_range", "rms_norm_eps"):
+            value = getattr(self, field)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{field}: must be a finite number above 0, got {value}")
 
     def _refuse_misspelt(self, unknown):
         """ValueError for a key of `unknown` that must be a slip: transformers would keep it and read nothing.
@@ -180,15 +175,9 @@ class KanLMConfig(PreTrainedConfig):
                 "key-value head serves the same number of heads"
             )
         if self.head_dim % 2:
-            raise ValueError(
-                f"head_dim: rotary embeddings turn pairs, so it must be even, got {self.head_dim}"
-            )
-        rope = self.rope_parameters or {}
-        if rope.get("rope_type", "default") not in ("default", *ROPE_INIT_FUNCTIONS):
-            known = ", ".join(("default", *sorted(ROPE_INIT_FUNCTIONS)))
-            raise ValueError(
-                f"rope_parameters: unknown rope_type {rope['rope_type']!r}; choose one of {known}"
-            )
+            raise ValueError(f"head_dim: must be even for rotary embeddings, got {self.head_dim}")
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        check_choice("rope_parameters: rope_type", rope_type, ("default", *sorted(ROPE_INIT_FUNCTIONS)))
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout: must lie in [0, 1), got {self.attention_dropout}")
 

@@ -4,9 +4,9 @@
 Shapes: B batch, T time, D hidden_size, h intermediate_size. No block has a bias.
 
 An arm is one class, registered under its `ffn_type`. It states its family, and the FLOPs and the bytes of
-its forward pass beside that pass; sizes, comparisons, cards and kernels read them from here. This
-file has what all arms share, the MLPs and the controls; ffn_kan.py has the KANs. A package of your own adds
-arms by an entry point of the group "kanlm.arms" that names its module.
+its forward pass beside that pass; sizes, comparisons, cards and kernels read them from a block. This file has
+what all arms share, the MLPs and the controls; ffn_kan.py has the KANs. A package of your own adds arms by an
+entry point of the group "kanlm.arms" that names its module.
 
 Projections into the block start at standard deviation `initializer_range`, those out of it at
 `initializer_range / sqrt(2 num_hidden_layers)`, so that the residual stream's variance does not grow with
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .basis import at_least_fp32
+from .basis import at_least_fp32, check_choice
 from .whitening import normal_points
 
 Family = Literal["mlp", "kan", "control"]
@@ -70,25 +70,20 @@ def find_arm(name: str) -> type["FeedForward"]:
     if name not in ARMS:
         for entry in entry_points(group="kanlm.arms"):
             entry.load()
-    if name not in ARMS:
-        raise ValueError(f"ffn_type: unknown value {name!r}; choose one of {', '.join(ARMS)}")
+    check_choice("ffn_type", name, ARMS)
     return ARMS[name]
 
 
 def build_ffn(config) -> "FeedForward":
-    """The feed-forward block of `config.ffn_type`; `config` has the attributes of KanLMConfig.
-
-    Raises:
-        ValueError: an unknown ffn_type, or what the block's layers refuse.
-    """
+    """The feed-forward block of `config.ffn_type`. ValueError: see `find_arm`, and what its layers refuse."""
     return find_arm(config.ffn_type)(config)
 
 
 class FeedForward(nn.Module):
     """What all blocks share, and what an arm states about itself.
 
-    By default: down(f(up u)), with `gated` down(f(gate u) * up u); matrices are `nn.Linear`. The class
-    methods take a config with the attributes of KanLMConfig.
+    By default: down(f(up u)), with `gated` down(f(gate u) * up u); matrices are `nn.Linear`. A config has
+    the attributes of KanLMConfig.
     """
 
     ffn_type: ClassVar[str]
@@ -98,8 +93,10 @@ class FeedForward(nn.Module):
     """What a hidden channel of a token leaves for the backward pass: activations, and bytes in fp32."""
     keeps_casts: ClassVar[bool] = True
     """Autocast keeps a copy of every matrix until the backward pass."""
-    channelwise: ClassVar[bool] = False
-    """Channels do not depend on each other, so that tensor parallelism can split them."""
+    tp_plan: ClassVar[dict[str, str]] = {}
+    """How tensor parallelism splits a block whose channels do not depend on each other."""
+    kernel: Callable[..., Tensor] | None = None
+    """A norm and what follows it in one pass; only kernels.select of the package kanlm sets it."""
 
     def __init__(self, config):
         super().__init__()
@@ -107,6 +104,7 @@ class FeedForward(nn.Module):
         self.output_std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
         self.norm_eps, self.hidden_norm = config.rms_norm_eps, config.hidden_norm
         width, hidden = config.hidden_size, config.intermediate_size
+        self.intermediate_size = hidden
         if self.gated:
             self.gate_proj = nn.Linear(width, hidden, bias=False)
         self.up_proj: nn.Module = nn.Linear(width, hidden, bias=False)
@@ -121,29 +119,20 @@ class FeedForward(nn.Module):
         """Widths h are multiples of this."""
         return 1
 
-    @classmethod
-    def channel_flops(cls, config) -> int:
-        """Forward FLOPs of one hidden channel of a token outside the matrices and the hidden norm."""
+    def elementwise_flops(self) -> int:
+        """Forward FLOPs for one token outside the matrices and the hidden norms."""
         raise NotImplementedError
 
-    @classmethod
-    def count_flops(cls, config) -> int:
+    def count_flops(self) -> int:
         """Forward FLOPs for one token outside the matrices."""
-        norms = (2 if cls.gated else 1) * NORM_FLOPS * config.hidden_norm
-        return config.intermediate_size * (cls.channel_flops(config) + norms)
+        norms = self.hidden_norm * (1 + self.gated) * self.intermediate_size
+        return self.elementwise_flops() + norms * NORM_FLOPS
 
-    @classmethod
-    def saved_bytes(cls, config, half: int) -> int:
+    def saved_bytes(self, half: int) -> int:
         """Bytes that one token leaves for the backward pass, its input aside; an activation has `half`."""
-        activations, fp32 = cls.channel_saves
-        norms = 4 * (2 if cls.gated else 1) * config.hidden_norm
-        return config.intermediate_size * (activations * half + fp32 + norms)
-
-    @classmethod
-    def tp_plan(cls) -> dict[str, str]:
-        """How tensor parallelism splits the block."""
-        split = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
-        return split if cls.channelwise else {}
+        activations, fp32 = self.channel_saves
+        norms = self.hidden_norm * (1 + self.gated)
+        return self.intermediate_size * (activations * half + fp32 + 4 * norms)
 
     def normalize(self, hidden: Tensor) -> Tensor:
         """`hidden` [..., h], RMS-normed without parameters where the config has `hidden_norm`."""
@@ -171,13 +160,12 @@ class MLP(FeedForward):
     `activation_flops` are those of the activation for one channel.
     """
 
-    channelwise = True
+    tp_plan = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
     activation_flops: ClassVar[int]
 
     def __init__(self, config):
         super().__init__(config)
         self.activation = self.make_activation()
-        self.kernel = None  # only kernels.select of the package kanlm sets it
 
     @staticmethod
     def make_activation() -> Callable[[Tensor], Tensor]:
@@ -185,13 +173,12 @@ class MLP(FeedForward):
 
     def forward(self, u: Tensor) -> Tensor:
         hidden = self.up_proj(u)
-        if self.kernel is not None:  # it norms and activates in one pass
+        if self.kernel is not None:
             return self.down_proj(self.kernel(self, hidden, None))
         return self.down_proj(self.activation(self.normalize(hidden)))
 
-    @classmethod
-    def channel_flops(cls, config):
-        return cls.activation_flops + cls.gated  # and the product with the other branch
+    def elementwise_flops(self):
+        return self.intermediate_size * (self.activation_flops + self.gated)  # of both branches
 
 
 class GatedMLP(MLP):
@@ -266,7 +253,7 @@ class PolyNorm(nn.Module):
 class PolyNormMLP(MLP):
     """A control: a few learned numbers for a whole layer, and a norm over its channels."""
 
-    channelwise = False
+    tp_plan = {}
     activation_flops = 14
     channel_saves = (1, 24)  # three powers, each with its norm
     make_activation = staticmethod(PolyNorm)
@@ -303,7 +290,7 @@ class XIELU(nn.Module):
 class XIELUMLP(MLP):
     """A control: one function with two learned numbers for a whole layer."""
 
-    channelwise = False  # its numbers would need a plan of their own
+    tp_plan = {}  # its numbers would need a plan of their own
     activation_flops = 9
     channel_saves = (1, 20)
     make_activation = staticmethod(XIELU)

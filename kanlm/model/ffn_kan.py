@@ -9,40 +9,20 @@ block starts at the output scale of the GELU MLP with equally many parameters.
 References: Liu et al. 2024, arXiv:2404.19756 (KAN), Yang & Wang 2024, arXiv:2409.10594 (functions of groups).
 """
 
-import torch.nn.functional as F
+from typing import ClassVar
+
 from torch import Tensor
 
-from .basis import BASES, Basis, check_choice
-from .ffn import NORM_FLOPS, FeedForward, arm, arm_names
+from .basis import BASES, FUNCTION_BASES, Basis, check_choice
+from .ffn import FeedForward, arm, arm_names
 from .kan import KANLinear
 from .learned_function import LearnedFunction
-
-EDGE_BASES = tuple(BASES)
-FUNCTION_BASES = EDGE_BASES + ("rational",)
-"""`rational` has no linear expansion per edge, so only learned functions of a channel or group take it."""
-
-SILU_FLOPS = 4
-BASIS_FLOPS = {"rbf": 5, "relu_switch": 5, "chebyshev": 2, "fourier": 3, "wavelet": 7}
-"""Forward FLOPs of one basis function at one input; exp, tanh and the like count as 1. Splines are counted
-by their polynomial pieces."""
 
 
 def grid_settings(config) -> dict:
     """The config's grid as arguments of a layer."""
     names = ("grid_size", "order", "grid_min", "grid_max")
     return {name: getattr(config, f"kan_{name}") for name in names}
-
-
-def num_basis_functions(config) -> int:
-    """K of one learned function."""
-    if config.kan_basis == "rational":
-        return 10
-    return config.kan_grid_size + (config.kan_order if config.kan_basis == "bspline" else 1)
-
-
-def spline_order(config) -> int | None:
-    """Degree of the polynomial pieces, or None of a basis that has none."""
-    return {"bspline": config.kan_order, "linear": 1}.get(config.kan_basis)
 
 
 def check_functions(config) -> None:
@@ -60,26 +40,14 @@ def check_functions(config) -> None:
         raise ValueError(f"kan_{error}") from None
 
 
-def check_groups(config, field: str) -> None:
-    width = getattr(config, field)
-    if width % config.kan_num_groups:
-        raise ValueError(
-            f"kan_num_groups: {config.kan_num_groups} does not divide {field} {width}; groups have equally "
-            "many channels"
-        )
-
-
 class ChannelKAN(FeedForward):
     """Base of the arms whose groups of channels share learned functions, between ordinary matrices.
 
-    `functions` is how many LearnedFunctions a block has. `hidden_norm` keeps their inputs on the grid.
+    `hidden_norm` keeps their inputs on the grid.
     """
 
-    functions = 1
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.kernel = None  # a norm and its function in one; only kernels.select of the package kanlm sets it
+    functions: ClassVar[dict[str, str]] = {"phi": "intermediate_size"}
+    """Names of the block's functions, and the config's field with the number of channels that each serves."""
 
     def apply_normed(
         self, function: LearnedFunction, a: Tensor, u: Tensor | None = None, *, norms_u: bool = True
@@ -94,25 +62,20 @@ class ChannelKAN(FeedForward):
     @classmethod
     def check(cls, config):
         check_functions(config)
-        check_groups(config, "intermediate_size")
+        for field in cls.functions.values():
+            if getattr(config, field) % config.kan_num_groups:
+                raise ValueError(
+                    f"kan_num_groups: {config.kan_num_groups} does not divide {field} "
+                    f"{getattr(config, field)}; groups have equally many channels"
+                )
 
     @classmethod
     def width_step(cls, config):
         return config.kan_num_groups
 
-    @classmethod
-    def function_flops(cls, config) -> int:
-        """Forward FLOPs of one learned function at one input."""
-        if config.kan_basis == "rational":
-            return 19
-        order = spline_order(config)
-        if order is not None:  # the interval, then one polynomial from a table
-            return 3 + 2 * order
-        return num_basis_functions(config) * (BASIS_FLOPS[config.kan_basis] + 2)
-
-    @classmethod
-    def channel_flops(cls, config):
-        return cls.functions * cls.function_flops(config) + cls.gated
+    def elementwise_flops(self):
+        learned = (getattr(self, name) for name in self.functions)
+        return sum(phi.channels * phi.flops for phi in learned) + self.intermediate_size * self.gated
 
     @staticmethod
     def start(config, own: str) -> str:
@@ -121,14 +84,8 @@ class ChannelKAN(FeedForward):
 
     @staticmethod
     def make_function(config, channels: int, initial: str, base: str | None = None) -> LearnedFunction:
-        return LearnedFunction(
-            channels,
-            config.kan_num_groups,
-            config.kan_basis,
-            base=base,
-            initial=initial,
-            **grid_settings(config),
-        )
+        settings = {"base": base, "initial": initial, **grid_settings(config)}
+        return LearnedFunction(channels, config.kan_num_groups, config.kan_basis, **settings)
 
 
 @arm("kan_act", "kan")
@@ -150,7 +107,7 @@ class GroupedKAN(ChannelKAN):
     The placement of GR-KAN (Yang & Wang 2024).
     """
 
-    functions = 2
+    functions = {"phi_in": "hidden_size", "phi_hidden": "intermediate_size"}
 
     def __init__(self, config):
         super().__init__(config)
@@ -160,22 +117,8 @@ class GroupedKAN(ChannelKAN):
     def forward(self, u: Tensor) -> Tensor:
         return self.down_proj(self.apply_normed(self.phi_hidden, self.up_proj(self.phi_in(u))))
 
-    @classmethod
-    def check(cls, config):
-        super().check(config)
-        check_groups(config, "hidden_size")
-
-    @classmethod
-    def channel_flops(cls, config):
-        return cls.function_flops(config)
-
-    @classmethod
-    def count_flops(cls, config):
-        return super().count_flops(config) + config.hidden_size * cls.function_flops(config)
-
-    @classmethod
-    def saved_bytes(cls, config, half):
-        return super().saved_bytes(config, half) + 4 * config.hidden_size
+    def saved_bytes(self, half):
+        return super().saved_bytes(half) + 4 * self.hidden_size
 
 
 @arm("kan_glu", "kan")
@@ -198,17 +141,12 @@ class KANGLU(ChannelKAN):
     def forward(self, u: Tensor) -> Tensor:
         return self.down_proj(self.apply_normed(self.phi, self.gate_proj(u), self.up_proj(u)))
 
-    @classmethod
-    def channel_flops(cls, config):
-        residual = 1 + SILU_FLOPS if config.kan_glu_form == "residual" else 0
-        return super().channel_flops(config) + residual
-
 
 @arm("kan_product", "kan")
 class ProductKAN(ChannelKAN):
     """down(phi(gate u) * psi(up u)), learned from SiLU and from the identity: it starts as SwiGLU."""
 
-    functions = 2
+    functions = {"phi": "intermediate_size", "psi": "intermediate_size"}
     gated = True
     channel_saves = (4, 0)
 
@@ -230,12 +168,12 @@ class EdgeKAN(FeedForward):
     """
 
     keeps_casts = False  # the cast weights are made again in the backward pass, as the basis values are
-    channel_saves = (0, 8)  # the norm's input and the layer's
+    channel_saves = (0, 4)  # the layer's input; the norm's is counted with the norm
     layers = 1
 
     def __init__(self, config):
         super().__init__(config)
-        self.kernel = None  # of the norm
+        self.hidden_norm = True
         if self.layers == 2:
             self.up_proj = self.make_layer(config, config.hidden_size, config.intermediate_size)
         self.down_proj = self.make_layer(config, config.intermediate_size, config.hidden_size)
@@ -244,51 +182,30 @@ class EdgeKAN(FeedForward):
 
     @staticmethod
     def make_layer(config, inputs: int, outputs: int) -> KANLinear:
-        has_base = config.kan_base != "none"
-        return KANLinear(
-            inputs,
-            outputs,
-            config.kan_basis,
-            base="silu" if has_base else None,
-            conditioning=config.kan_conditioning,
-            # Coefficients from zero: the block starts as its base branch and learns the corrections.
-            spline_share=0.0 if has_base else 1.0,
-            **grid_settings(config),
-        )
+        # Coefficients from zero: the block starts as its base branch and learns the corrections.
+        base, share = ("silu", 0.0) if config.kan_base != "none" else (None, 1.0)
+        settings = {"conditioning": config.kan_conditioning, "spline_share": share, **grid_settings(config)}
+        return KANLinear(inputs, outputs, config.kan_basis, base=base, **settings)
 
     def forward(self, u: Tensor) -> Tensor:
         hidden = self.up_proj(u)
         if self.kernel is not None:
             return self.down_proj(self.kernel(hidden, self.norm_eps))
-        return self.down_proj(F.rms_norm(hidden, hidden.shape[-1:], eps=self.norm_eps))
+        return self.down_proj(self.normalize(hidden))
 
     @classmethod
     def check(cls, config):
         if config.kan_basis == "rational":
             raise ValueError(
                 f"kan_basis: 'rational' is a function of a channel, and {cls.ffn_type!r} has functions of "
-                f"edges; choose one of {', '.join(EDGE_BASES)}, or ffn_type kan_act, kan_grouped or kan_glu"
+                f"edges; choose one of {', '.join(BASES)}, or ffn_type kan_act, kan_grouped or kan_glu"
             )
-        check_choice("kan_basis", config.kan_basis, EDGE_BASES)
+        check_choice("kan_basis", config.kan_basis, BASES)
         check_functions(config)
 
-    @staticmethod
-    def edge_flops(config) -> int:
-        """Forward FLOPs for the features of one input of a layer."""
-        base = SILU_FLOPS if config.kan_base != "none" else 0
-        order = spline_order(config)
-        if order is not None:  # the interval, then order + 1 polynomials by Horner's rule
-            return base + 3 + (order + 1) * 2 * order
-        return base + num_basis_functions(config) * BASIS_FLOPS[config.kan_basis]
-
-    @classmethod
-    def count_flops(cls, config):
-        inputs = config.intermediate_size + (config.hidden_size if cls.layers == 2 else 0)
-        return inputs * cls.edge_flops(config) + NORM_FLOPS * config.intermediate_size
-
-    @classmethod
-    def saved_bytes(cls, config, half):
-        return config.intermediate_size * cls.channel_saves[1]  # the same with and without `hidden_norm`
+    def elementwise_flops(self):
+        layers = [layer for layer in (self.up_proj, self.down_proj) if isinstance(layer, KANLinear)]
+        return sum(layer.in_features * layer.flops for layer in layers)
 
 
 @arm("kan", "kan")

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .basis import Basis, at_least_fp32, check_choice, exact_product, make_basis
-from .learned_function import LearnedFunction
+from .basis import BASES, Basis, ExactBuffers, at_least_fp32, check_choice, exact_product, make_basis
+from .learned_function import SILU_FLOPS, LearnedFunction
 from .whitening import assumed_points, moments, normal_points, whitening_map
 
 
-class KANLinear(nn.Module):
+class KANLinear(ExactBuffers):
     """y_o = sum_i phi_oi(x_i), phi_oi(x) = w_oi b(x) + sum_m c_oim B_m(x): x [..., I] to y [..., O].
 
     The coefficients c are the weight of the child `spline`, an nn.Linear(K*I -> O) whose input has the
@@ -27,9 +27,8 @@ class KANLinear(nn.Module):
     base.
 
     Whitened layers have the same functions in other coordinates: features psi = W B(x), W the buffer
-    `whitening` [K, K], of mean zero, variance one and uncorrelated under the assumed input, 0.9 N(0, 1) +
-    0.1 spread over the grid. psi_0 is the part of the constant function that the basis has; as every input
-    has it, it is scaled by I^(-1/2), so that all together they count as one.
+    `whitening` [K, K]; see `whitening.whitening_map`. As every input has psi_0, the constant function, it is
+    scaled by I^(-1/2), so that all together they count as one.
 
     Args:
         basis: a name, see `basis.make_basis`, or an object with the methods and sizes of a `Basis`.
@@ -64,28 +63,25 @@ class KANLinear(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        if min(in_features, out_features) < 1:
-            raise ValueError(
-                f"in_features, out_features: must be at least 1, got {in_features} and {out_features}; "
-                "write positive ints"
-            )
+        sizes = in_features, out_features
+        if min(sizes) < 1:
+            raise ValueError(f"in_features, out_features: must be at least 1, got {sizes}")
         if not 0 <= spline_share <= 1:
             raise ValueError(f"spline_share: a share lies in 0..1, got {spline_share}; 0.05 is the default")
         check_choice("base", base, ("silu", None))
         check_choice("conditioning", conditioning, ("none", "whitened"))
         if isinstance(basis, str):
+            check_choice("basis", basis, BASES)
             basis = make_basis(basis, grid_size, order, grid_min, grid_max)
         self.in_features, self.out_features, self.basis = in_features, out_features, basis
         self.spline_share, self.gain = spline_share, gain
         factory = {"bias": False, "device": device, "dtype": dtype}
         self.spline = nn.Linear(self.num_functions * in_features, out_features, **factory)
         self.base = nn.Linear(in_features, out_features, **factory) if base else None
+        wide = torch.promote_types(self.spline.weight.dtype, torch.float32)
+        square = torch.empty(self.num_functions, self.num_functions, device=device, dtype=wide)
         self.whitening: Tensor | None
-        self.register_buffer("whitening", None)
-        if conditioning == "whitened":
-            wide = torch.promote_types(self.spline.weight.dtype, torch.float32)
-            shape = self.num_functions, self.num_functions
-            self.whitening = torch.empty(shape, device=device, dtype=wide)
+        self.register_buffer("whitening", square if conditioning == "whitened" else None)
         self.kernel = None  # only kernels.select of the package kanlm sets it
         self.reset_parameters()
 
@@ -93,6 +89,11 @@ class KANLinear(nn.Module):
     def num_functions(self) -> int:
         """K, basis functions of an input."""
         return self.basis.num_functions
+
+    @property
+    def flops(self) -> int:
+        """Forward FLOPs at one input outside the matrices."""
+        return self.basis.values_flops + (SILU_FLOPS if self.base is not None else 0)
 
     @property
     def conditioning(self) -> str:
@@ -155,27 +156,5 @@ class KANLinear(nn.Module):
             std = self.gain * math.sqrt((1 - share) / (self.in_features * energy))
             init.normal_(self.base.weight, std=std)
 
-    def _apply(self, fn, recurse=True):
-        """Casts and moves; the whitening stays fp32 at least, as rounding it would change all functions."""
-        before = self.whitening
-        super()._apply(fn, recurse)
-        if before is not None and self.whitening.dtype.itemsize < 4:
-            self.whitening = before.to(self.whitening.device)
-        return self
 
-
-def kan_coefficient_names(model: nn.Module) -> set[str]:
-    """Names of the parameters of `model` that are coefficients of learned functions.
-
-    They get no weight decay and their own learning rate: decay pulls a function to zero, not to a simpler
-    one.
-    """
-    names = set()
-    for prefix, module in model.named_modules():
-        if isinstance(module, (KANLinear, LearnedFunction)):
-            child = "spline.weight" if isinstance(module, KANLinear) else "coefficients"
-            names.add(f"{prefix}.{child}" if prefix else child)
-    return names
-
-
-__all__ = ["KANLinear", "LearnedFunction", "kan_coefficient_names"]
+__all__ = ["KANLinear", "LearnedFunction"]

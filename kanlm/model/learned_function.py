@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .basis import BASES, Basis, BSpline, at_least_fp32, check_choice, make_basis
-from .rational import Rational, initial_rational
+from .basis import BSpline, Rational, at_least_fp32, check_choice, make_basis
+
+SILU_FLOPS = 4
+"""Forward FLOPs of SiLU at one input."""
 
 INITIAL_FUNCTIONS = {
     "zero": torch.zeros_like,
@@ -23,13 +25,40 @@ INITIAL_FUNCTIONS = {
     "gelu_wave": lambda x: F.gelu(x) - 0.4 * (x + 0.7) * torch.exp(-0.5 * (x + 0.7) ** 2),
 }
 
+RATIONAL_FITS = {
+    "silu": (
+        (3.4949337e-06, 0.5, 0.24998142, 0.053008988, 0.0056863941, 0.000260205),
+        (0.26493473, -0.013261471, 0.18928171, 0.01856188),
+    ),
+    "gelu": (
+        (-0.0023883712, 0.5, 0.41356217, 0.11339915, 0.010300634, 0.0),
+        (0.40959986, 0.0, 0.24295322, 0.0),
+    ),
+}
+"""Numerator and denominator of the least-squares fits on [-4, 4]; maximal errors 1.2e-5 and 2.4e-3."""
+
+
+def initial_rational(name: str) -> tuple[float, ...]:
+    """The ten coefficients of a fit, or of exactly the identity.
+
+    Not of "zero", whose numerator would get no gradient through any denominator.
+    """
+    check_choice("initial", name, (*RATIONAL_FITS, "identity"))
+    if name in RATIONAL_FITS:
+        numerator, denominator = RATIONAL_FITS[name]
+    else:  # x = x Q(x) / Q(x), with the Q of SiLU
+        denominator = RATIONAL_FITS["silu"][1]
+        q0, q1, q2, q3 = denominator
+        numerator = (0.0, 1.0, 0.0, q0**2 + q2**2, 2 * (q0 * q1 + q2 * q3), q1**2 + q3**2)
+    return numerator + denominator
+
 
 class LearnedFunction(nn.Module):
     """phi_g(x) on every channel of group g: x [..., C] to [..., C]; `gated(a, u)` is phi(a) * u.
 
     Channels are split in `groups` runs of neighbours. phi_g(x) = b(x) + sum_m c_gm B_m(x), the coefficients
     c in the parameter `coefficients` [groups, K]. With `basis="rational"` the sum is replaced by P(x) / Q(x),
-    see `rational.Rational`; K is 10.
+    see `basis.Rational`; K is 10.
 
     At an infinite x a B-spline is NaN or infinite, never finite.
 
@@ -38,8 +67,7 @@ class LearnedFunction(nn.Module):
         basis, grid_size, order, grid_min, grid_max: see `basis.make_basis`; the grid is also where
             `initial` is fitted.
         base: "silu" or None, a fixed function b added to the learned one.
-        initial: "silu", "gelu", "gelu_wave" (GELU less 0.4 (x + 0.7) exp(-(x + 0.7)^2 / 2)), "identity" or
-            "zero": what the learned part is at the start.
+        initial: one of INITIAL_FUNCTIONS, what the learned part is at the start.
 
     Raises:
         ValueError: groups that do not divide channels, unknown names, a rational function from zero or
@@ -67,14 +95,9 @@ class LearnedFunction(nn.Module):
             raise ValueError(f"groups: {groups} does not divide channels {channels}; choose a divisor")
         check_choice("base", base, ("silu", None))
         check_choice("initial", initial, INITIAL_FUNCTIONS)
-        check_choice("basis", basis, (*BASES, "rational"))
         self.channels, self.groups = channels, groups
-        self.basis_name, self.base, self.initial = basis, base, initial
-        self.basis: Basis
-        if basis == "rational":
-            self.basis = Rational(grid_size, float(grid_min), float(grid_max), order)
-        else:
-            self.basis = make_basis(basis, grid_size, order, grid_min, grid_max)
+        self.base, self.initial = base, initial
+        self.basis = make_basis(basis, grid_size, order, grid_min, grid_max)
         self.kernel = None  # only kernels.select of the package kanlm sets it
         self.coefficients = nn.Parameter(torch.empty(groups, self.num_functions, device=device, dtype=dtype))
         self.reset_parameters()
@@ -83,6 +106,11 @@ class LearnedFunction(nn.Module):
     def num_functions(self) -> int:
         """K, coefficients of a function."""
         return self.basis.num_functions
+
+    @property
+    def flops(self) -> int:
+        """Forward FLOPs at one input."""
+        return self.basis.combine_flops + (1 + SILU_FLOPS if self.base is not None else 0)
 
     @property
     def is_rational(self) -> bool:
@@ -94,7 +122,7 @@ class LearnedFunction(nn.Module):
         return isinstance(self.basis, BSpline)
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, groups={self.groups}, {self.basis_name}, base={self.base}, {self.basis}"
+        return f"{self.channels}, groups={self.groups}, {self.basis}, base={self.base}"
 
     @torch.no_grad()
     def reset_parameters(self):

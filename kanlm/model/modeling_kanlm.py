@@ -29,6 +29,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .basis import ExactBuffers
 from .configuration_kanlm import KanLMConfig
 from .ffn import build_ffn
 
@@ -36,7 +37,7 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 """What this transformers calls the keys and values seen: it was renamed in 5.24, and both names are taken."""
 
 
-class KanLMRotaryEmbedding(LlamaRotaryEmbedding):
+class KanLMRotaryEmbedding(ExactBuffers, LlamaRotaryEmbedding):
     """Llama's cosines and sines [B, T, E] of positions, and its scaled forms (`rope_parameters`)."""
 
     @staticmethod
@@ -44,15 +45,6 @@ class KanLMRotaryEmbedding(LlamaRotaryEmbedding):
         """Frequencies theta^(-2i/E), i < E/2 (Su et al. 2021, eq. 15), fp32 [E/2]; cos and sin unscaled."""
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         return config.rope_parameters["rope_theta"] ** -exponents, 1.0
-
-    def _apply(self, fn, recurse=True):
-        # model.to(torch.bfloat16) casts every buffer; at position 1000 that would be off by whole radians.
-        exact = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, cast in self._buffers.items():
-            if cast.dtype != torch.float32:
-                self._buffers[name] = exact[name].to(cast.device)
-        return self
 
 
 class KanLMDecoderLayer(GradientCheckpointingLayer):
@@ -92,11 +84,6 @@ def draws_of(name: str, module: nn.Module) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
-
-
-def has_own_start(module: nn.Module) -> bool:
-    """Whether the module, none of torch's own, says by `reset_parameters` how it starts."""
-    return hasattr(module, "reset_parameters") and not type(module).__module__.startswith("torch.")
 
 
 def declare_lora_targets():
@@ -146,7 +133,7 @@ class KanLMPreTrainedModel(PreTrainedModel):
             if isinstance(module, KanLMDecoderLayer):
                 depth = 2 * self.config.num_hidden_layers
                 init.normal_(module.self_attn.o_proj.weight, std=self.config.initializer_range * depth**-0.5)
-            elif has_own_start(module):
+            elif hasattr(module, "reset_parameters") and not type(module).__module__.startswith("torch."):
                 module.reset_parameters()  # type: ignore[operator]
 
     def _name_of(self, module: nn.Module) -> str:
@@ -174,13 +161,8 @@ class KanLMPreTrainedModel(PreTrainedModel):
         """
         with_info = kwargs.pop("output_loading_info", False)
         ignore_sizes = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *args,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **kwargs,
-        )
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         if pretrained_model_name_or_path is not None:
             reported = {"missing_keys": (), "unexpected_keys": ()} if with_info else {}
             cls._check_keys(pretrained_model_name_or_path, info | reported, ignore_sizes)
@@ -257,9 +239,8 @@ class KanLMModel(KanLMPreTrainedModel):
             raise ValueError("input_ids: no token; begin an empty text with bos_token_id")
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (
-                torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
-            ).unsqueeze(0)
+            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+            position_ids = positions.unsqueeze(0)
 
         # By position: what transformers 5.17 calls `past_key_values`, 5.24 calls `cache`.
         mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
@@ -276,10 +257,7 @@ class KanLMModel(KanLMPreTrainedModel):
                 position_ids=position_ids,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            self.norm(hidden_states),
-            past_key_values,  # by position, for its two names
-        )
+        return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values)  # by position, as above
 
 
 def kept_positions(hidden_states: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
@@ -345,9 +323,7 @@ class KanLMForCausalLM(KanLMPreTrainedModel, GenerationMixin):
         logits = self.lm_head(kept_positions(outputs.last_hidden_state, logits_to_keep))  # [B, T, V]
         loss = None
         if labels is not None or kwargs.get("shift_labels") is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss, logits, getattr(outputs, CACHE), outputs.hidden_states, outputs.attentions
         )

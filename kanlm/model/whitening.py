@@ -31,10 +31,9 @@ def assumed_points(grid: Tensor) -> tuple[Tensor, Tensor]:
     """Points [n, I] and weights [n] of 0.9 N(0, 1) + 0.1 even on the intervals of grid [G + 1, I]."""
     normal, weights = (tensor.to(grid.device) for tensor in normal_points())
     even = even_points(grid)
+    shares = weights.new_full((len(even),), EVEN_SHARE / len(even))
     points = torch.cat((normal.unsqueeze(-1).expand(-1, grid.shape[-1]), even))
-    return points, torch.cat(
-        (weights * (1 - EVEN_SHARE), weights.new_full((len(even),), EVEN_SHARE / len(even)))
-    )
+    return points, torch.cat((weights * (1 - EVEN_SHARE), shares))
 
 
 def moments(basis, points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,7 @@ from torch import nn
 
 from kanlm import kernels
 from kanlm.config import TrainConfig, UserError, one_line
-from kanlm.initial import decoder_layers, model_class
-from kanlm.model.kan import kan_coefficient_names
+from kanlm.initial import decoder_layers, kan_coefficient_names, model_class
 from kanlm.train.optimizer import optimizers
 
 MakeOptimizers = Callable[[Any], list[torch.optim.Optimizer]]

@@ -11,9 +11,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from kanlm.initial import kan_coefficient_names
 from kanlm.kernels import functions_called
 from kanlm.model.ffn import FeedForward
-from kanlm.model.kan import KANLinear, LearnedFunction, kan_coefficient_names
+from kanlm.model.kan import KANLinear, LearnedFunction
 
 ACTIVE = 1e-6
 """A basis function is dead on a batch where its absolute value never reaches this."""

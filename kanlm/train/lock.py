@@ -6,11 +6,10 @@ The lock goes with its process, so a killed one holds none.
 from __future__ import annotations
 
 import fcntl
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from kanlm.config import UserError
 from kanlm.runs import RunDir, remove_leftovers
@@ -32,20 +31,25 @@ def locked(run: RunDir, accelerator: Accelerator) -> Iterator[None]:
         return
     run.root.mkdir(parents=True, exist_ok=True)
     with open(lock_file(run), "w") as lock:
-        for attempt in range(3):  # `is_locked` holds it for a moment
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if attempt == 2:
-                    raise UserError(
-                        f"{run.root}: another process is training this run; wait for it, or choose "
-                        "another name"
-                    ) from None
-                time.sleep(0.2)
+        try:
+            _take(lock)
+        except BlockingIOError:
+            raise UserError(
+                f"{run.root}: another process is training this run; wait for it, or choose another name"
+            ) from None
         remove_leftovers(run.config, run.record, run.metrics, run.tokenizer)
         accelerator.wait_for_everyone()
         yield
+
+
+def _take(lock: TextIO) -> None:
+    """Lock the open file; BlockingIOError where a process that trains has locked it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        # A share can be had where only those who ask hold one too, as `is_locked` does for a moment.
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def is_locked(run: RunDir) -> bool:

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kanlm.config import TrainConfig
-from kanlm.model.kan import kan_coefficient_names
+from kanlm.initial import kan_coefficient_names
 from kanlm.train.muon import BatchedMuon
 
 GROUPS = ("matrices", "kan", "embeddings", "vectors")

@@ -16,7 +16,7 @@ from torch import nn
 
 from kanlm.config import WORKING_DIRECTORY, RunConfig, UserError
 from kanlm.data import TokenCache, TokenLoader
-from kanlm.model.kan import kan_coefficient_names
+from kanlm.initial import kan_coefficient_names
 from kanlm.runs import (
     RunDir,
     RunRecord,

@@ -18,7 +18,7 @@ from sample_data import sample_texts, write_jsonl
 from kanlm.config import SourceConfig, UserError
 from kanlm.data import cache as cache_module
 from kanlm.data import documents, packing, token_cache, tokenizer_for, train_caches
-from kanlm.data.cache import TokenCache, cached
+from kanlm.data.cache import TokenCache, ensure_cache
 from kanlm.data.corpus import TextStream, split_sources
 from kanlm.data.packing import Packer
 from kanlm.data.sources import Unreachable
@@ -65,7 +65,7 @@ def test_cache_follows_text_and_tokenizer(jsonl, texts, config_for):
 
 def shards_of(config, tokenizer, shard_characters, monkeypatch, batch_characters=500):
     monkeypatch.setattr(packing, "BATCH_CHARACTERS", batch_characters)
-    return cached(split_sources(config.data, "train"), config, tokenizer, "train", shard_characters)
+    return ensure_cache(split_sources(config.data, "train"), config, tokenizer, "train", shard_characters)
 
 
 def test_shards_and_processes_do_not_change_the_tokens(jsonl, tmp_path, config_for, monkeypatch):
@@ -175,7 +175,7 @@ BUILDER = """
 import json, sys, time
 from kanlm.config import RunConfig
 from kanlm.data import packing, tokenizer_for
-from kanlm.data.cache import _Shard, cached
+from kanlm.data.cache import _Shard, ensure_cache
 from kanlm.data.corpus import split_sources
 config = RunConfig.model_validate_json(sys.argv[1])
 packing.BATCH_CHARACTERS = 500
@@ -185,7 +185,7 @@ def slowly_kept(self):
     print("shard", flush=True)
     time.sleep(float(sys.argv[2]))
 _Shard.keep = slowly_kept
-cache = cached(split_sources(config.data, "train"), config, tokenizer_for(config), "train", 6000)
+cache = ensure_cache(split_sources(config.data, "train"), config, tokenizer_for(config), "train", 6000)
 print(json.dumps(cache.manifest))
 """
 
@@ -260,7 +260,7 @@ def test_documents_longer_than_a_batch_are_packed_whole(monkeypatch, batch_chara
     monkeypatch.setattr(packing, "PIECE_CHARACTERS", 100)
     monkeypatch.setattr(packing, "BATCH_CHARACTERS", batch_characters)
     packer = Packer(tokenizer)
-    parts = list(packer.packed(packer.fragments(texts)))
+    parts = list(packer.pack(packer.fragments(texts)))
     assert sum((part.counts for part in parts), TextCounts()) == total_counts(texts)
     documents = []
     for part in parts:
@@ -274,7 +274,7 @@ def test_documents_longer_than_a_batch_are_packed_whole(monkeypatch, batch_chara
 def test_setting_of_the_tokenizers_library_is_given_back(monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     packer = Packer(trained_tokenizer(iter(sample_texts(50)), 300))
-    packed = packer.packed(packer.fragments(sample_texts(5)))
+    packed = packer.pack(packer.fragments(sample_texts(5)))
     next(packed)
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
     packed.close()
@@ -318,7 +318,7 @@ def test_hub_that_goes_away_costs_no_shard(jsonl, tmp_path, config_for, monkeypa
 def test_worker_that_is_killed_is_one_line_and_costs_no_shard(jsonl, tmp_path, config_for, monkeypatch):
     config = config_for(jsonl, num_workers=2)
     tokenizer = tokenizer_for(config)
-    packed = Packer.packed
+    packed = Packer.pack
 
     def killed(packer, fragments, num_workers):
         shards = 0
@@ -328,7 +328,7 @@ def test_worker_that_is_killed_is_one_line_and_costs_no_shard(jsonl, tmp_path, c
             if shards == 2:
                 raise BrokenProcessPool("A process in the process pool was terminated abruptly")
 
-    monkeypatch.setattr(Packer, "packed", killed)
+    monkeypatch.setattr(Packer, "pack", killed)
     with pytest.raises(UserError, match="data.num_workers: .* want of memory.* again with fewer"):
         shards_of(config, tokenizer, 6000, monkeypatch)
     (partial,) = (tmp_path / "cache" / "tokens").glob("train-*.partial")

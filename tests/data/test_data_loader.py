@@ -16,7 +16,7 @@ from torch.distributed import HashStore
 from kanlm.config import SourceConfig, UserError
 from kanlm.data import TokenLoader, exchange, stream, tokenizer_for, train_caches
 from kanlm.data.exchange import Exchange
-from kanlm.data.order import CYCLE, Mixture, permuted
+from kanlm.data.order import CYCLE, Mixture, permute
 
 
 @pytest.fixture
@@ -231,17 +231,17 @@ def test_mixture_keeps_its_shares(jsonl, config_for, stories_and):
 
 @given(st.integers(1, 3000), st.lists(st.integers(0, 2**63), min_size=1, max_size=3))
 def test_permuted_is_a_permutation(size, key):
-    assert sorted(permuted(np.arange(size), size, tuple(key)).tolist()) == list(range(size))
+    assert sorted(permute(np.arange(size), size, tuple(key)).tolist()) == list(range(size))
 
 
 def test_permutations_are_uniform():
     """All 24 orders of four items occur about equally often."""
-    counts = Counter(tuple(permuted(np.arange(4), 4, (7, seed)).tolist()) for seed in range(4800))
+    counts = Counter(tuple(permute(np.arange(4), 4, (7, seed)).tolist()) for seed in range(4800))
     assert len(counts) == 24 and max(counts.values()) < 280 and min(counts.values()) > 130
 
 
 def test_neighbours_are_scattered():
-    places = permuted(np.arange(100_000), 100_000, (1, 2))
+    places = permute(np.arange(100_000), 100_000, (1, 2))
     assert abs(np.corrcoef(places[:-1], places[1:])[0, 1]) < 0.02
     assert abs(np.abs(np.diff(places)).mean() / 100_000 - 1 / 3) < 0.01
 

@@ -13,7 +13,7 @@ from kanlm.config import SourceConfig, UserError
 from kanlm.data import TokenLoader, packing, prepare, remote, token_cache, tokenizer_for, train_caches
 from kanlm.data import cache as cache_module
 from kanlm.data.prepare import parsed_share, tokenize
-from kanlm.data.tokenizer import beginning, sampled
+from kanlm.data.tokenizer import beginning, sample
 
 SHARES = ("2/3", "1/3", "3/3")
 
@@ -187,14 +187,14 @@ def test_hub_repository_gets_one_commit(jsonl, config_for, monkeypatch):
 
 def test_sample_is_all_of_a_short_text_and_spread_over_a_long_one():
     texts = sample_texts(300)
-    assert list(sampled(iter(texts), 10**9)) == texts
+    assert list(sample(iter(texts), 10**9)) == texts
     size = sum(map(len, texts))
-    drawn = list(sampled(iter(texts), size // 4))
+    drawn = list(sample(iter(texts), size // 4))
     places = [texts.index(text) for text in drawn]
     assert 0.2 * size < sum(map(len, drawn)) <= size // 4
     assert places == sorted(places) and places[0] < 30 and places[-1] > 270
-    assert list(sampled(iter(texts), size // 4)) == drawn != list(sampled(iter(texts), size // 4, seed=1))
-    assert sum(map(len, sampled(iter(["x y " * 100_000]), 50_000))) <= 50_000
+    assert list(sample(iter(texts), size // 4)) == drawn != list(sample(iter(texts), size // 4, seed=1))
+    assert sum(map(len, sample(iter(["x y " * 100_000]), 50_000))) <= 50_000
     assert "".join(beginning(iter(texts), 1000)) == "".join(texts)[:1000]
 
 

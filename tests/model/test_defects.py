@@ -16,8 +16,8 @@ import test_refit
 import torch
 
 from kanlm.fitting import adaptive, refit
-from kanlm.model import KanLMConfig, ffn, rational
-from kanlm.model.basis import BSpline, per_channel
+from kanlm.model import KanLMConfig, ffn, learned_function
+from kanlm.model.basis import BSpline, Rational, per_channel
 from kanlm.model.ffn_kan import EdgeKAN
 from kanlm.model.kan import KANLinear
 from kanlm.model.modeling_kanlm import KanLMDecoderLayer
@@ -25,8 +25,8 @@ from kanlm.model.modeling_kanlm import KanLMDecoderLayer
 
 def denominator_without_gradient(patch):
     """Q = 1 + (0)^2: right values for SiLU's numerator, and q = 0 never moves."""
-    for name, (numerator, denominator) in rational.FITS.items():
-        patch.setitem(rational.FITS, name, (numerator, (0.0,) * len(denominator)))
+    for name, (numerator, denominator) in learned_function.RATIONAL_FITS.items():
+        patch.setitem(learned_function.RATIONAL_FITS, name, (numerator, (0.0,) * len(denominator)))
 
 
 def other_denominator_than_the_fits(patch):
@@ -38,7 +38,7 @@ def other_denominator_than_the_fits(patch):
         first, second = (c[6] + c[7] * x) * x, (c[8] + c[9] * x) * x
         return above / (1 + first.abs() + second.abs())
 
-    patch.setattr(rational.Rational, "combine", combine)
+    patch.setattr(Rational, "combine", combine)
 
 
 def knots_moved_without_a_refit(patch):

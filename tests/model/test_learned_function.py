@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from scipy.interpolate import BSpline as ScipyBSpline
 from torch.func import functional_call
 
+from kanlm.initial import kan_coefficient_names
 from kanlm.model.basis import BASES, MAX_ORDER
-from kanlm.model.kan import KANLinear, LearnedFunction, kan_coefficient_names
+from kanlm.model.kan import KANLinear, LearnedFunction
 
 FORMS = [{"basis": name} for name in (*BASES, "rational")] + [
     {"order": order} for order in range(MAX_ORDER + 1) if order != 3

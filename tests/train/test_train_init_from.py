@@ -11,7 +11,7 @@ from kanlm.data.tokenizer import trained_tokenizer
 from kanlm.evaluation.loading import load_causal_lm
 from kanlm.evaluation.perplexity import evaluate
 from kanlm.export import export
-from kanlm.model.kan import kan_coefficient_names
+from kanlm.initial import kan_coefficient_names
 from kanlm.model.modeling_converted import CONVERTED
 from kanlm.sizing import converted_flops, parameter_counts, plan
 from kanlm.train.checkpoint import load_model, load_tokenizer

@@ -13,26 +13,29 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
 from kanlm.config import UserError, load_run_config
 from kanlm.data import TokenLoader
 from kanlm.evaluation.perplexity import held_out_documents
+from kanlm.initial import kan_coefficient_names
 from kanlm.model import KanLMForCausalLM
 from kanlm.model.ffn_kan import KANGLU
-from kanlm.model.kan import kan_coefficient_names
 from kanlm.runs import RunDir, RunRecord
 from kanlm.train import loop, parallel
 from kanlm.train import step as train_step
 from kanlm.train.build import build
 from kanlm.train.checkpoint import load_model, load_tokenizer
 from kanlm.train.faults import Diverged, StopSignal
+from kanlm.train.lock import is_locked, lock_file, locked
 from kanlm.train.progress import BusyNotice
 
 
@@ -450,6 +453,17 @@ def test_second_process_on_the_same_run_is_refused(run_config):
         with pytest.raises(UserError, match="another process is training this run"):
             loop.train(config)
     assert loop.train(config).state == "finished"
+
+
+def test_who_asks_whether_a_run_is_trained_does_not_keep_it_from_training(tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.root.mkdir()
+    with open(lock_file(run), "w") as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        threading.Timer(0.2, fcntl.flock, (asking, fcntl.LOCK_UN)).start()
+        with locked(run, Accelerator(cpu=True)):
+            assert is_locked(run)
+    assert not is_locked(run)
 
 
 def test_health_of_kan_layers_is_logged_and_changes_nothing(run_config, metrics, losses):
