@@ -289,7 +289,7 @@ def compare_verb(config: str, overrides: tuple[str, ...], dry_run: bool) -> None
 
         click.echo(estimate(config, overrides))
         return
-    from kanlm.compare.run import compare
+    from kanlm.compare.comparison import compare
 
     compare(config, overrides)
 

@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-WALKS = ("kanlm/train/loop.py:train:config", "kanlm/compare/run.py:compare:toml_path")
+WALKS = ("kanlm/train/loop.py:train:config", "kanlm/compare/comparison.py:compare:toml_path")
 STEP = (
     "kanlm/train/step.py:one_step",
     "kanlm/data/loader.py:TokenLoader.__iter__",

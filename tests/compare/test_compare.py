@@ -10,7 +10,7 @@ import pytest
 
 from kanlm.compare import jobs
 from kanlm.compare.artifacts import load_curve
-from kanlm.compare.run import compare
+from kanlm.compare.comparison import compare
 from kanlm.config import load_run_config
 from kanlm.data import documents, tokenizer_for
 from kanlm.train.loop import train
