@@ -175,7 +175,7 @@ class KanLMConfig(PreTrainedConfig):
                 "key-value head serves the same number of heads"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim: must be even for rotary embeddings, got {self.head_dim}")
+            raise ValueError(f"head_dim: rotary embeddings turn pairs, so it is even, got {self.head_dim}")
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         check_choice("rope_parameters: rope_type", rope_type, ("default", *sorted(ROPE_INIT_FUNCTIONS)))
         if not 0 <= self.attention_dropout < 1:
