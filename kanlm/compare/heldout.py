@@ -7,12 +7,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-
 from kanlm.compare.plan import Study
 from kanlm.compare.schema import EvaluationConfig, Trial
 from kanlm.data import documents, text_documents
 from kanlm.evaluation.baselines import kneser_ney_by_order, xz_bits_per_byte
+from kanlm.evaluation.generation import Sampling, sample_rows
 from kanlm.evaluation.loading import load_causal_lm
 from kanlm.evaluation.perplexity import evaluate_model
 from kanlm.export import export, update_card
@@ -70,9 +69,6 @@ def samples(
         text[:60].rsplit(None, 1)[0] for text in texts[:: max(1, len(texts) // 2)][:2]
     ]
     found = []
-    sampling: dict[str, Any] = {"do_sample": False}
-    if settings.temperature:
-        sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": settings.top_k}
     for number, prompt in enumerate(prompts):
         ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
         positions = model.config.max_position_embeddings
@@ -80,17 +76,8 @@ def samples(
         if ids.shape[1] > positions - length:
             ids = ids[:, : positions - length]
             prompt = tokenizer.decode(ids[0])
-        with torch.random.fork_rng(), torch.inference_mode():
-            torch.manual_seed(seed + number)
-            output = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=length,
-                pad_token_id=tokenizer.pad_token_id
-                if tokenizer.pad_token_id is not None
-                else tokenizer.eos_token_id,
-                **sampling,
-            )
+        sampling = Sampling(max_new_tokens=length, temperature=settings.temperature, top_k=settings.top_k)
+        output = sample_rows(model, tokenizer, ids, seed + number, **sampling.arguments())
         text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
         found.append({"prompt": prompt, "text": text})
     return found

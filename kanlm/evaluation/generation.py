@@ -242,6 +242,17 @@ def generate_texts(
     return tokenizer.batch_decode(output, skip_special_tokens=True), tokens, seconds
 
 
+def sample_rows(network: Any, tokenizer: Any, ids: Tensor, seed: int, **arguments: Any) -> Tensor:
+    """`ids` [B, T] and what the model goes on with, [B, T + new]; torch's generator is as it was afterwards.
+
+    arguments: of `network.generate`.
+    """
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        return network.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=pad, **arguments)
+
+
 def by_decoder(
     decoder: NativeDecoder, ids: Tensor, settings: Sampling, stop: set[int], streamer: TextStreamer | None
 ) -> Tensor:

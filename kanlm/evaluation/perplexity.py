@@ -491,32 +491,6 @@ def held_out_documents(
     return texts, settings.validation_source or settings.source, part
 
 
-def evaluate_spec(
-    model: str | Path,
-    data: str | Path,
-    split: str | None = None,
-    *,
-    text_column: str = "text",
-    document_separator: str | None = None,
-    max_documents: int | None = None,
-    invalid_utf8: Literal["error", "replace"] = "error",
-    **settings: Any,
-) -> EvalReport:
-    """`evaluate` of `model` on `held_out_documents(data, ...)`; `settings` are those of `evaluate`.
-
-    On a terminal a progress bar is shown unless `progress=False`.
-    """
-    documents, dataset, split = held_out_documents(
-        data,
-        split,
-        text_column=text_column,
-        document_separator=document_separator,
-        max_documents=max_documents,
-        invalid_utf8=invalid_utf8,
-    )
-    return evaluate(model, documents, dataset, split, **{"progress": True, **settings})
-
-
 @torch.no_grad()
 def validation_loss(
     model: nn.Module,

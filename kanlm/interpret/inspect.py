@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from kanlm import __version__
 from kanlm.config import UserError
+from kanlm.evaluation.generation import sample_rows
 from kanlm.evaluation.loading import load_causal_lm
 from kanlm.evaluation.perplexity import held_out_documents, prefix_token
 from kanlm.interpret.drivers import drivers
@@ -319,10 +320,5 @@ def own_text(model: Any, tokenizer: Any, tokens: int) -> str:
     start = torch.full(
         (math.ceil(tokens / length) + 1, 1), prefix_token(model, tokenizer), device=model.device
     )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(0)
-        rows = model.generate(
-            start, attention_mask=torch.ones_like(start), do_sample=True, max_length=length, pad_token_id=pad
-        )
+    rows = sample_rows(model, tokenizer, start, seed=0, do_sample=True, max_length=length)
     return "\n".join(tokenizer.batch_decode(rows[:, 1:], skip_special_tokens=True))

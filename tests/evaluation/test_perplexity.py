@@ -253,7 +253,7 @@ def folder(model, tokenizer, tmp_path_factory):
 def test_a_folder_on_disk_scores_as_the_model_in_memory(folder, model, tokenizer, tmp_path):
     text = tmp_path / "held-out.txt"
     text.write_text(DOCUMENTS[0] + "\n" + DOCUMENTS[4], encoding="utf-8")
-    report = perplexity.evaluate_spec(folder, text, stride=12, batch_size=2)
+    report = perplexity.evaluate(folder, *perplexity.held_out_documents(text), stride=12, batch_size=2)
     score = perplexity.score(
         model, tokenizer, [text.read_text(encoding="utf-8")], context_length=24, stride=12
     )
@@ -271,8 +271,9 @@ def test_a_folder_on_disk_scores_as_the_model_in_memory(folder, model, tokenizer
 def test_documents_of_a_file_are_scored_apart(folder, tmp_path):
     text = tmp_path / "held-out.txt"
     text.write_text("One.\n<|endoftext|>\nTwo, longer.\n", encoding="utf-8")
-    whole = perplexity.evaluate_spec(folder, text)
-    apart = perplexity.evaluate_spec(folder, text, document_separator="<|endoftext|>")
+    whole = perplexity.evaluate(folder, *perplexity.held_out_documents(text))
+    parts = perplexity.held_out_documents(text, document_separator="<|endoftext|>")
+    apart = perplexity.evaluate(folder, *parts)
     assert (whole.documents, apart.documents) == (1, 2)
     assert apart.bytes == len("One.\n") + len("Two, longer.\n")
 

@@ -19,7 +19,7 @@ from kanlm.cli import cli
 from kanlm.config import UserError
 from kanlm.data.tokenizer import trained_tokenizer
 from kanlm.evaluation import table
-from kanlm.evaluation.perplexity import evaluate_spec, token_ids
+from kanlm.evaluation.perplexity import evaluate, held_out_documents, token_ids
 from kanlm.evaluation.table import difference, evaluate_all, text_table, totals
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 
@@ -52,7 +52,7 @@ def test_every_model_on_every_text(folder, tmp_path):
     found = evaluate_all(models, texts, losses=tmp_path / "losses.parquet")
     assert [(r.model, r.dataset) for r in found.reports] == [(str(m), str(t)) for m in models for t in texts]
     for report in found.reports:
-        alone = evaluate_spec(report.model, report.dataset)
+        alone = evaluate(report.model, *held_out_documents(report.dataset))
         assert report.nll_nats == pytest.approx(alone.nll_nats, rel=1e-6)
     by = {(d.model, d.dataset): d for d in found.differences}
     assert len(by) == 4 and {d.baseline for d in found.differences} == {str(models[0])}
