@@ -178,7 +178,7 @@ class MLP(FeedForward):
         return self.down_proj(self.activation(self.normalize(hidden)))
 
     def elementwise_flops(self):
-        return self.intermediate_size * (self.activation_flops + self.gated)  # of both branches
+        return self.intermediate_size * (self.activation_flops + self.gated)  # gated: a product more
 
 
 class GatedMLP(MLP):
