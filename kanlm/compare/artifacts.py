@@ -321,7 +321,7 @@ def state_of(run: TrialDir, files: Files | None = None) -> tuple[State, str]:
 
 
 def load_curve(metrics: str) -> Curve:
-    """The losses in the text of a run's metrics.jsonl."""
+    """The losses in the text of a run's metrics.jsonl. KeyError: a line has a loss, but not where."""
     curve = Curve()
     for row in metrics_rows(metrics.splitlines()):
         if "loss" in row:
@@ -339,6 +339,10 @@ def load_result(directory: CompareDir, files: Files, trial: Trial, arm: PlannedA
     run = directory.run(trial.name)
     state, reason = state_of(run, files)
     record, report = files.json(run.record, RunRecord), files.json(run.heldout, EvalReport)
+    try:
+        curve = load_curve(files.text(run.metrics) or "")
+    except KeyError as error:
+        raise UserError(f"{run.metrics}: damaged: a line lacks {error}; {_AGAIN}") from None
     return Result(
         trial=trial,
         arm=arm,
@@ -346,7 +350,7 @@ def load_result(directory: CompareDir, files: Files, trial: Trial, arm: PlannedA
         reason=reason,
         record=RunRecord.model_validate(record) if record else None,
         eval=EvalReport.model_validate(report) if report else None,
-        curve=load_curve(files.text(run.metrics) or ""),
+        curve=curve,
         samples=files.json(run.samples, list[Sample]) or [],
         functions=files.json(run.functions, Functions),
     )

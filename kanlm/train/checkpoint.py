@@ -155,12 +155,10 @@ def verify(folder: Path) -> None:
         if error.errno in DISK_ERRORS:
             raise UnreadableCheckpoint(f"{folder}/manifest.json: cannot be read ({error.strerror})") from None
         raise CorruptCheckpoint(
-            f"{folder}: no readable manifest.json; the checkpoint is not complete"
+            f"{folder}/manifest.json: cannot be read ({error.strerror}); the checkpoint is not complete"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise CorruptCheckpoint(
-            f"{folder}: no readable manifest.json; the checkpoint is not complete"
-        ) from None
+        raise CorruptCheckpoint(f"{folder}/manifest.json: damaged; the checkpoint is not whole") from None
     if unlisted := FILES - files.keys():
         raise CorruptCheckpoint(f"{folder}/manifest.json: does not list {', '.join(sorted(unlisted))}")
     for name, (size, digest) in files.items():

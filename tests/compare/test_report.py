@@ -334,6 +334,14 @@ def test_a_torn_last_line_of_metrics_is_left_out(tmp_path):
     assert load_curve(text).loss == [3.0]
 
 
+def test_a_loss_without_its_place_is_a_damaged_file(tmp_path):
+    content(tmp_path, losses(kan=4.1, kan_glu=3.8, swiglu=3.9))
+    path = next(tmp_path.rglob("metrics.jsonl"))
+    path.write_text('{"step": 1, "tokens": 10, "secnods": 0.5, "loss": 3.0}\n')
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}: damaged: a line lacks 'seconds'"):
+        report(tmp_path)
+
+
 def test_a_bundle_gives_the_same_files(tmp_path):
     values = losses(kan=4.1, kan_glu=3.8, swiglu=3.9) | {("kan", 1): "diverged", ("kan", 2): "crashed"}
     content(tmp_path / "study", values)

@@ -38,16 +38,20 @@ def flip_a_bit(path):
 
 
 DAMAGE = [
-    ("manifest.json", os.unlink, "no readable manifest.json"),
-    ("manifest.json", truncate, "no readable manifest.json"),
+    ("manifest.json", os.unlink, "manifest.json: cannot be read"),
+    ("manifest.json", truncate, "manifest.json: damaged"),
     ("model.safetensors", truncate, "bytes where manifest.json says"),
     ("optimizer.safetensors", flip_a_bit, "content differs from its sha256"),
     ("trainer.json", os.unlink, "missing, but listed"),
-    ("manifest.json", lambda path: path.write_text("[]"), "no readable manifest.json"),
-    ("manifest.json", lambda path: path.write_text('{"files": 3}'), "no readable manifest.json"),
-    ("manifest.json", lambda path: path.write_text('{"files": {"a": {"size": 1}}}'), "no readable"),
+    ("manifest.json", lambda path: path.write_text("[]"), "manifest.json: damaged"),
+    ("manifest.json", lambda path: path.write_text('{"files": 3}'), "manifest.json: damaged"),
+    (
+        "manifest.json",
+        lambda path: path.write_text('{"files": {"a": {"size": 1}}}'),
+        "manifest.json: damaged",
+    ),
     ("manifest.json", lambda path: path.write_text('{"files": {}}'), "does not list model.json, model.s"),
-    ("manifest.json", lambda path: (path.unlink(), path.mkdir()), "no readable manifest.json"),
+    ("manifest.json", lambda path: (path.unlink(), path.mkdir()), "manifest.json: cannot be read"),
     ("model.json", lambda path: (path.unlink(), path.mkdir()), "cannot be read"),
 ]
 
