@@ -174,7 +174,7 @@ class Life:
             return {
                 "state": record["state"],
                 "validation": record["final_validation"],
-                "losses": [(line["step"], line["loss"]) for line in lines],
+                "losses": [(line.get("step"), line.get("loss")) for line in lines],
                 "step": last.name,
                 "weights": sha256(last / "model.safetensors"),
                 "optimizer": sha256(last / "optimizer.safetensors"),
