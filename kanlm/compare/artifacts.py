@@ -366,27 +366,29 @@ def load(root: str | Path) -> Artifacts:
             raise UserError(
                 f"{path}: no such file; {directory.root} holds no comparison, run `kanlm compare` first"
             )
+    config = parse_table(CompareConfig, stored["config"], str(directory.compare))
+    places = [(matching, size.name) for matching in config.matching for size in config.sizes]
     try:
         arms = [PlannedArm.model_validate(row) for row in plan["arms"]]
         trials = [Trial.model_validate(row) for row in plan["trials"] if row["kind"] == "final"]
-    except ValidationError as error:
+        by_key = {arm.key: arm for arm in arms}
+        planned = {place: [by_key[*place, arm.name] for arm in config.arms] for place in places}
+        arm_of = {trial.name: by_key[trial.key] for trial in trials}
+    except (ValidationError, KeyError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else f"it lacks {error}"
         raise UserError(
-            f"{directory.plan}: not of this version of kanlm ({error.errors()[0]['msg']}); run `kanlm "
+            f"{directory.plan}: damaged, or not of this version of kanlm ({reason}); run `kanlm "
             "compare` again"
         ) from None
-    by_key = {arm.key: arm for arm in arms}
-    results = [load_result(directory, files, trial, by_key[trial.key]) for trial in trials]
-    config = parse_table(CompareConfig, stored["config"], str(directory.compare))
+    results = [load_result(directory, files, trial, arm_of[trial.name]) for trial in trials]
     speed = files.json(directory.speed, Speed)
     baselines = files.json(directory.baselines, list[Baseline]) or []
     tables = []
-    for matching in config.matching:
-        for size in config.sizes:
-            here = [one for one in results if (one.arm.matching, one.arm.size) == (matching, size.name)]
-            here.sort(key=lambda result: result.trial.seed)
-            planned = [by_key[matching, size.name, arm.name] for arm in config.arms]
-            runs = {arm.arm: arm_runs(arm, here, speed, baselines) for arm in planned}
-            tables.append(Table(matching, size.name, runs, here))
+    for place in places:
+        here = [one for one in results if (one.arm.matching, one.arm.size) == place]
+        here.sort(key=lambda result: result.trial.seed)
+        runs = {arm.arm: arm_runs(arm, here, speed, baselines) for arm in planned[place]}
+        tables.append(Table(*place, runs, here))
     return Artifacts(
         directory=directory,
         config=config,

@@ -364,6 +364,18 @@ def test_a_folder_of_an_older_version_is_told_so(tmp_path):
         load(tmp_path)
 
 
+def test_a_plan_without_what_the_configuration_names_is_damaged(tmp_path):
+    content(tmp_path, losses(kan=4.1, swiglu=3.9), arms=ARMS)
+    path = tmp_path / "plan.json"
+    written = path.read_text()
+    for rows, key in (("trials", "kind"), ("arms", "arm")):
+        plan = json.loads(written)
+        plan[rows][0][key + "x"] = plan[rows][0].pop(key)
+        path.write_text(json.dumps(plan))
+        with pytest.raises(UserError, match=f"{re.escape(str(path))}: damaged, "):
+            load(tmp_path)
+
+
 def test_a_report_from_an_installed_package_names_no_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))  # no checkout around it
     values = losses(kan=4.1, swiglu=3.9)

@@ -1,6 +1,7 @@
 """Byte-level BPE gives every text back, and no text can pose as a special token."""
 
 import errno
+import json
 from pathlib import Path
 
 import pytest
@@ -114,12 +115,18 @@ def test_existing_tokenizer_is_used_and_mistakes_are_one_line(tmp_path, jsonl, c
     no_eos = PreTrainedTokenizerFast(tokenizer_object=packing_tokenizer(TOKENIZER))
     no_eos.save_pretrained(tmp_path / "no_eos")
     (tmp_path / "empty").mkdir()
+    TOKENIZER.save_pretrained(tmp_path / "damaged")
+    content = json.loads((tmp_path / "damaged" / "tokenizer.json").read_text())
+    vocabulary, (left, right) = content["model"]["vocab"], content["model"]["merges"][-1]
+    vocabulary[left] = vocabulary[right]
+    (tmp_path / "damaged" / "tokenizer.json").write_text(json.dumps(content))
     for name, message in (
         ("no_eos", "has no eos token"),
         ("empty", "no tokenizer"),
         ("absent", "no tokenizer"),
+        ("damaged", "json: not a tokenizer: .*out of vocabulary"),
     ):
-        with pytest.raises(UserError, match=f"tokenizer.path: .*{message}") as caught:
+        with pytest.raises(UserError, match=f"tokenizer.*{message}") as caught:
             loaded_tokenizer(tmp_path / name)
         assert "\n" not in str(caught.value)
 
