@@ -373,14 +373,14 @@ def load(root: str | Path) -> Artifacts:
         trials = [Trial.model_validate(row) for row in plan["trials"] if row["kind"] == "final"]
         by_key = {arm.key: arm for arm in arms}
         planned = {place: [by_key[*place, arm.name] for arm in config.arms] for place in places}
-        arm_of = {trial.name: by_key[trial.key] for trial in trials}
+        finals = [(trial, by_key[trial.key]) for trial in trials]
     except (ValidationError, KeyError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else f"it lacks {error}"
         raise UserError(
             f"{directory.plan}: damaged, or not of this version of kanlm ({reason}); run `kanlm "
             "compare` again"
         ) from None
-    results = [load_result(directory, files, trial, arm_of[trial.name]) for trial in trials]
+    results = [load_result(directory, files, trial, arm) for trial, arm in finals]
     speed = files.json(directory.speed, Speed)
     baselines = files.json(directory.baselines, list[Baseline]) or []
     tables = []
