@@ -1,6 +1,6 @@
 """Implementations of what kanlm.model defines; `select` chooses, and the reference stays the definition.
 
-    native.cpp, native.py   C++ with OpenMP, compiled once for this machine
+    native.cpp, native.py   C++ with OpenMP, compiled once for this machine; exponential.h beside it
     cpu.py                  autograd functions over it
     triton_ops.py           the same for GPUs
     operators.py            both as operators of torch, for its compiler

@@ -17,6 +17,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "exponential.h"
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -59,41 +61,8 @@ inline float total(vec v) {
     return sum;
 }
 
-inline float exponential(float x) {  // 2^n e^f with |f| <= ln2 / 2; relative error below 2e-7 in [-87, 88]
-    const float y = std::max(std::min(x, 88.0f), -87.0f);
-    const float scaled = y * 1.44269504f;
-    const int32_t n = int32_t(scaled + (scaled < 0 ? -0.5f : 0.5f));
-    const float f = y - float(n) * 0.693359375f - float(n) * -2.12194440e-4f;
-    float p = 1.0f / 5040;
-    p = p * f + 1.0f / 720;
-    p = p * f + 1.0f / 120;
-    p = p * f + 1.0f / 24;
-    p = p * f + 1.0f / 6;
-    p = p * f + 0.5f;
-    p = p * f + 1.0f;
-    p = p * f + 1.0f;
-    const int32_t bits = (n + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, 4);
-    return p * power;
-}
-
-inline vec exponential(vec x) {  // the same, of L numbers
-    const vec zero = {}, least = zero - 87.0f, most = zero + 88.0f;
-    const vec y = x < least ? least : x < most ? x : most;
-    const vec scaled = y * 1.44269504f;
-    const ints n = __builtin_convertvector(scaled + (scaled < 0 ? zero - 0.5f : zero + 0.5f), ints);
-    const vec whole = __builtin_convertvector(n, vec), f = y - whole * 0.693359375f - whole * -2.12194440e-4f;
-    vec p = zero + 1.0f / 5040;
-    p = p * f + 1.0f / 720;
-    p = p * f + 1.0f / 120;
-    p = p * f + 1.0f / 24;
-    p = p * f + 1.0f / 6;
-    p = p * f + 0.5f;
-    p = p * f + 1.0f;
-    p = p * f + 1.0f;
-    return p * (vec)((n + 127) << 23);
-}
+inline float exponential(float x) { return exponential_of<int32_t>(x); }
+inline vec exponential(vec x) { return exponential_of<ints>(x); }
 
 template <typename V>
 inline V silu(V x) {

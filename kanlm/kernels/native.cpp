@@ -19,6 +19,8 @@
 #include <memory>
 #include <vector>
 
+#include "exponential.h"
+
 namespace {
 
 // Floats in a vector: those of a register. GCC takes wider ones apart lane by lane where it shuffles, compares or converts.
@@ -77,21 +79,7 @@ struct Local {  // the same on the stack
     }
 };
 
-inline vec vexp(vec x) {  // 2^n * e^f with |f| <= ln2 / 2; relative error below 2e-7 in [-87, 88]
-    vec y = vmax(vmin(x, splat(88.0f)), splat(-87.0f));
-    vec scaled = y * 1.44269504f;
-    ivec n = to_int(scaled + (scaled < 0 ? splat(-0.5f) : splat(0.5f)));
-    vec f = y - to_float(n) * 0.693359375f - to_float(n) * -2.12194440e-4f;
-    vec p = splat(1.0f / 5040);
-    p = p * f + 1.0f / 720;
-    p = p * f + 1.0f / 120;
-    p = p * f + 1.0f / 24;
-    p = p * f + 1.0f / 6;
-    p = p * f + 0.5f;
-    p = p * f + 1.0f;
-    p = p * f + 1.0f;
-    return p * (vec)((n + 127) << 23);
-}
+inline vec exponential(vec x) { return exponential_of<ivec>(x); }
 
 // Where a point lies in the grid.
 struct Place {
@@ -185,7 +173,7 @@ inline void store_part(float* p, vec v, int n) {
 }
 
 inline void add_silu(vec a, vec& value, vec& slope) {
-    vec sigmoid = 1.0f / (1.0f + vexp(-a));
+    vec sigmoid = 1.0f / (1.0f + exponential(-a));
     value += a * sigmoid;
     slope += sigmoid * (1.0f + a * (1.0f - sigmoid));
 }
@@ -412,7 +400,7 @@ struct Fixed {
         if constexpr (KIND == SILU) {
             add_silu(x, value, slope);
         } else if constexpr (KIND == GELU) {  // Phi after Abramowitz & Stegun 1964, 7.1.26, error below 1e-7
-            vec z = (x < 0 ? -x : x) * 0.70710678f, density = vexp(-0.5f * x * x);
+            vec z = (x < 0 ? -x : x) * 0.70710678f, density = exponential(-0.5f * x * x);
             vec t = 1.0f / (1.0f + 0.3275911f * z);
             vec tail = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t +
                         0.254829592f) * t * density * 0.5f;

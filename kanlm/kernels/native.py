@@ -120,16 +120,16 @@ def _compiler() -> str:
 def _built(source: Path | None = None) -> Path:
     """Path of the library of `source`, native.cpp by default.
 
-    Compiles it unless this source, compiler and machine have been seen before.
+    Compiles it unless this source with the headers beside it, compiler and machine have been seen before.
     """
     source = source or SOURCE
     compiler = _compiler()
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     command = [compiler, *FLAGS, native]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    key = hashlib.sha256("\0".join([source.read_text(), *command, version, _machine()]).encode()).hexdigest()[
-        :16
-    ]
+    headers = sorted(source.parent.glob("*.h"))
+    texts = [file.read_text() for file in (source, *headers)]
+    key = hashlib.sha256("\0".join([*texts, *command, version, _machine()]).encode()).hexdigest()[:16]
     folder = cache_folder()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
