@@ -8,7 +8,7 @@ from study_plan import run_config, trials_of
 from study_runs import text_cache, trained_model
 
 from kanlm.data import tokenizer_for
-from kanlm.evaluation.perplexity import _blocks
+from kanlm.evaluation.perplexity import stream_blocks
 from kanlm.model.learned_function import LearnedFunction
 
 
@@ -25,7 +25,7 @@ def picture(out: str) -> None:
     config = run_config(trial)
     model = trained_model(config)
     cache = text_cache(config, tokenizer_for(config), "valid")
-    inputs, *_ = _blocks(cache, range(0, 32 * 128, 128), 128, 32 * 128, True)
+    inputs, *_ = stream_blocks(cache, range(0, 32 * 128, 128), 128, 32 * 128, True)
     seen: dict[str, torch.Tensor] = {}
     functions = {name: m for name, m in model.named_modules() if isinstance(m, LearnedFunction)}
     for name, module in functions.items():

@@ -26,7 +26,7 @@ from kanlm.data.cache import TokenCache, ensure_cache
 from kanlm.data.corpus import split_sources
 from kanlm.evaluation.last_word import read_passages, score_words
 from kanlm.evaluation.minimal_pairs import read_pairs, score_pairs
-from kanlm.evaluation.perplexity import _blocks, _token_nll
+from kanlm.evaluation.perplexity import stream_blocks, token_nll
 from kanlm.export import export_model, model_of
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.model.learned_function import LearnedFunction
@@ -219,8 +219,8 @@ def segment_nll(model: torch.nn.Module, cache: TokenCache, block_size: int = 128
     sums = np.zeros(SEGMENTS)
     for i in range(0, len(starts), 32):
         batch = starts[i : i + 32]
-        inputs, labels, _ = _blocks(cache, batch, block_size, targets, True)
-        nll = _token_nll(model(input_ids=inputs, use_cache=False).logits, labels)
+        inputs, labels, _ = stream_blocks(cache, batch, block_size, targets, True)
+        nll = token_nll(model(input_ids=inputs, use_cache=False).logits, labels)
         for start, row in zip(batch, nll, strict=True):
             sums[start * SEGMENTS // targets] += float(row.double().sum())
     return sums

@@ -23,8 +23,14 @@ from torch import nn
 
 from kanlm.config import UserError
 from kanlm.evaluation.answers import PairedShares, Share, paired_shares, share_of
-from kanlm.evaluation.perplexity import Window, load_fast, max_context_length, prefix_token, token_ids
-from kanlm.evaluation.perplexity import window_nll as _window_nll
+from kanlm.evaluation.perplexity import (
+    Window,
+    load_fast,
+    max_context_length,
+    prefix_token,
+    token_ids,
+    window_nll,
+)
 from kanlm.stats import holm, paired_difference
 
 
@@ -138,7 +144,7 @@ def score_pairs(
         nll = [0.0] * len(windows)
         for start in range(0, len(windows), batch_size):
             batch = windows[start : start + batch_size]
-            for window, value in zip(batch, _window_nll(model, batch).tolist(), strict=True):
+            for window, value in zip(batch, window_nll(model, batch).tolist(), strict=True):
                 nll[window.document] = value
         for index, pair in enumerate(buffer):
             answers.setdefault(pair.paradigm, []).append(nll[2 * index] < nll[2 * index + 1])

@@ -124,10 +124,10 @@ def target_nll(model: nn.Module, batch: list[Window], pad_token_id: int = 0) -> 
         arguments["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long().to(device)  # [B, T]
     labels = labels.to(device)
     logits = model(input_ids=inputs.to(device), use_cache=False, **arguments).logits  # [B, T, V]
-    return _token_nll(logits, labels)
+    return token_nll(logits, labels)
 
 
-def _token_nll(logits: Tensor, labels: Tensor) -> Tensor:
+def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     """-ln p of labels [B, T] under logits [B, T, V], fp32; 0 where the label is -100."""
     # One row a token: over a transposed vocabulary the same sum takes four times as long on a CPU.
     rows = logits.float().flatten(0, 1)  # [B T, V]
@@ -526,10 +526,12 @@ def validation_loss(
         own = round_start + rank
         counted = own < len(batches)
         batch = batches[own if counted else round_start]
-        inputs, labels, position_ids = _blocks(cache, batch, block_size, targets, cross_document_attention)
+        inputs, labels, position_ids = stream_blocks(
+            cache, batch, block_size, targets, cross_document_attention
+        )
         arguments = {} if position_ids is None else {"position_ids": position_ids.to(device)}
         logits = model(input_ids=inputs.to(device), use_cache=False, **arguments).logits  # [B, T, V]
-        nll = _token_nll(logits, labels.to(device))
+        nll = token_nll(logits, labels.to(device))
         if counted:
             sums += torch.stack([nll.double().sum(), (labels != -100).sum().double().to(device)])
     if distributed:
@@ -546,7 +548,7 @@ def validation_loss(
     }
 
 
-def _blocks(
+def stream_blocks(
     cache: Any, starts: range, block_size: int, targets: int, cross_document_attention: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """inputs, labels, position_ids [B, T] of the blocks at `starts`; short ones are padded on the right."""

@@ -224,7 +224,8 @@ def reset_learned_part(module: nn.Module) -> None:
     if kind == "edge":
         module.spline.weight.zero_()
     elif kind == "group":
-        module.coefficients.copy_(module.initial_coefficients().expand(module.groups, -1))
+        start = module.basis.initial_coefficients(module.initial)
+        module.coefficients.copy_(start.expand(module.groups, -1))
 
 
 def without_learned_part(model: nn.Module) -> nn.Module | None:

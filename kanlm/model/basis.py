@@ -29,6 +29,17 @@ MAX_ORDER = 5
 """Highest order of B-splines, here and in a model's configuration."""
 
 
+INITIAL_FUNCTIONS = {
+    "zero": torch.zeros_like,
+    "identity": lambda x: x,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    # What functions that begin as GELU after a hidden norm turn into, whatever the seed and the text.
+    "gelu_wave": lambda x: F.gelu(x) - 0.4 * (x + 0.7) * torch.exp(-0.5 * (x + 0.7) ** 2),
+}
+"""What a learned function can be at the start."""
+
+
 def at_least_fp32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
@@ -169,6 +180,15 @@ class Basis:
     def combine(self, coefficients: Tensor, x: Tensor) -> Tensor:
         """sum_m c_gm B_m(x), g the group of the channel: [groups, K] and x [..., C] to [..., C]."""
         return (self.values(x) * per_channel(coefficients, x.shape[-1])).sum(-2)
+
+    def initial_coefficients(self, name: str) -> Tensor:
+        """Coefficients of the function `name` of INITIAL_FUNCTIONS, [K] fp64 on the CPU: least squares."""
+        ends = self.grid_min, self.grid_max, 40 * self.num_functions + 1
+        points = torch.linspace(*ends, dtype=torch.float64, device="cpu")
+        values = self.values(points.unsqueeze(-1)).squeeze(-1)  # [points, K]
+        target = INITIAL_FUNCTIONS[name](points).unsqueeze(-1)
+        # By QR, as `values` has full rank: the default driver's rounding differs from call to call.
+        return torch.linalg.lstsq(values, target, driver="gels").solution.squeeze(-1)
 
     def _distances(self, x: Tensor) -> Tensor:
         """From the G + 1 grid points, in grid steps: x [..., I] to [..., G + 1, I]."""
@@ -354,6 +374,19 @@ class Fourier(Basis):
         return torch.cat((torch.zeros_like(x).unsqueeze(-2), -angles.sin() * frequencies), dim=-2)
 
 
+RATIONAL_FITS = {
+    "silu": (
+        (3.4949337e-06, 0.5, 0.24998142, 0.053008988, 0.0056863941, 0.000260205),
+        (0.26493473, -0.013261471, 0.18928171, 0.01856188),
+    ),
+    "gelu": (
+        (-0.0023883712, 0.5, 0.41356217, 0.11339915, 0.010300634, 0.0),
+        (0.40959986, 0.0, 0.24295322, 0.0),
+    ),
+}
+"""p and q of `Rational`: least-squares fits on [-4, 4] with maximal errors 1.2e-5 and 2.4e-3."""
+
+
 class Rational(Basis):
     """phi(x) = P(x) / Q(x), no sum over functions: p_0..p_5, q_0..q_3; inputs are expected on the grid.
 
@@ -371,6 +404,19 @@ class Rational(Basis):
         for n in range(4, -1, -1):
             numerator = numerator * x + c[n]
         return numerator / (1 + ((c[6] + c[7] * x) * x).square() + ((c[8] + c[9] * x) * x).square())
+
+    def initial_coefficients(self, name: str) -> Tensor:
+        """Those of a fit, or of exactly the identity, p_0..p_5, q_0..q_3.
+
+        Not of "zero", whose numerator would get no gradient through any denominator.
+        """
+        check_choice("initial", name, (*RATIONAL_FITS, "identity"))
+        if name in RATIONAL_FITS:
+            p, q = RATIONAL_FITS[name]
+        else:  # x = x Q(x) / Q(x), with the Q of SiLU
+            q = RATIONAL_FITS["silu"][1]
+            p = (0.0, 1.0, 0.0, q[0] ** 2 + q[2] ** 2, 2 * (q[0] * q[1] + q[2] * q[3]), q[1] ** 2 + q[3] ** 2)
+        return torch.tensor(p + q, dtype=torch.float64, device="cpu")
 
 
 BASES = {

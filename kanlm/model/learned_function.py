@@ -11,46 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .basis import BSpline, Rational, at_least_fp32, check_choice, make_basis
+from .basis import INITIAL_FUNCTIONS, BSpline, Rational, at_least_fp32, check_choice, make_basis
 
 SILU_FLOPS = 4
 """Forward FLOPs of SiLU at one input."""
-
-INITIAL_FUNCTIONS = {
-    "zero": torch.zeros_like,
-    "identity": lambda x: x,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    # What functions that begin as GELU after a hidden norm turn into, whatever the seed and the text.
-    "gelu_wave": lambda x: F.gelu(x) - 0.4 * (x + 0.7) * torch.exp(-0.5 * (x + 0.7) ** 2),
-}
-
-RATIONAL_FITS = {
-    "silu": (
-        (3.4949337e-06, 0.5, 0.24998142, 0.053008988, 0.0056863941, 0.000260205),
-        (0.26493473, -0.013261471, 0.18928171, 0.01856188),
-    ),
-    "gelu": (
-        (-0.0023883712, 0.5, 0.41356217, 0.11339915, 0.010300634, 0.0),
-        (0.40959986, 0.0, 0.24295322, 0.0),
-    ),
-}
-"""Numerator and denominator of the least-squares fits on [-4, 4]; maximal errors 1.2e-5 and 2.4e-3."""
-
-
-def initial_rational(name: str) -> tuple[float, ...]:
-    """The ten coefficients of a fit, or of exactly the identity.
-
-    Not of "zero", whose numerator would get no gradient through any denominator.
-    """
-    check_choice("initial", name, (*RATIONAL_FITS, "identity"))
-    if name in RATIONAL_FITS:
-        numerator, denominator = RATIONAL_FITS[name]
-    else:  # x = x Q(x) / Q(x), with the Q of SiLU
-        denominator = RATIONAL_FITS["silu"][1]
-        q0, q1, q2, q3 = denominator
-        numerator = (0.0, 1.0, 0.0, q0**2 + q2**2, 2 * (q0 * q1 + q2 * q3), q1**2 + q3**2)
-    return numerator + denominator
 
 
 class LearnedFunction(nn.Module):
@@ -67,7 +31,7 @@ class LearnedFunction(nn.Module):
         basis, grid_size, order, grid_min, grid_max: see `basis.make_basis`; the grid is also where
             `initial` is fitted.
         base: "silu" or None, a fixed function b added to the learned one.
-        initial: one of INITIAL_FUNCTIONS, what the learned part is at the start.
+        initial: one of `basis.INITIAL_FUNCTIONS`, what the learned part is at the start.
 
     Raises:
         ValueError: groups that do not divide channels, unknown names, a rational function from zero or
@@ -127,18 +91,8 @@ class LearnedFunction(nn.Module):
     @torch.no_grad()
     def reset_parameters(self):
         """Initial values; weights that transformers has loaded are left alone."""
-        init.copy_(self.coefficients, self.initial_coefficients().expand(self.groups, -1))
-
-    def initial_coefficients(self) -> Tensor:
-        """The coefficients [K] of `initial`, fp64 on the CPU: least squares on the grid."""
-        if self.is_rational:
-            return torch.tensor(initial_rational(self.initial), dtype=torch.float64, device="cpu")
-        count = 40 * self.num_functions + 1
-        ends = self.basis.grid_min, self.basis.grid_max
-        points = torch.linspace(*ends, count, dtype=torch.float64, device="cpu")
-        values = self.basis.values(points.unsqueeze(-1)).squeeze(-1)  # [points, K]
-        target = INITIAL_FUNCTIONS[self.initial](points)
-        return torch.linalg.lstsq(values, target.unsqueeze(-1)).solution.squeeze(-1)
+        start = self.basis.initial_coefficients(self.initial)
+        init.copy_(self.coefficients, start.expand(self.groups, -1))
 
     def gated(self, a: Tensor, u: Tensor) -> Tensor:
         """phi(a) * u: [..., C] and [..., C] to [..., C]. A call, so that hooks (offloading, FSDP) see it."""

@@ -6,6 +6,7 @@ The lock goes with its process, so a killed one holds none.
 from __future__ import annotations
 
 import fcntl
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,12 +45,14 @@ def locked(run: RunDir, accelerator: Accelerator) -> Iterator[None]:
 
 def _take(lock: TextIO) -> None:
     """Lock the open file; BlockingIOError where a process that trains has locked it."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        # A share can be had where only those who ask hold one too, as `is_locked` does for a moment.
+    while True:
+        with suppress(BlockingIOError):
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A share can be had where nobody trains: who asks, as `is_locked` does, holds one for a moment. It is
+        # given back before the next try, so that of two processes that begin now one gets the lock.
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        time.sleep(0.01)
 
 
 def is_locked(run: RunDir) -> bool:

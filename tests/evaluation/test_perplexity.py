@@ -399,7 +399,7 @@ def test_validation_loss_keeps_documents_apart_on_request(model, cache):
 
 def test_positions_start_anew_with_each_block_and_document():
     cache = Cache(np.arange(1, 21), [0, 3, 11], num_bytes=20)
-    _, _, positions = perplexity._blocks(cache, range(0, 19, 6), 6, 19, cross_document_attention=False)
+    _, _, positions = perplexity.stream_blocks(cache, range(0, 19, 6), 6, 19, cross_document_attention=False)
     assert positions[:3].tolist() == [[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 4, 5]]
 
 

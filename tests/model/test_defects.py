@@ -16,7 +16,7 @@ import test_refit
 import torch
 
 from kanlm.fitting import adaptive, refit
-from kanlm.model import KanLMConfig, ffn, learned_function
+from kanlm.model import KanLMConfig, basis, ffn
 from kanlm.model.basis import BSpline, Rational, per_channel
 from kanlm.model.ffn_kan import EdgeKAN
 from kanlm.model.kan import KANLinear
@@ -25,8 +25,8 @@ from kanlm.model.modeling_kanlm import KanLMDecoderLayer
 
 def denominator_without_gradient(patch):
     """Q = 1 + (0)^2: right values for SiLU's numerator, and q = 0 never moves."""
-    for name, (numerator, denominator) in learned_function.RATIONAL_FITS.items():
-        patch.setitem(learned_function.RATIONAL_FITS, name, (numerator, (0.0,) * len(denominator)))
+    for name, (numerator, denominator) in basis.RATIONAL_FITS.items():
+        patch.setitem(basis.RATIONAL_FITS, name, (numerator, (0.0,) * len(denominator)))
 
 
 def other_denominator_than_the_fits(patch):

@@ -131,6 +131,12 @@ def test_start(initial, form, tolerance):
     assert float((layer(x) - target).detach().abs().max()) < tolerance
 
 
+@pytest.mark.parametrize("initial", ["identity", "silu"])
+def test_start_is_the_same_every_time(initial):
+    first, *others = (LearnedFunction(2, 1, initial=initial, dtype=torch.float64) for _ in range(12))
+    assert all(torch.equal(other.coefficients, first.coefficients) for other in others)
+
+
 def test_gelu_wave_is_gelu_and_one_wave():
     layer = LearnedFunction(2, 1, initial="gelu_wave", dtype=torch.float64)
     x = torch.linspace(-4, 4, 500, dtype=torch.float64).unsqueeze(-1).expand(-1, 2)

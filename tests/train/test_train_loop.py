@@ -466,6 +466,32 @@ def test_who_asks_whether_a_run_is_trained_does_not_keep_it_from_training(tmp_pa
     assert not is_locked(run)
 
 
+def test_of_two_that_begin_while_somebody_asks_one_trains_and_one_is_told_at_once(tmp_path):
+    run, told, trains, leave = RunDir(tmp_path / "run"), threading.Event(), [], threading.Event()
+    run.root.mkdir()
+
+    def begin():
+        try:
+            with locked(run, Accelerator(cpu=True)):
+                trains.append(run)
+                assert leave.wait(10)
+        except UserError:
+            told.set()
+
+    with open(lock_file(run), "w") as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        both = [threading.Thread(target=begin) for _ in range(2)]
+        for thread in both:
+            thread.start()
+        time.sleep(0.1)
+        assert not trains and not told.is_set()
+    assert told.wait(5) and is_locked(run)
+    leave.set()
+    for thread in both:
+        thread.join()
+    assert trains == [run] and not is_locked(run)
+
+
 def test_health_of_kan_layers_is_logged_and_changes_nothing(run_config, metrics, losses):
     watched, plain = run_config("train.health_every=5"), run_config("name=plain", "model.ffn_type=swiglu")
     unwatched = run_config("name=unwatched", "train.health_every=1000")
