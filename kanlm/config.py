@@ -17,6 +17,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+MATCHING_TOLERANCE = {"parameters": 0.005, "flops": 0.01}
+"""Relative mismatch up to which two architectures count as equal in what they are matched by."""
+
 
 class UserError(ValueError):
     """A mistake of the user: one line that names key or file, value, rule and remedy. Exit status 2."""

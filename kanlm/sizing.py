@@ -30,15 +30,12 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig
 
-from kanlm.config import RunConfig, UserError, did_you_mean, one_line
+from kanlm.config import MATCHING_TOLERANCE, RunConfig, UserError, did_you_mean, one_line
 from kanlm.initial import decoder_layers, initial_config, kan_coefficient_names, model_class
 from kanlm.model import KanLMConfig
 from kanlm.model.ffn import FeedForward, arm_names, build_ffn, find_arm
 from kanlm.model.kan import KANLinear
 from kanlm.model.learned_function import SILU_FLOPS, LearnedFunction
-
-TOLERANCE = {"parameters": 0.005, "flops": 0.01}
-"""Relative mismatch up to which two arms count as equal in size."""
 
 
 def architecture(config: RunConfig, vocab_size: int | None = None, **token_ids: int | None) -> Any:
@@ -393,11 +390,11 @@ def matched_width(
 
     `target`: non-embedding parameters, or training FLOPs per token on blocks of `block_size` (default: the
     model's positions). Widths with a high power of two up to 64 are preferred where they fit within half the
-    tolerance. UserError where no width fits within TOLERANCE[matching].
+    tolerance. UserError where no width fits within MATCHING_TOLERANCE.
     """
-    if matching not in TOLERANCE:
+    if matching not in MATCHING_TOLERANCE:
         raise UserError(f"matching: expected parameters or flops, got {matching!r}")
-    tolerance = TOLERANCE[matching]
+    tolerance = MATCHING_TOLERANCE[matching]
     block_size = block_size or config.max_position_embeddings
     fields = {name: getattr(config, name) for name in architecture_fields()}
     step = find_arm(ffn_type).width_step(config)
@@ -491,7 +488,7 @@ def plan(
         "matched": [
             _match(model, ffn_type, matching, block_size)
             for ffn_type in arm_names("kan" if find_arm(model.ffn_type).family == "mlp" else "mlp")
-            for matching in TOLERANCE
+            for matching in MATCHING_TOLERANCE
         ],
     }
 
@@ -567,7 +564,12 @@ def plan_text(planned: dict[str, Any]) -> str:
             f"  {row['devices']:>7}  {row['sharding']:<8}  {row['micro_batch_size']:>5} x "
             f"{row['accumulation']:<3}{gib}{row['days']:>13.3g}"
         )
-    lines += ["", "arms of equal size (non-embedding parameters within 0.5%, training FLOPs within 1%)"]
+    parameters_within, flops_within = MATCHING_TOLERANCE.values()
+    lines += [
+        "",
+        f"arms of equal size (non-embedding parameters within {parameters_within:.1%}, training FLOPs within "
+        f"{flops_within:.0%})",
+    ]
     for row in planned["matched"]:
         fit = row.get("error") or f"{row['intermediate_size']:>6}  {row['mismatch_percent']:+.3f}%"
         lines.append(f"  {row['ffn_type']:<12}{row['matching']:<12}{fit}")

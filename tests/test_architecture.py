@@ -15,6 +15,7 @@ FLOORS = {
     "stats": 0,
     "shipped": 1,
     "model": 1,
+    "timing": 1,
     "trust": 1,
     "checksums": 1,
     "data": 2,

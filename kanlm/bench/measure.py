@@ -10,7 +10,7 @@ import multiprocessing
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,6 +23,7 @@ from torch import nn
 from kanlm import kernels
 from kanlm.config import UserError
 from kanlm.runs import provenance, write_json
+from kanlm.timing import seconds_of, take_turns
 
 PARITY = {torch.float32: 2e-4, torch.bfloat16: 5e-2}
 """Largest error of outputs and gradients, relative to their largest value, against the fp64 reference."""
@@ -62,19 +63,6 @@ class Floor:
         return max(arm.flops / self.matmul_flops, arm.least_bytes / self.copy_bytes)
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds_of(step: Callable[[], Any], device: str = "cpu") -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    step()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
 def machine_floor(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Floor:
     """Best of several products of 2048 x 2048 matrices (8192 on a GPU) and copies of 128 MiB (1 GiB)."""
     size = 8192 if device == "cuda" else 2048
@@ -84,23 +72,6 @@ def machine_floor(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Fl
     target = torch.empty_like(source)
     copied = min(seconds_of(lambda: target.copy_(source), device) for _ in range(8))
     return Floor(2 * size**3 / product, 2 * source.numel() * source.element_size() / copied)
-
-
-def take_turns(
-    steps: Sequence[Callable[[], Any]], go_on: Callable[[int], bool], device: str = "cpu"
-) -> list[list[float]]:
-    """Seconds of each of `steps` in each round, while `go_on(rounds done)`.
-
-    Every round runs every step once, in an order that turns, so that a busy machine slows all alike.
-    """
-    seconds: list[list[float]] = [[] for _ in steps]
-    done = 0
-    while go_on(done):
-        for place in range(len(steps)):
-            index = (place + done) % len(steps)
-            seconds[index].append(seconds_of(steps[index], device))
-        done += 1
-    return seconds
 
 
 def rounds(

@@ -29,6 +29,7 @@ from pydantic import Field, field_validator, model_validator
 
 from kanlm.compare.judgement import Family
 from kanlm.config import (
+    MATCHING_TOLERANCE,
     RunConfig,
     Section,
     SourceConfig,
@@ -60,14 +61,17 @@ class MatchingRule:
     """Solved to the reference's: non-embedding parameters, or training FLOPs of a token."""
     budget: Literal["tokens", "time"]
     """The same tokens, or the tokens that take the reference's time by measured step times."""
-    tolerance: float
-    """Largest relative mismatch of widths."""
+
+    @property
+    def tolerance(self) -> float:
+        """Largest relative mismatch of widths."""
+        return MATCHING_TOLERANCE[self.width]
 
 
 MATCHINGS: dict[Matching, MatchingRule] = {
-    "parameters": MatchingRule("parameters", "tokens", 0.005),
-    "flops": MatchingRule("flops", "tokens", 0.01),
-    "wallclock": MatchingRule("parameters", "time", 0.005),
+    "parameters": MatchingRule("parameters", "tokens"),
+    "flops": MatchingRule("flops", "tokens"),
+    "wallclock": MatchingRule("parameters", "time"),
 }
 
 

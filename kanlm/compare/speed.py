@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from kanlm.bench.measure import take_turns
 from kanlm.compare.plan import Study
 from kanlm.compare.schema import MATCHINGS, PlannedArm
 from kanlm.config import RunConfig
 from kanlm.model import KanLMConfig
 from kanlm.runs import read_json, write_json
+from kanlm.timing import take_turns
 from kanlm.train.build import build
 from kanlm.train.parallel import mixed_precision
 from kanlm.train.step import clip_gradients, gradient_norm

@@ -27,7 +27,7 @@ from torch import nn
 from kanlm.kernels import cpu, recompute
 from kanlm.kernels.native import NativeUnavailable, library
 from kanlm.kernels.support import is_plain_function, supports_edge, supports_learned
-from kanlm.model.ffn import MLP, GatedMLP
+from kanlm.model.ffn import MLP
 from kanlm.model.ffn_kan import ChannelKAN, EdgeKAN
 from kanlm.model.kan import KANLinear, LearnedFunction
 
@@ -152,7 +152,7 @@ def _fused(module: nn.Module, ops: Any) -> Callable | None:
         return ops.edge if supports_edge(module) else None
     if isinstance(module, LearnedFunction):
         return ops.learned if supports_learned(module, ops.FUNCTION_ORDER) else None
-    if isinstance(module, GatedMLP | MLP):
+    if isinstance(module, MLP):
         return ops.activation(module.activation)
     if isinstance(module, ChannelKAN) and module.hidden_norm:
         served = all(

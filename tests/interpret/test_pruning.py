@@ -8,7 +8,6 @@ from kanlm import prune
 from kanlm.cli import cli
 from kanlm.config import UserError
 from kanlm.interpret.pruning import blocks, channel_importance, kept_channels, prune_channels, without_edges
-from kanlm.interpret.timing import step_seconds
 
 IDS = torch.randint(64, (4, 32), generator=torch.Generator().manual_seed(0))
 NORMED = {"kan", "kan_mixed"}
@@ -77,7 +76,7 @@ def test_pruning_removes_computation(model):
     ]
     assert ffn[1] / ffn[0] == pytest.approx(0.4, abs=0.01)
     ids = torch.randint(64, (16, 64))
-    before, after = step_seconds([network, small], ids, rounds=4)
+    before, after = prune.step_seconds([network, small], ids, rounds=4)
     assert after < 0.8 * before
 
 
