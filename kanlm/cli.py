@@ -131,6 +131,9 @@ def tokenize_verb(config: str, overrides: tuple[str, ...], **settings) -> None:
     "--onnx", is_flag=True, help="Also write OUT/onnx for ONNX Runtime; RUN may be a model's folder."
 )
 @click.option("--int8", is_flag=True, help="With --onnx: also a graph with int8 weights.")
+@click.option(
+    "--tables", is_flag=True, help="With --onnx: also an fp32 graph whose learned functions are tables."
+)
 @click.option("--page", is_flag=True, help="With --onnx: also a page that runs it in a browser; needs npm.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with a model RUN.")
 @click.option("--push-to-hub", "repo", help="Also send it to the Hub as OWNER/NAME, privately.")
@@ -141,6 +144,7 @@ def export_verb(
     out: str | None,
     onnx: bool,
     int8: bool,
+    tables: bool,
     page: bool,
     trust_remote_code: bool,
     repo: str | None,
@@ -156,8 +160,8 @@ def export_verb(
         raise click.UsageError(f"{'--public' if public else '--dry-run'} belongs to --push-to-hub OWNER/NAME")
     from kanlm.export import export, export_onnx
 
-    if onnx or int8 or page:
-        click.echo(export_onnx(run, out, int8, page, trust_remote_code))
+    if onnx or int8 or tables or page:
+        click.echo(export_onnx(run, out, int8, page, trust_remote_code, tables))
     elif repo is None:
         click.echo(export(run, out))
     if repo is not None:

@@ -68,6 +68,7 @@ def export_onnx(
     int8: bool = False,
     page: bool = False,
     trust_remote_code: bool = False,
+    tables: bool = False,
 ) -> Path:
     """Write the folder `onnx` into the exported model of the run `source`, exporting it first where needed.
 
@@ -89,7 +90,7 @@ def export_onnx(
     model, tokenizer = load_causal_lm(folder, device="cpu", trust_remote_code=trust_remote_code)
     LOG.info("%s: tracing the graph; a model of ten layers takes some minutes", folder)
     title = f"kanlm: {source}" if page else None
-    return write_onnx(model, tokenizer, folder / "onnx", int8, title)
+    return write_onnx(model, tokenizer, folder / "onnx", int8, title, tables)
 
 
 def export_model(

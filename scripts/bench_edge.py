@@ -4,7 +4,8 @@
 
 Each MODEL is a folder with onnx/ in it (kanlm export RUN --onnx --int8); name KAN and MLP of equal size
 together. `torch` is transformers' `generate` with the definition's operations, `native` the decoder of
-`kanlm generate` on the same weights. Measured in a process of its own each, in turns over rounds, medians
+`kanlm generate` on the same weights. `onnx tables` is there for models
+exported with `--tables`. Measured in a process of its own each, in turns over rounds, medians
 shown: bytes on disk, peak memory, time to the first token after a prompt of 32, tokens/s at batch 1; once,
 with --data: bits per byte.
 `of bound` is weight bytes x tokens/s over the rate at which this machine copies memory.
@@ -29,8 +30,8 @@ import numpy as np
 
 from kanlm.edge.runtime import OnnxModel, sampler
 
-KINDS = ("torch", "native", "onnx", "onnx int8")
-FILES = {"onnx": "model.onnx", "onnx int8": "model_int8.onnx"}
+FILES = {"onnx": "model.onnx", "onnx tables": "model_tables.onnx", "onnx int8": "model_int8.onnx"}
+KINDS = ("torch", "native", *FILES)
 PROMPT, NEW = 32, 128
 
 

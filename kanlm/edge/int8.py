@@ -1,8 +1,8 @@
 """int8 weights: each block of a matrix's input column is 8-bit numbers with one fp32 scale.
 
 `MatMulNBits` of ONNX Runtime multiplies them without unpacking the matrix; activations are rounded to int8
-too, block by block, inside it. A tied embedding shares the head's numbers. Norms, learned functions and
-attention stay fp32.
+too, block by block, inside it. A tied embedding shares the head's numbers. Norms and attention stay fp32;
+learned functions are the sampled ones of `functions`.
 """
 
 from __future__ import annotations

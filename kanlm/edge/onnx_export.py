@@ -4,7 +4,8 @@ Legend: B batch, T new tokens, P tokens in the cache, C key-value heads, E head 
 
 model.onnx          input_ids [B, T], attention_mask [B, P + T], past_key_values.N.key/value [B, C, P, E]
                     to logits [B, T, V], present.N.key/value [B, C, P + T, E]; fp32
-model_int8.onnx     the same with int8 weights
+model_int8.onnx     the same with int8 weights and sampled functions
+model_tables.onnx   fp32 with sampled functions, for a model that has some (functions.py)
 genai_config.json   for ONNX Runtime GenAI
 config.json         for transformers.js, which reads the sizes of the cache from it
 tokenizer.json ...  the tokenizer, so that the folder is complete
@@ -31,11 +32,11 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from kanlm import checksums
 from kanlm.config import UserError
 from kanlm.edge.browser import add_page, vendor
-from kanlm.edge.functions import translations, with_graph_functions
+from kanlm.edge.functions import MAX_SAMPLED, can_be_sampled, translations, with_graph_functions
 from kanlm.model.modeling_kanlm import CACHE
 from kanlm.runs import new_folder, save_tokenizer, write_json, write_text
 
-FP32, INT8 = "model.onnx", "model_int8.onnx"
+FP32, INT8, TABLES = "model.onnx", "model_int8.onnx", "model_tables.onnx"
 ONE_FILE_BYTES = 1_500_000_000
 """Weights beyond this lie in a file of their own: a protobuf message ends at 2 GiB."""
 
@@ -76,23 +77,34 @@ def write_onnx(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
-    int8: bool,
+    int8: bool = False,
     page_title: str | None = None,
+    tables: bool = False,
 ) -> Path:
-    """Write the files of the module docstring to the new folder `folder`, with or without the int8 weights.
+    """Write the files of the module docstring to the new folder `folder`.
 
-    With a `page_title` also the page of browser.py.
+    The graphs `int8` and `tables`, and with a `page_title` the page of browser.py, only where asked for.
 
     Raises:
-        UserError: what `graph` and `vendor` refuse; `folder` exists.
+        UserError: what `graph` and `vendor` refuse; `folder` exists; `tables` of a model that has none.
     """
     folder = Path(folder)
     must_be_new(folder)
+    has_tables = any(can_be_sampled(module) for module in model.modules())
+    if tables and not has_tables:
+        raise UserError(
+            f"--tables: {type(model).__name__} has no learned functions that at most {MAX_SAMPLED} groups "
+            "share; leave --tables away"
+        )
     with new_folder(folder) as made:
         if page_title is not None:
             vendor(made / "web")  # a missing npm is told before the minutes of tracing
         proto = stripped(graph(model).model_proto)
         save(proto, made / FP32)
+        if has_tables and (int8 or tables):
+            proto = stripped(graph(model, sampled=True).model_proto)
+        if tables:
+            save(proto, made / TABLES)
         if int8:
             from kanlm.edge.int8 import with_int8_weights
 
@@ -217,8 +229,8 @@ def past_names(layers: int, prefix: str = "past_key_values") -> list[str]:
     return [f"{prefix}.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
 
 
-def graph(model: nn.Module) -> Any:
-    """`model`, in eval mode on the CPU, as a `torch.onnx.ONNXProgram`.
+def graph(model: nn.Module, sampled: bool = False) -> Any:
+    """`model`, in eval mode on the CPU, as a `torch.onnx.ONNXProgram`; `sampled`: see `with_graph_functions`.
 
     Raises:
         UserError: onnx or onnxscript missing, a model that is no decoder with keys and values in its cache.
@@ -243,7 +255,7 @@ def graph(model: nn.Module) -> Any:
         {0: "batch", 1: "total"},
         tuple({0: "batch", 2: "past"} for _ in past),
     )
-    decoder = CachedDecoder(with_graph_functions(model)).eval()
+    decoder = CachedDecoder(with_graph_functions(model, sampled)).eval()
     with quiet(), torch.no_grad():
         return torch.onnx.export(
             decoder,

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from kanlm.edge.functions import GraphEdges, GraphFunction, graph_module, with_graph_functions
+from kanlm.edge.functions import (
+    MAX_SAMPLED,
+    STEPS,
+    GraphEdges,
+    GraphFunction,
+    SampledFunction,
+    graph_module,
+    with_graph_functions,
+)
 from kanlm.fitting import AdaptiveKAN
 from kanlm.model.kan import KANLinear
 from kanlm.model.learned_function import LearnedFunction
@@ -40,3 +48,22 @@ def test_only_splines_are_replaced_and_the_model_is_left_alone():
     assert kinds == ["GraphEdges", "KANLinear", "LearnedFunction"]
     assert type(model[0]) is KANLinear
     assert graph_module(AdaptiveKAN(4, 4)) is None
+    sampled = with_graph_functions(model, sampled=True)
+    assert [type(module).__name__ for module in sampled] == ["GraphEdges", "KANLinear", "SampledFunction"]
+    many = LearnedFunction(MAX_SAMPLED + 1)
+    assert type(graph_module(many, sampled=True)) is GraphFunction
+
+
+@pytest.mark.parametrize("basis, base", [("bspline", None), ("bspline", "silu"), ("rational", None)])
+def test_sampled_function_is_within_its_bound(basis, base):
+    function = LearnedFunction(12, 3, basis, base=base)
+    torch.nn.init.normal_(function.coefficients[:, :5], std=0.2)
+    x = torch.linspace(-30, 30, 6001).unsqueeze(-1).expand(-1, 12)
+    with torch.no_grad():
+        expected, found = function(x), SampledFunction(function)(x)
+        slope = (expected.diff(dim=0) / 0.01).abs().max()
+        bound = slope * (1 + x.abs()) ** 2 / (2 * STEPS)
+        assert ((found - expected).abs() <= 1.05 * bound + 1e-4).all()
+        ends, near = torch.tensor([[1e30], [-1e30]]), torch.tensor([[1000.0], [-1000.0]])
+        sampled = SampledFunction(function)
+        assert torch.equal(sampled(ends.expand(-1, 12)), sampled(near.expand(-1, 12)))

@@ -67,6 +67,30 @@ def test_int8_file_is_smaller_and_near(onnx_of):
     assert (folder / "model_int8.onnx").stat().st_size < 0.7 * (folder / "model.onnx").stat().st_size
 
 
+@pytest.mark.slow
+def test_functions_of_a_table_graph_are_five_operations(onnx_of, build_tiny, tokenizer, tmp_path):
+    import onnx
+
+    model, _ = onnx_of(SAMPLE)
+    with pytest.raises(UserError, match="--tables: KanLMForCausalLM has no learned functions"):
+        onnx_export.write_onnx(model, tokenizer, tmp_path / "kan", tables=True)
+    grouped = build_tiny("kan_grouped")
+    folder = onnx_export.write_onnx(grouped, tokenizer, tmp_path / "onnx", int8=True, tables=True)
+    ids = random_ids(2, 20)
+    with torch.no_grad():
+        expected = grouped(torch.from_numpy(ids)).logits.numpy()
+    nodes = {}
+    for name, allowed in (("model.onnx", 1e-4), ("model_tables.onnx", 0.02), ("model_int8.onnx", 0.2)):
+        session = OnnxModel(folder / name, threads=1)
+        logits, _ = session.step(ids, session.empty_cache(2))
+        assert np.abs(logits - expected).max() < allowed * expected.std()
+        nodes[name] = [node.op_type for node in onnx.load(folder / name).graph.node]
+    functions = sum(type(module).__name__ == "LearnedFunction" for module in grouped.modules())
+    for name in ("model_tables.onnx", "model_int8.onnx"):
+        assert nodes[name].count("Softsign") == functions and "Floor" not in nodes[name]
+    assert "Softsign" not in nodes["model.onnx"]
+
+
 def test_int8_numbers_are_within_half_a_scale():
     weight = np.random.default_rng(0).normal(size=(5, 70)).astype(np.float32)
     weight[2, :32] = 0
