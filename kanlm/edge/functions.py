@@ -8,8 +8,8 @@ so a table of G + 2 rows holds the function. Functions of another basis stay as 
 them apart.
 
 Values (`sampled=True`) need five operations instead of seventeen, for graphs that are rounded anyhow: the
-nearest of 2 S points, evenly spaced in x / (1 + |x|). The error at x is at most (1 + |x|)^2 / (2 S) times
-the function's steepest slope up to that point: times 0.001 at 0, 0.004 at |x| = 1, 0.016 at 3. Beyond
+nearest of 2 S points, evenly spaced in x / (1 + |x|). With d = 1 + |x| the error is at most d^2 / (2 S - d)
+times the function's steepest slope up to that point: times 0.004 at 0, 0.016 at |x| = 1, 0.06 at 3. Beyond
 |x| = 2 S the last value stands.
 """
 
@@ -69,31 +69,31 @@ def piecewise_graph(x, table, offsets, scale, shift, last_row, degree):
     return value
 
 
-STEPS = 512
+STEPS = 128
 """S: values of a sampled function on either side of 0."""
 SCALE = STEPS - 1 / 64
 """A little less, so that no x is beyond the last of them (softsign rounds to 1)."""
 MAX_SAMPLED = 32
-"""Functions of a layer that are sampled; of more, 4 KiB each, the file would grow and caches would miss."""
+"""Functions of a layer that are sampled; of more, 1 KiB each, the file would grow and caches would miss."""
 
 
 @torch.library.custom_op("kanlm::nearest", mutates_args=())
 def nearest(x: Tensor, values: Tensor, middle: Tensor) -> Tensor:
-    """Sampled functions of x [..., C]: `values` [R] at row middle [C] + floor(S x / (1 + |x|))."""
-    return values[(F.softsign(x) * SCALE + middle).long()]
+    """Sampled functions of x [..., C], flat: `values` [R] at row middle [C] + floor(S x / (1 + |x|))."""
+    return values[(F.softsign(x) * SCALE + middle).long()].flatten()
 
 
 @nearest.register_fake
 def _(x, values, middle):
-    return torch.empty_like(x)
+    return x.new_empty(x.numel())
 
 
 def nearest_graph(x, values, middle):
-    """`nearest` in operations of ONNX."""
+    """`nearest` in operations of ONNX: GatherElements takes 8 us where Gather takes 10, but wants flat rows."""
     from onnxscript import opset18 as op
 
     row = op.Cast(op.Add(op.Mul(op.Softsign(x), SCALE), middle), to=7)  # int64
-    return op.Gather(values, row, axis=0)
+    return op.GatherElements(values, op.Reshape(row, [-1]), axis=0)
 
 
 def translations() -> dict[Any, Any]:
@@ -165,7 +165,7 @@ class SampledFunction(nn.Module):
         self.register_buffer("middle", middle.float())
 
     def forward(self, a: Tensor, u: Tensor | None = None) -> Tensor:
-        phi = nearest(a, self.values, self.middle)
+        phi = nearest(a, self.values, self.middle).view(a.shape)
         return phi if u is None else phi * u
 
     def gated(self, a: Tensor, u: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def test_functions_of_a_table_graph_are_five_operations(onnx_of, build_tiny, tok
     with torch.no_grad():
         expected = grouped(torch.from_numpy(ids)).logits.numpy()
     nodes = {}
-    for name, allowed in (("model.onnx", 1e-4), ("model_tables.onnx", 0.02), ("model_int8.onnx", 0.2)):
+    for name, allowed in (("model.onnx", 1e-4), ("model_tables.onnx", 0.1), ("model_int8.onnx", 0.2)):
         session = OnnxModel(folder / name, threads=1)
         logits, _ = session.step(ids, session.empty_cache(2))
         assert np.abs(logits - expected).max() < allowed * expected.std()
