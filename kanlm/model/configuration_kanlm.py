@@ -156,7 +156,7 @@ class KanLMConfig(PreTrainedConfig):
             raise ValueError("attention_bias: no layer of kanlm has a bias; leave it out")
         own = [name for name in vars(type(self)).get("__annotations__", {}) if not name.endswith("_token_id")]
         for key in unknown:
-            cutoff = 0.5 if key.startswith("kan_") else 0.88
+            cutoff = 0.5 if key.startswith("kan_") else 0.88  # such a key can be no one else's
             close = difflib.get_close_matches(key, own, n=1, cutoff=cutoff)
             if not hasattr(type(self), key) and (close or key.startswith("kan_")):
                 hint = f"did you mean {close[0]!r}?" if close else "leave it out"

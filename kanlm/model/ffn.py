@@ -96,7 +96,7 @@ class FeedForward(nn.Module):
     tp_plan: ClassVar[dict[str, str]] = {}
     """How tensor parallelism splits a block whose channels do not depend on each other."""
     kernel: Callable[..., Tensor] | None = None
-    """A norm and what follows it in one pass; only kernels.select of the package kanlm sets it."""
+    """A norm and what follows it in one pass, with the arm's own arguments; only kernels.select sets it."""
 
     def __init__(self, config):
         super().__init__()
