@@ -124,7 +124,7 @@ class TrainConfig(Section):
     batch_size: int = Field(16, ge=1)
     """Sequences in an optimiser step, over all processes and accumulation steps."""
     micro_batch_size: int | None = Field(None, ge=1)
-    """Sequences in one forward pass of one process; default: batch_size / processes."""
+    """Sequences in one forward pass of one process, at most batch_size / processes, which is the default."""
     trainable: Literal["all", "functions"] = "all"
     """`functions`: the coefficients of learned functions alone; everything else keeps its values."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -210,11 +210,11 @@ class TrainConfig(Section):
                 f"choose a multiple of {processes}"
             )
         sequences = self.batch_size // processes
-        micro_batch_size = self.micro_batch_size or sequences
+        micro_batch_size = min(self.micro_batch_size or sequences, sequences)
         if sequences % micro_batch_size:
             raise UserError(
-                f"train.micro_batch_size: {micro_batch_size} sequences in each of {processes} processes do "
-                f"not divide train.batch_size = {self.batch_size}"
+                f"train.micro_batch_size: {micro_batch_size} does not divide the {sequences} sequences of "
+                f"each of {processes} processes; choose a divisor of {sequences}"
             )
         return micro_batch_size, sequences // micro_batch_size
 

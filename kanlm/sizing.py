@@ -482,8 +482,8 @@ def plan(
         "devices": [
             _device_plan(config, model, number, sharding, flops.total * tokens / (peak_flops * utilisation))
             for number in devices
+            if can_train_on(config, number)
             for sharding in (("none",) if number == 1 else ("ddp", "fsdp2"))
-            if config.train.batch_size % number == 0
         ],
         "matched": [
             _match(model, ffn_type, matching, block_size)
@@ -493,12 +493,20 @@ def plan(
     }
 
 
+def can_train_on(config: RunConfig, devices: int) -> bool:
+    """Whether a step's sequences divide among so many processes."""
+    try:
+        config.train.micro_batches(devices)
+    except UserError:
+        return False
+    return True
+
+
 def _device_plan(
     config: RunConfig, model: KanLMConfig, devices: int, sharding: Any, device_seconds: float
 ) -> dict[str, Any]:
     train = config.train
-    rows = train.batch_size // devices
-    micro_batch_size = min(train.micro_batch_size or rows, rows)
+    micro_batch_size, accumulation_steps = train.micro_batches(devices)
     memory = memory_bytes(
         model,
         micro_batch_size=micro_batch_size,
@@ -514,7 +522,7 @@ def _device_plan(
         "devices": devices,
         "sharding": sharding,
         "micro_batch_size": micro_batch_size,
-        "accumulation": math.ceil(rows / micro_batch_size),
+        "accumulation": accumulation_steps,
         "memory_bytes": {**dataclasses.asdict(memory), "total": memory.total},
         "days": device_seconds / devices / 86400,
     }

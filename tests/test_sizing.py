@@ -258,6 +258,17 @@ def test_plan_of_a_billion_parameters_gives_memory_and_days():
     assert planned["tokens"] == planned["steps"] * planned["tokens_per_step"] <= 20_000_000_000
 
 
+@pytest.mark.parametrize(
+    ("batch", "micro", "devices"), [(512, 16, {1, 8, 64}), (96, 8, {1}), (64, None, {1, 8, 64})]
+)
+def test_plan_shows_the_batches_that_training_takes(batch, micro, devices):
+    config = run_config(train={"batch_size": batch, "micro_batch_size": micro, "max_tokens": 10**6})
+    rows = sizing.plan(config)["devices"]
+    assert {row["devices"] for row in rows} == devices
+    for row in rows:
+        assert config.train.micro_batches(row["devices"]) == (row["micro_batch_size"], row["accumulation"])
+
+
 def test_architecture_takes_its_defaults_from_run_and_tokenizer():
     config = run_config(data={"block_size": 128})
     found = sizing.architecture(config, 1000, eos_token_id=7)

@@ -87,7 +87,7 @@ def measured_speed(study: Study, arms: Sequence[PlannedArm], rounds: int, warmup
 
 
 def step_sequences(run: RunConfig) -> int:
-    return run.train.micro_batch_size or run.train.batch_size
+    return run.train.micro_batches(1)[0]
 
 
 def training_step(

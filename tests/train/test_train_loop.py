@@ -425,9 +425,10 @@ def test_mistake_is_one_line_and_leaves_no_run_folder(run_config, overrides, mes
 def test_batch_must_divide_among_processes(run_config):
     with pytest.raises(UserError, match="train.batch_size: 4 sequences do not divide among 3 processes"):
         run_config().train.micro_batches(3)
-    with pytest.raises(UserError, match="train.micro_batch_size: 4 sequences in each of 2 processes"):
-        run_config("train.micro_batch_size=4").train.micro_batches(2)
+    with pytest.raises(UserError, match="train.micro_batch_size: 2 does not divide the 3 sequences of each"):
+        run_config("train.batch_size=6", "train.micro_batch_size=2").train.micro_batches(2)
     assert run_config("train.micro_batch_size=1").train.micro_batches(2) == (1, 2)
+    assert run_config("train.micro_batch_size=4").train.micro_batches(2) == (2, 1)
     assert run_config().total_steps == 12
 
 
