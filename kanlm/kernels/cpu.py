@@ -52,6 +52,8 @@ FEW = 16
 """Up to so many rows (decoding) a full-edge layer without gradients is one call, its base branch included."""
 FUNCTION_ORDER = 3
 """Highest order of the splines of a learned function."""
+POWERS = FUNCTION_ORDER + 1
+"""Coefficients of a cell in their tables, whatever the order."""
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -288,7 +290,7 @@ class _Plan:
         if self.basis is None:
             return wide
         order, cells = self.basis.order, self.basis.grid_size
-        tables = wide.new_empty(self.groups, order + 1, _rounded(cells))
+        tables = wide.new_empty(self.groups, POWERS, _rounded(cells))
         library().kanlm_tables(wide.data_ptr(), tables.data_ptr(), self.groups, order, cells)
         return tables
 

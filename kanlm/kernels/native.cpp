@@ -8,7 +8,8 @@
 // tangent: r is clamped to [0, 1] and the excess e = (t - cell) - r multiplies the derivative, so
 // B_j = p_j(r) + e p_j'(r) and dB_j/dt = p_j'(r) everywhere.
 //
-// Vectors are GCC/Clang vector extensions, not intrinsics: the compiler lowers them to what the machine has.
+// Vectors are GCC/Clang vector extensions, which the compiler lowers to what the machine has; intrinsics stand only where GCC
+// lowers them badly.
 // All reductions have a fixed order for a given number of threads.
 
 #include <algorithm>
@@ -18,6 +19,9 @@
 #include <cstring>
 #include <memory>
 #include <vector>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 #include "exponential.h"
 
@@ -146,9 +150,17 @@ struct Function {
 };
 enum Kind { SPLINE, RATIONAL, SILU, GELU, RELU2, IDENTITY };
 
-// Splines: order + 1 rows of `cells` coefficients of powers of r, each row padded with zeros to whole vectors.
+// Splines: of every cell the coefficients of four powers of r, zero above the order. Where a lookup permutes registers
+// (AVX-512) those of one power lie together, else those of one cell.
+constexpr int POWERS = 4;
+#if defined(__AVX512F__)
+inline int64_t place_in_table(int cells, int power, int cell) { return power * whole(cells) + cell; }
+#else
+inline int64_t place_in_table(int, int power, int cell) { return POWERS * cell + power; }
+#endif
+inline int64_t size_of_spline(int cells) { return POWERS * whole(cells); }
 inline int64_t size_of_table(const Function& f) {
-    return f.kind == SPLINE ? (f.order + 1) * whole(f.cells) : f.kind == RATIONAL ? 10 : 0;
+    return f.kind == SPLINE ? size_of_spline(f.cells) : f.kind == RATIONAL ? 10 : 0;
 }
 
 struct Elementwise {
@@ -196,17 +208,35 @@ inline ivec table_of_lane(const Function& f, int64_t c, int64_t size) {
 }
 
 typedef float quad __attribute__((vector_size(16), may_alias));
+constexpr int64_t ALL = 1 << 30;  // vectors of a row
+
+// What a function keeps beside the values at hand: nothing.
+struct Nothing {
+    static constexpr int64_t VECTORS = ALL;
+    explicit Nothing(const Function&) {}
+};
+
+// Four vectors transposed in each run of four lanes: its lane i of result j was lane j of vector i.
+inline void turn(const vec* p, vec* turned) {
+    vec a = __builtin_shuffle(p[0], p[1], unpack), b = __builtin_shuffle(p[2], p[3], unpack);
+    vec c = __builtin_shuffle(p[0], p[1], unpack + 2), d = __builtin_shuffle(p[2], p[3], unpack + 2);
+    turned[0] = __builtin_shuffle(a, b, pair), turned[1] = __builtin_shuffle(a, b, pair + 2);
+    turned[2] = __builtin_shuffle(c, d, pair), turned[3] = __builtin_shuffle(c, d, pair + 2);
+}
+
+#if defined(__AVX512F__)
 
 // Terms of the coefficient sums of splines, which wait for `flush`.
 template <int T>
 struct Waiting {
+    static constexpr int64_t VECTORS = ALL;
     static constexpr int MOST = 32;
     static constexpr int MASKED = 26;  // vectors read for one that waits, above which scattering is faster; measured
     ivec cell[MOST];
     vec part[MOST][T];  // by power
     int count = 0;
 
-    Waiting() {
+    explicit Waiting(const Function&) {
         if (poison) std::memset(cell, 0xff, sizeof(cell)), std::memset(part, 0xff, sizeof(part));
     }
 
@@ -242,10 +272,9 @@ struct Waiting {
     }
     void scatter(int n, float* by_lane, int cells) {
         vec third = T > 2 ? part[n][T > 2 ? 2 : 0] : splat(0.0f), fourth = T > 3 ? part[n][T > 3 ? 3 : 0] : splat(0.0f);
-        vec a = __builtin_shuffle(part[n][0], part[n][1], unpack), b = __builtin_shuffle(third, fourth, unpack);
-        vec c = __builtin_shuffle(part[n][0], part[n][1], unpack + 2), d = __builtin_shuffle(third, fourth, unpack + 2);
-        vec turned[4] = {__builtin_shuffle(a, b, pair), __builtin_shuffle(a, b, pair + 2), __builtin_shuffle(c, d, pair),
-                         __builtin_shuffle(c, d, pair + 2)};  // lane l's powers are quad l / 4 of turned[l % 4]
+        const vec parts[4] = {part[n][0], part[n][1], third, fourth};
+        vec turned[4];  // lane l's powers are quad l / 4 of turned[l % 4]
+        turn(parts, turned);
         const quad* powers = reinterpret_cast<const quad*>(turned);
         for (int l = 0; l < V; ++l) {
             quad* total = reinterpret_cast<quad*>(by_lane + (int64_t(l) * cells + cell[n][l]) * 4);
@@ -265,16 +294,17 @@ struct Spline {
     ivec offset;  // of each lane's group, in floats
     Place s;
 
+    static constexpr bool BY_ROW = false;
     using Buffer = Waiting<T>;
 
     Spline(const Function& f, int64_t c, bool narrow) : f(f), rows(f.tables), stride(whole(f.cells)) {
         if (REGISTERS) {
-            rows += c / (f.C / f.groups) * (T * stride);
+            rows += c / (f.C / f.groups) * size_of_spline(f.cells);
             for (int j = 0; j < T; ++j) low[j] = load(rows + j * stride);
             if (REGISTERS == 2)
                 for (int j = 0; j < T; ++j) high[j] = load(rows + j * stride + V);
         } else {
-            offset = narrow ? table_of_lane(f, c, T * stride) : ivec{} + int32_t(c / (f.C / f.groups) * (T * stride));
+            offset = table_of_lane(f, c, size_of_spline(f.cells));
         }
     }
     vec at(int j) const {
@@ -285,7 +315,9 @@ struct Spline {
         for (int l = 0; l < V; ++l) out[l] = rows[j * stride + index[l]];
         return out;
     }
-    void evaluate(vec a, vec& value, vec& slope) {
+    template <bool>
+    void find(Buffer&, int, int64_t, vec) {}
+    void evaluate(const Buffer&, int, vec a, vec& value, vec& slope) {
         s = place(a, f.lo, f.inv_h, f.cells);
         value = at(T - 1);
         slope = splat(0.0f);
@@ -301,7 +333,7 @@ struct Spline {
     static float* by_lane(const Function& f, float* sums) { return sums + f.cells * T * V; }
 
     // d phi / d coefficient_j = r^j + e j r^(j-1)
-    void accumulate(Buffer& waiting, float* sums, vec, vec w, int from, int to) {
+    void accumulate(Buffer& waiting, int, float* sums, vec, vec w, int from, int to) {
         if (from != 0 || to != V) w = lane_numbers >= from && lane_numbers < to ? w : splat(0.0f);
         waiting.cell[waiting.count] = s.cell;
         vec power = w, below = splat(0.0f);
@@ -316,19 +348,123 @@ struct Spline {
         if (waiting.count) waiting.flush(sums, by_lane(f, sums), f.cells);
     }
     static void reduce(const Function& f, float* sums, int64_t c, bool narrow, double* gradient) {
-        const int64_t stride = whole(f.cells), width = f.C / f.groups;
+        const int64_t width = f.C / f.groups, size = size_of_spline(f.cells);
         for (int cell = 0; cell < f.cells; ++cell)
             for (int j = 0; j < T; ++j) {
                 vec total = load(sums + (int64_t(cell) * T + j) * V);
                 for (int l = 0; l < V; ++l) total[l] += by_lane(f, sums)[(int64_t(l) * f.cells + cell) * 4 + j];
-                const int64_t at = j * stride + cell;
-                if (!narrow) gradient[c / width * (T * stride) + at] += sum_of_lanes(total);
+                const int64_t at = place_in_table(f.cells, j, cell);
+                if (!narrow) gradient[c / width * size + at] += sum_of_lanes(total);
                 else
                     for (int64_t l = 0; l < std::min<int64_t>(V, f.C - c); ++l)
-                        gradient[(c + l) / width * (T * stride) + at] += total[l];
+                        gradient[(c + l) / width * size + at] += total[l];
             }
     }
 };
+
+#else
+
+#if defined(__AVX__)  // GCC 12 permutes whole registers where it is left to it
+inline vec joined(const float* low, const float* high) {
+    return (vec)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_load_ps(low)), _mm_load_ps(high), 1);
+}
+inline quad half_of(vec v, int half) {
+    return half ? (quad)_mm256_extractf128_ps((__m256)v, 1) : (quad)_mm256_castps256_ps128((__m256)v);
+}
+#else
+inline vec joined(const float* low, const float* high) {
+    return vec{low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]};
+}
+inline quad half_of(vec v, int half) { return half ? quad{v[4], v[5], v[6], v[7]} : quad{v[0], v[1], v[2], v[3]}; }
+#endif
+
+// The splines of whole rows; the lanes of a vector may belong to several groups. A lookup reads a lane's coefficients as one
+// quad. `find` says where inputs lie some vectors before `evaluate` asks: the processor does not look as far ahead.
+template <int T, bool WITH_SILU>
+struct Spline {
+    static constexpr bool BY_ROW = true;
+    const float* table;
+    const vec lo, inv_h, cells, last;
+
+    struct Buffer {
+        static constexpr int64_t VECTORS = 8;
+        Scratch<int32_t> offsets;  // [vectors, 2, V]: where the table and the sums of each lane's function begin, in floats
+        Local<int32_t, VECTORS * V> rows, totals;  // where its cell's are
+        Local<float, VECTORS * V> within, beyond;  // r and e
+
+        explicit Buffer(const Function& f) : offsets((f.C + V - 1) / V * 2 * V) {
+            const int64_t size = size_of_spline(f.cells);
+            for (int64_t v = 0; v * V < f.C; ++v) {
+                const ivec at = table_of_lane(f, first_channel(f, v), size);
+                ivec* to = reinterpret_cast<ivec*>(offsets.data + v * 2 * V);
+                to[0] = at;
+                to[1] = (f.C / f.groups < V ? ivec{} + int32_t(v * size) : at) * V + lane_numbers * POWERS;
+            }
+        }
+        static int64_t first_channel(const Function& f, int64_t v) {
+            return std::max<int64_t>(0, std::min(v * V, f.C - V));
+        }
+    };
+
+    Spline(const Function& f, int64_t, bool)
+        : table(f.tables), lo(splat(f.lo)), inv_h(splat(f.inv_h)), cells(splat(float(f.cells))), last(cells - 1.0f) {}
+    template <bool BACKWARD>
+    void find(Buffer& at, int slot, int64_t v, vec a) {
+        const ivec* offset = reinterpret_cast<const ivec*>(at.offsets.data + v * 2 * V);
+        const vec t = (a - lo) * inv_h, inside = vmin(cells, vmax(splat(0.0f), t));  // NaN stays one
+        const ivec cell = to_int(vmin(inside, last));
+        store(at.within.data + slot * V, inside - to_float(cell));
+        store(at.beyond.data + slot * V, t - inside);
+        *reinterpret_cast<ivec*>(at.rows.data + slot * V) = cell * POWERS + offset[0];
+        if (BACKWARD) *reinterpret_cast<ivec*>(at.totals.data + slot * V) = cell * (POWERS * V) + offset[1];
+    }
+    void evaluate(const Buffer& at, int slot, vec a, vec& value, vec& slope) const {
+        const int32_t* row = at.rows.data + slot * V;
+        const vec r = load(at.within.data + slot * V), e = load(at.beyond.data + slot * V);
+        vec two[4], c[4];  // rows of lanes l and l + 4; coefficients of a power
+        for (int l = 0; l < 4; ++l) two[l] = joined(table + row[l], table + row[l + 4]);
+        turn(two, c);
+        slope = c[T - 1];
+        value = slope * r + c[T - 2];
+        for (int j = T - 3; j >= 0; --j) {
+            slope = slope * r + value;
+            value = value * r + c[j];
+        }
+        value += e * slope;
+        slope *= inv_h;
+        if (WITH_SILU) add_silu(a, value, slope);
+    }
+    static int64_t sums_size(const Function& f) {
+        return std::min(f.groups, (f.C + V - 1) / V) * size_of_spline(f.cells) * V;
+    }
+
+    // d phi / d coefficient_j = r^j + e j r^(j-1), added to sums of each lane's own: two lanes never meet in memory
+    void accumulate(const Buffer& at, int slot, float* sums, vec, vec w, int from, int to) const {
+        if (from != 0 || to != V) w = lane_numbers >= from && lane_numbers < to ? w : splat(0.0f);
+        const vec r = load(at.within.data + slot * V), e = load(at.beyond.data + slot * V);
+        vec part[4] = {w}, near = r, turned[4];
+        for (int j = 1; j < 4; ++j) {
+            near += e;
+            part[j] = j < T ? w * near : splat(0.0f);
+            w *= r;
+        }
+        turn(part, turned);
+        const int32_t* total = at.totals.data + slot * V;
+        for (int l = 0; l < V; ++l) *reinterpret_cast<quad*>(sums + total[l]) += half_of(turned[l % 4], l / 4);
+    }
+    void finish(Buffer&, float*) {}
+    static void reduce(const Function& f, const float* sums, int64_t, bool narrow, double* gradient) {
+        const int64_t width = f.C / f.groups, size = size_of_spline(f.cells), parts = sums_size(f) / (size * V);
+        for (int64_t part = 0; part < parts; ++part)
+            for (int64_t at = 0; at < int64_t(f.cells) * V; ++at) {
+                const int64_t group = narrow ? std::min(Buffer::first_channel(f, part) + at % V, f.C - 1) / width : part;
+                const float* sum = sums + part * size * V + at * POWERS;
+                for (int j = 0; j < T; ++j) gradient[group * size + at / V * POWERS + j] += sum[j];
+            }
+    }
+};
+
+#endif
 
 // P(x) / Q(x), P = sum_n p_n x^n (n <= 5), Q = 1 + f1^2 + f2^2, f1 = q0 x + q1 x^2, f2 = q2 x + q3 x^2; size 10.
 template <bool WITH_SILU>
@@ -336,7 +472,8 @@ struct Rational {
     vec c[10], total[10] = {};
     vec first, second, inverse, ratio;
 
-    struct Buffer {};
+    static constexpr bool BY_ROW = false;
+    using Buffer = Nothing;
 
     Rational(const Function& f, int64_t channel, bool narrow) {
         if (narrow) {
@@ -348,7 +485,9 @@ struct Rational {
             for (int j = 0; j < 10; ++j) c[j] = splat(table[j]);
         }
     }
-    void evaluate(vec x, vec& value, vec& slope) {
+    template <bool>
+    void find(Buffer&, int, int64_t, vec) {}
+    void evaluate(const Buffer&, int, vec x, vec& value, vec& slope) {
         vec p = c[5], dp = splat(0.0f);
         for (int n = 4; n >= 0; --n) {
             dp = dp * x + p;
@@ -365,7 +504,7 @@ struct Rational {
     }
     static int64_t sums_size(const Function&) { return 10 * V; }
 
-    void accumulate(Buffer&, float*, vec x, vec w, int from, int to) {
+    void accumulate(Buffer&, int, float*, vec x, vec w, int from, int to) {
         if (from != 0 || to != V) w = lane_numbers >= from && lane_numbers < to ? w : splat(0.0f);
         w *= inverse;
         vec power = w;
@@ -392,10 +531,13 @@ struct Rational {
 // The activations of the MLP arms, fused the same way; no table.
 template <int KIND>
 struct Fixed {
-    struct Buffer {};
+    static constexpr bool BY_ROW = false;
+    using Buffer = Nothing;
 
     Fixed(const Function&, int64_t, bool) {}
-    void evaluate(vec x, vec& value, vec& slope) {
+    template <bool>
+    void find(Buffer&, int, int64_t, vec) {}
+    void evaluate(const Buffer&, int, vec x, vec& value, vec& slope) {
         value = slope = splat(0.0f);
         if constexpr (KIND == SILU) {
             add_silu(x, value, slope);
@@ -417,7 +559,7 @@ struct Fixed {
         }
     }
     static int64_t sums_size(const Function&) { return 0; }
-    void accumulate(Buffer&, float*, vec, vec, int, int) {}
+    void accumulate(Buffer&, int, float*, vec, vec, int, int) {}
     void finish(Buffer&, float*) {}
     static void reduce(const Function&, float*, int64_t, bool, double*) {}
 };
@@ -465,15 +607,15 @@ struct Scales {
 
 // The vector at `at`, of which the lanes [first, last) are new; the lanes before are computed twice, with one result.
 template <typename F, bool BACKWARD>
-inline void step(const Elementwise& k, F& function, typename F::Buffer& buffer, float* sums, float scale_a, float scale_u,
-                 int64_t at, int first, int last) {
+inline void step(const Elementwise& k, F& function, int slot, typename F::Buffer& buffer, float* sums, float scale_a,
+                 float scale_u, int64_t at, int first, int last) {
     // A group's part of a row is too short for the processor to see a stream: fetch what the next block needs.
     const int64_t ahead = at + ROWS * k.f.C;
     __builtin_prefetch(k.a + ahead, 0, 2);
     if (k.u) __builtin_prefetch(k.u + ahead, 0, 2);
     vec a = load_part(k.a + at, last) * scale_a, u = k.u ? load_part(k.u + at, last) * scale_u : splat(1.0f);
     vec value, slope;
-    function.evaluate(a, value, slope);
+    function.evaluate(buffer, slot, a, value, slope);
     if constexpr (!BACKWARD) {
         store_part(k.y + at, value * u, last);
     } else {
@@ -483,34 +625,59 @@ inline void step(const Elementwise& k, F& function, typename F::Buffer& buffer, 
         vec g = load_part(k.g + at, last), gu = g * u;
         store_part(k.da + at, gu * slope, last);
         if (k.du) store_part(k.du + at, g * value, last);
-        if (sums) function.accumulate(buffer, sums, a, gu, first, last);
+        if (sums) function.accumulate(buffer, slot, sums, a, gu, first, last);
     }
 }
 
-// Rows [begin, end). Row by row where a group fills a vector, else in strips of V channels.
+// Calls visit(slot, c, first) for the vectors that cover the channels [begin, end), at least V. The lanes before `first` of
+// the vector at c are covered twice.
+template <typename Visit>
+inline void each_vector(int64_t begin, int64_t end, Visit visit) {
+    int slot = 0;
+    int64_t c = begin;
+    for (; c + V <= end; c += V) visit(slot++, c, 0);
+    if (c < end) visit(slot, end - V, int(c - (end - V)));
+}
+
+// `channels` of a row from `at` on.
 template <typename F, bool BACKWARD>
-void elementwise_rows(const Elementwise& k, int64_t begin, int64_t end, double* gradient) {
-    const int64_t C = k.f.C, width = C / k.f.groups, strip = width < V ? V : width, strips = (C + strip - 1) / strip;
+inline void part_of_row(const Elementwise& k, F& function, typename F::Buffer& buffer, float* sums, float scale_a,
+                        float scale_u, int64_t at, int64_t channels) {
+    if (channels < V) {
+        function.template find<BACKWARD>(buffer, 0, 0, load_part(k.a + at, int(channels)) * scale_a);
+        return step<F, BACKWARD>(k, function, 0, buffer, sums, scale_a, scale_u, at, 0, int(channels));
+    }
+    for (int64_t begin = 0; begin < channels; begin += F::Buffer::VECTORS * V) {
+        const int64_t end = std::min(channels, begin + F::Buffer::VECTORS * V);
+        each_vector(begin, end, [&](int slot, int64_t c, int) {
+            function.template find<BACKWARD>(buffer, slot, begin / V + slot, load(k.a + at + c) * scale_a);
+        });
+        each_vector(begin, end, [&](int slot, int64_t c, int first) {
+            step<F, BACKWARD>(k, function, slot, buffer, sums, scale_a, scale_u, at + c, first, V);
+        });
+    }
+}
+
+// Rows [begin, end): whole ones, or in strips, a group's channels or V where groups are narrower.
+template <typename F, bool BACKWARD>
+void elementwise_rows(const Elementwise& shared, int64_t begin, int64_t end, double* gradient) {
+    const Elementwise k = shared;  // a copy that no store can reach
+    const int64_t C = k.f.C, width = C / k.f.groups, strip = F::BY_ROW ? C : std::max<int64_t>(width, V);
+    const int64_t strips = (C + strip - 1) / strip;
     const int64_t size = gradient ? F::sums_size(k.f) : 0;
     const bool narrow = width < V;
     Scratch<float> sums(strips * size);
     std::fill(sums.data, sums.data + strips * size, 0.0f);
-    typename F::Buffer buffer;
+    typename F::Buffer buffer(k.f);
     for (int64_t block = begin; block < end; block += ROWS) {
         const int64_t stop = std::min(end, block + ROWS);
         const Scales scales(k, block, stop);
         for (int64_t c0 = 0; c0 < C; c0 += strip) {
-            const int64_t channels = std::min(strip, C - c0), full = channels / V * V, rest = channels - full;
             F function(k.f, c0, narrow);
             float* to = size ? sums.data + c0 / strip * size : nullptr;
-            for (int64_t row = block; row < stop; ++row) {
-                const float sa = scales.a[row - block], su = scales.u[row - block];
-                const int64_t at = row * C + c0;
-                for (int64_t c = 0; c < full; c += V)
-                    step<F, BACKWARD>(k, function, buffer, to, sa, su, at + c, 0, V);
-                if (rest && full) step<F, BACKWARD>(k, function, buffer, to, sa, su, at + channels - V, int(V - rest), V);
-                else if (rest) step<F, BACKWARD>(k, function, buffer, to, sa, su, at, 0, int(rest));
-            }
+            for (int64_t row = block; row < stop; ++row)
+                part_of_row<F, BACKWARD>(k, function, buffer, to, scales.a[row - block], scales.u[row - block], row * C + c0,
+                                         std::min(strip, C - c0));
             if (to) function.finish(buffer, to);
         }
         if constexpr (BACKWARD) {
@@ -541,9 +708,13 @@ void elementwise(const Elementwise& k, double* gradient, int threads) {
 
 template <int T, bool WITH_SILU>
 void spline(const Elementwise& k, double* gradient, int threads) {
+#if defined(__AVX512F__)
     if (k.f.C / k.f.groups < V || k.f.cells > 2 * V) return elementwise<Spline<T, 0, WITH_SILU>>(k, gradient, threads);
     if (k.f.cells > V) return elementwise<Spline<T, 2, WITH_SILU>>(k, gradient, threads);
     elementwise<Spline<T, 1, WITH_SILU>>(k, gradient, threads);
+#else
+    elementwise<Spline<T, WITH_SILU>>(k, gradient, threads);
+#endif
 }
 
 template <int T>
@@ -923,15 +1094,15 @@ void kanlm_edge_unpack(float* weight, const float* packed, int64_t O, int64_t I,
 // The tables [groups, size] of splines with coefficients [groups, cells + order].
 void kanlm_tables(const float* coefficients, float* tables, int64_t groups, int order, int cells) {
     const int T = order + 1;
-    const int64_t stride = whole(cells);
+    const int64_t size = size_of_spline(cells);
     const double* pieces = pieces_of(order);
-    std::fill(tables, tables + groups * T * stride, 0.0f);
+    std::fill(tables, tables + groups * size, 0.0f);
     for (int64_t group = 0; group < groups; ++group)
         for (int p = 0; p < T; ++p)
             for (int j = 0; j < T; ++j) {
                 const float piece = float(pieces[j * T + p]), *c = coefficients + group * (cells + order) + j;
-                float* row = tables + (group * T + p) * stride;
-                for (int cell = 0; cell < cells; ++cell) row[cell] += piece * c[cell];
+                float* table = tables + group * size;
+                for (int cell = 0; cell < cells; ++cell) table[place_in_table(cells, p, cell)] += piece * c[cell];
             }
 }
 
@@ -954,14 +1125,15 @@ void kanlm_elementwise_gradient(const Function* f, const float* a, const float* 
         return;
     }
     const int T = f->order + 1;
-    const int64_t K = f->cells + f->order, stride = whole(f->cells);
+    const int64_t K = f->cells + f->order;
     const double* pieces = pieces_of(f->order);
     for (int64_t group = 0; group < f->groups; ++group)
         for (int64_t m = 0; m < K; ++m) {
             double total = 0;
             for (int j = 0; j < T; ++j)
                 for (int p = 0; p < T; ++p)
-                    if (m >= j && m - j < f->cells) total += pieces[j * T + p] * sums[group * size + p * stride + m - j];
+                    if (m >= j && m - j < f->cells)
+                        total += pieces[j * T + p] * sums[group * size + place_in_table(f->cells, p, m - j)];
             dc[group * K + m] = float(total);
         }
 }
