@@ -560,10 +560,10 @@ def plan_text(planned: dict[str, Any]) -> str:
         f"{planned['tokens_per_parameter']:.1f} tokens per non-embedding parameter, "
         f"{planned['training_flops']:.3g} FLOPs",
         "",
-        f"estimated peak memory a device, and days at {planned['utilisation']:.0%} of "
+        f"estimated peak memory a device in GiB, and days at {planned['utilisation']:.0%} of "
         f"{planned['peak_flops'] / 1e12:,.0f} TFLOP/s",
         "  devices  sharding  micro batch"
-        + "".join(f"{name:>13}" for name in (*_MEMORY_KINDS, "GiB", "days")),
+        + "".join(f"{name:>13}" for name in (*_MEMORY_KINDS, "total", "days")),
     ]
     for row in planned["devices"]:
         memory = row["memory_bytes"]

@@ -114,8 +114,8 @@ def snapshot(
     )
 
 
-def restore(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
-    """Load `folder` into `model` and `optimizers`, sharded or not; the trainer state is returned.
+def restore(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Load the weights and optimiser states in `folder` into `model` and `optimizers`, sharded or not.
 
     Hyperparameters stay those of the optimisers passed in: a run's configuration decides them, not its
     checkpoint.
@@ -138,7 +138,6 @@ def restore(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimiz
         optim_state_dict={"state": state, "param_groups": states["param_groups"]},
         options=FULL,
     )
-    return read_json(folder / "trainer.json")
 
 
 def with_tied(weights: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
