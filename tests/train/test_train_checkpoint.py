@@ -273,7 +273,7 @@ def test_no_error_of_the_writing_thread_is_lost(run_config, monkeypatch, step):
 
 
 def test_failed_write_is_told_after_the_next_step(run_config, monkeypatch):
-    """Not at the next checkpoint, which may be hours away."""
+    """Or in the step itself, where the disk is quick; not at the next checkpoint, which may be hours away."""
     failing_at(4, OSError(28, "No space left on device"), monkeypatch)
     real = loop.one_step
 
@@ -286,7 +286,7 @@ def test_failed_write_is_told_after_the_next_step(run_config, monkeypatch):
     config = run_config("train.save_every=4", "train.max_tokens=6400")
     with pytest.raises(UserError, match="step-00000004: the checkpoint could not be written"):
         loop.train(config)
-    assert json.loads(RunDir(config.run_dir).record.read_text())["step"] == 5
+    assert json.loads(RunDir(config.run_dir).record.read_text())["step"] in (4, 5)
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
