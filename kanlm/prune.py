@@ -80,13 +80,16 @@ def text_batch(model: Any, tokenizer: Any, data: str | Path, split: str | None, 
     """The first `tokens` tokens of the data as [B, T].
 
     Raises:
-        UserError: no tokens.
+        UserError: fewer than 64.
     """
     documents, name, _ = held_out_documents(data, split)
     try:
-        return token_batch(model, tokenizer, documents, tokens, rows=4)
+        batch = token_batch(model, tokenizer, documents, tokens, rows=4)
     except ValueError as error:
         raise UserError(f"data {name}: has no text to decide on: {error}") from error
+    if batch.numel() < 64:
+        raise UserError(f"data {name}: {batch.numel()} tokens are too few to decide on; give at least 64")
+    return batch
 
 
 def step_seconds(models: Sequence[Any], input_ids: Tensor, rounds: int = 5) -> list[float]:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from kanlm import checksums
-from kanlm.config import UserError
+from kanlm.config import UserError, one_line
 from kanlm.edge.browser import add_page, vendor
 from kanlm.edge.functions import MAX_SAMPLED, can_be_sampled, translations, with_graph_functions
 from kanlm.model.modeling_kanlm import CACHE
@@ -239,10 +239,9 @@ def graph(model: nn.Module, sampled: bool = False) -> Any:
     try:
         shapes = cache_shapes(model)
     except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{type(model).__name__}: not a decoder with a cache of keys and values, and no other can be "
-            f"written as ONNX: {error}"
-        ) from error
+        raise UserError(not_a_decoder(model, one_line(error))) from error
+    if not shapes:
+        raise UserError(not_a_decoder(model, "its cache stays empty"))
     batch, new, seen = 2, 3, 4  # any but 0 and 1, which torch.export takes for constants
     past = [torch.zeros(batch, *shape[:1], seen, *shape[1:]) for shape in shapes for _ in range(2)]
     inputs = (
@@ -267,6 +266,13 @@ def graph(model: nn.Module, sampled: bool = False) -> Any:
             dynamic_shapes=free,
             custom_translation_table=translations(),
         )
+
+
+def not_a_decoder(model: nn.Module, reason: str) -> str:
+    return (
+        f"{type(model).__name__}: not a decoder with a cache of keys and values, and no other can be written "
+        f"as ONNX: {reason}"
+    )
 
 
 @contextmanager

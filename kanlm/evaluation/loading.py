@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import kanlm.model  # noqa: F401  registers the classes that serve kanlm's own folders
 from kanlm.checksums import downloaded, must_be_readable, verify
 from kanlm.config import UserError, one_line
+from kanlm.model import KanLMConfig  # also registers the classes that serve kanlm's own folders
 from kanlm.runs import RunDir, read_json, system_errors
 from kanlm.trust import refuse_model_code
 
@@ -30,8 +31,9 @@ def load_causal_lm(
     beside them; other code runs only if `trust_remote_code`.
 
     Raises:
-        UserError: no model there, a run instead of a model, no such device, a file that is damaged or not
-            that of the folder's SHA256SUMS, or code of its own without trust.
+        UserError: no model there, a run instead of a model, no causal language model, no tokenizer, weights
+            missing, no such device, a file that is damaged or not that of the folder's SHA256SUMS, or code of
+            its own without trust.
     """
     path = Path(model_path)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -48,10 +50,15 @@ def load_causal_lm(
         verify(path)
         with system_errors(path / "tokenizer.json"):
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            config: Any = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+            must_be_causal(model_path, config)
+            checks_itself = config.model_type == KanLMConfig.model_type
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 place,
                 trust_remote_code=trust_remote_code,
                 dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+                output_loading_info=not checks_itself,
+                ignore_mismatched_sizes=not checks_itself,  # they are refused below
             )
     except OSError as error:
         if error.errno is not None and error.filename is not None and path.exists():
@@ -62,7 +69,44 @@ def load_causal_lm(
         raise UserError(
             f"model {model_path}: neither a model folder nor a reachable hub id: {first_line}"
         ) from error
+    except ValueError as error:
+        reason = library_complaint(error)
+        if reason is None:
+            raise
+        raise UserError(f"model {model_path}: {reason}") from error
+    model, report = (loaded, {}) if checks_itself else loaded
+    must_have_weights(model_path, model, report)
     return model.to(place_to_run).eval(), tokenizer
+
+
+def library_complaint(error: ValueError) -> str | None:
+    """What transformers says at length of a model of another kind, or without a tokenizer; else None."""
+    said = one_line(error)
+    if "Unrecognized configuration class" in said:
+        return "no causal language model; looked for an architecture that AutoModelForCausalLM knows"
+    if "instantiate the backend tokenizer" in said:
+        return "has no tokenizer that can be read; looked for tokenizer.json and tokenizer_config.json"
+    return None
+
+
+def must_be_causal(model_path: str | Path, config: Any) -> None:
+    """Raise UserError for an encoder, whose tokens see those that follow."""
+    causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not causal:
+        raise UserError(
+            f"model {model_path}: {config.model_type} is an encoder, no causal language model; looked for "
+            "is_decoder: true in its config.json"
+        )
+
+
+def must_have_weights(model_path: str | Path, model: nn.Module, report: Mapping[str, Any]) -> None:
+    """Raise UserError where transformers' `report` has parameters that are random: no weights, or no fit."""
+    wrong = {*report.get("missing_keys", ()), *(name for name, *_ in report.get("mismatched_keys", ()))}
+    if wrong:
+        raise UserError(
+            f"model {model_path}: no weights that fit for {len(wrong)} parameters of {type(model).__name__}, "
+            f"{min(wrong)} for one; give a model that was saved as a causal language model"
+        )
 
 
 def usable_device(name: str | None) -> torch.device:

@@ -83,7 +83,7 @@ def token_batch(
     length = max(1, min(LENGTH, positions, len(ids) // rows))
     number = len(ids) // length // rows * rows
     device = next(model.parameters()).device
-    return torch.tensor(ids[: number * length], device=device).view(number, length)
+    return torch.tensor(ids[: number * length], dtype=torch.int64, device=device).view(number, length)
 
 
 def layer_row(layer: FunctionLayer, found: FunctionStatistics) -> dict[str, Any]:

@@ -49,7 +49,7 @@ EVALUATIONS = 450_000_000
 """Formulas evaluated for one loss: beyond, the sequences on which losses are measured are shortened."""
 PART_EVALUATIONS = 60_000_000
 """Functions times tokens of one part of the text for the controls: beyond, its sequences are shortened."""
-LOOKED_FOR = "KANLinear, LearnedFunction, or a block with down_proj, c_proj or fc2 and an activation"
+LOOKED_FOR = "KANLinear, LearnedFunction, or a dense block with down_proj, c_proj or fc2 and an activation"
 
 
 def inspect(
@@ -95,6 +95,10 @@ def inspect(
         raise UserError(f"data {data}: has no text to look at the functions on: {error}") from error
     if batch.numel() < 4 * PARTS:
         raise UserError(f"data {data}: {batch.numel()} tokens are too few; give at least {4 * PARTS}")
+    try:
+        record_layers(model, batch[:1], gradients=False)
+    except ValueError as error:
+        raise UserError(f"model {model_path}: {error}") from error
     found = inspection(
         model,
         tokenizer,

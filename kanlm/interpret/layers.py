@@ -69,7 +69,8 @@ def function_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_feed_forward(module: nn.Module) -> bool:
-    return any(hasattr(module, name) for name in ("down_proj", "c_proj", "fc2"))
+    """Experts, whose matrices are one parameter, are none: each sees some of the tokens."""
+    return any(isinstance(getattr(module, name, None), nn.Module) for name in ("down_proj", "c_proj", "fc2"))
 
 
 @torch.no_grad()
@@ -173,7 +174,11 @@ def short_name(name: str) -> str:
 
 
 def record_layers(model: nn.Module, input_ids: Tensor, gradients: bool = True) -> list[FunctionLayer]:
-    """The layers of functions of `model` in the order of their calls, on tokens [B, T]."""
+    """The layers of functions of `model` in the order of their calls, on tokens [B, T].
+
+    Raises:
+        ValueError: layers that do not see each token once, as those of a mixture of experts.
+    """
     seen: dict[str, tuple[Tensor, Tensor | None, Tensor]] = {}
 
     def make_hook(name: str) -> Callable:
@@ -204,6 +209,9 @@ def record_layers(model: nn.Module, input_ids: Tensor, gradients: bool = True) -
             parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
+
+    if any(x[..., 0].numel() != input_ids.numel() for x, _, _ in seen.values()):
+        raise ValueError("a block does not see each token once; mixtures of experts are not supported")
 
     def rows(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.detach().float().reshape(-1, tensor.shape[-1])

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 from kanlm import kernels
 from kanlm.config import UserError
@@ -175,6 +176,8 @@ def test_mistakes_are_one_line(onnx_of, tokenizer, tmp_path, monkeypatch):
         OnnxModel(tmp_path / "model.onnx")
     with pytest.raises(UserError, match="not a decoder"):
         onnx_export.graph(torch.nn.Linear(2, 2))
+    with pytest.raises(UserError, match="MambaForCausalLM: not a decoder.*stays empty"):
+        onnx_export.graph(MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1)))
     monkeypatch.setattr(onnx_export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"onnx, onnxscript: not installed.*kanlm\[onnx\]"):
         onnx_export.graph(model)

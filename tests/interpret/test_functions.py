@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from kanlm.interpret.functions import learned_functions, token_batch
 from kanlm.interpret.layers import (
@@ -119,6 +120,18 @@ def test_activations_of_mlps_are_functions_of_channels(ffn_type, model):
 
 def test_a_norm_over_channels_is_no_function_of_a_channel(model):
     assert function_layers(model("polynorm")) == {}
+
+
+def test_experts_are_refused(model):
+    sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+    experts = MixtralConfig(num_local_experts=2, num_attention_heads=2, num_key_value_heads=1, **sizes)
+    assert function_layers(MixtralForCausalLM(experts)) == {}
+    network = model("kan_glu")
+    block = network.model.layers[0].mlp
+    whole = block.forward
+    block.forward = lambda x: F.pad(whole(x[:, :4]), (0, 0, 0, x.shape[1] - 4))
+    with pytest.raises(ValueError, match="each token once; mixtures of experts"):
+        record_layers(network, torch.zeros(2, 8, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("ffn_type", ["kan", "kan_glu"])

@@ -1,5 +1,6 @@
 """The page and JSON of an inspection: planted functions are found, every arm is shown."""
 
+import itertools
 import json
 import random
 import re
@@ -112,6 +113,7 @@ def folder(tmp_path_factory):
     text = " ".join(words.choice(["red", "green", "blue", "one", "two", "three"]) for _ in range(1200))
     (root / "text.txt").write_text(text, encoding="utf-8")
     (root / "empty.txt").write_text("", encoding="utf-8")
+    (root / "blank.txt").write_text("\n \n", encoding="utf-8")
     tokenizer = trained_tokenizer([text], 300)
     torch.manual_seed(0)
     config = KanLMConfig(
@@ -158,18 +160,11 @@ def test_inspect_and_prune_from_the_command_line(name, folder, tmp_path):
 
 
 def test_data_without_tokens_and_models_without_functions_are_one_line(folder, tmp_path, model):
-    for verb in (["inspect"], ["prune", "--keep", "0.5"]):
-        arguments = [
-            *verb,
-            str(folder / "hf"),
-            "--data",
-            str(folder / "empty.txt"),
-            "--out",
-            str(tmp_path / "x"),
-        ]
+    for verb, text in itertools.product(("inspect", "prune"), ("empty.txt", "blank.txt")):
+        arguments = [verb, str(folder / "hf"), "--data", str(folder / text), "--out", str(tmp_path / "x")]
         result = CliRunner().invoke(cli, arguments)
         assert result.exit_code != 0 and not (tmp_path / "x").exists()
-        assert isinstance(result.exception, UserError) and "empty.txt" in str(result.exception)
+        assert isinstance(result.exception, UserError) and text in str(result.exception)
     config = GPTNeoXConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
     AutoTokenizer.from_pretrained(folder / "hf").save_pretrained(tmp_path / "neox")
