@@ -28,7 +28,7 @@ from kanlm.kernels import cpu, recompute
 from kanlm.kernels.native import NativeUnavailable, library
 from kanlm.kernels.support import is_plain_function, supports_edge, supports_learned
 from kanlm.model.ffn import MLP
-from kanlm.model.ffn_kan import ChannelKAN, EdgeKAN
+from kanlm.model.ffn_kan import ChannelKAN, EdgeKAN, ProductKAN
 from kanlm.model.kan import KANLinear, LearnedFunction
 
 BACKENDS = ("auto", "reference", "recompute", "cpu", "triton")
@@ -154,12 +154,13 @@ def _fused(module: nn.Module, ops: Any) -> Callable | None:
         return ops.learned if supports_learned(module, ops.FUNCTION_ORDER) else None
     if isinstance(module, MLP):
         return ops.activation(module.activation)
-    if isinstance(module, ChannelKAN) and module.hidden_norm:
+    if isinstance(module, ProductKAN) or (isinstance(module, ChannelKAN) and module.hidden_norm):
         served = all(
             is_plain_function(function) and supports_learned(function, ops.FUNCTION_ORDER)
             for function in (getattr(module, name) for name in module.functions)
         )
-        return ops.apply_normed if served else None
+        fused = ops.learned_product if isinstance(module, ProductKAN) else ops.apply_normed
+        return fused if served else None
     if isinstance(module, EdgeKAN):
         served = all(parameter.dtype != torch.float64 for parameter in module.parameters())
         return ops.norm if served else None

@@ -305,9 +305,10 @@ KernelCall = tuple[int, int, Function, Tensor | None]
 """Address of a Function, its channels, and what must live as long."""
 
 
-def evaluate(call: KernelCall, a: Tensor, u: Tensor | None) -> Tensor:
-    """phi(a) * u, fp32, of tensors [..., C]."""
+def evaluate(call: KernelCall, a: Tensor, u: Tensor | None, psi: KernelCall | None = None) -> Tensor:
+    """phi(a) * u, or phi(a) * psi(u), fp32, of tensors [..., C]."""
     address, channels, *_ = call
+    second_address = None if psi is None else psi[0]
     a = _wide(a)
     second = None
     if u is not None:
@@ -315,7 +316,7 @@ def evaluate(call: KernelCall, a: Tensor, u: Tensor | None) -> Tensor:
         second = u.data_ptr()
     y = torch.empty_like(a)
     rows, threads = a.numel() // channels, torch.get_num_threads()
-    library().kanlm_elementwise(address, a.data_ptr(), second, y.data_ptr(), rows, threads)
+    library().kanlm_elementwise(address, second_address, a.data_ptr(), second, y.data_ptr(), rows, threads)
     return y
 
 
@@ -336,11 +337,41 @@ class _Elementwise(torch.autograd.Function):
         return *_elementwise_gradients(ctx.call, grad, a, u, coefficients, ctx.needs_input_grad[2]), None
 
 
+class _Product(torch.autograd.Function):
+    """phi(a) * psi(u) in one pass."""
+
+    @staticmethod
+    def forward(ctx, a, u, of_phi, of_psi, phi, psi):
+        ctx.save_for_backward(a, u, of_phi, of_psi)
+        ctx.calls = phi.call_for(of_phi), psi.call_for(of_psi)
+        first, second = ctx.calls
+        return evaluate(first, a, u, second).to(a.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        a, u, of_phi, of_psi = ctx.saved_tensors
+        phi, psi = ctx.calls
+        grad_psi = torch.empty(of_psi.shape, dtype=torch.float32) if ctx.needs_input_grad[3] else None
+        grad_a, grad_u, grad_phi = _elementwise_gradients(
+            phi, grad, a, u, of_phi, ctx.needs_input_grad[2], psi, grad_psi
+        )
+        return grad_a, grad_u, grad_phi, None if grad_psi is None else grad_psi.to(of_psi.dtype), None, None
+
+
 def _elementwise_gradients(
-    call: KernelCall, grad: Tensor, a: Tensor, u: Tensor | None, coefficients: Tensor | None, wanted: bool
+    call: KernelCall,
+    grad: Tensor,
+    a: Tensor,
+    u: Tensor | None,
+    coefficients: Tensor | None,
+    wanted: bool,
+    psi: KernelCall | None = None,
+    grad_psi: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients by a, u and, where they are wanted, the coefficients."""
+    """The gradients by a, u and, where they are wanted, phi's coefficients; psi's are put in `grad_psi`."""
     address, channels, *_ = call
+    second_address = None if psi is None else psi[0]
     wide_a, wide_u, grad = _wide(a), None if u is None else _wide(u), _wide(grad)
     grad_a = torch.empty_like(wide_a)
     grad_u = None if u is None or wide_u is None else torch.empty_like(wide_u)
@@ -348,8 +379,8 @@ def _elementwise_gradients(
     if wanted and coefficients is not None:
         grad_c = torch.empty(coefficients.shape, dtype=torch.float32)
     library().kanlm_elementwise_gradient(
-        *(address, pointer(wide_a), pointer(wide_u), pointer(grad)),
-        *(pointer(grad_a), pointer(grad_u), pointer(grad_c)),
+        *(address, second_address, pointer(wide_a), pointer(wide_u), pointer(grad)),
+        *(pointer(grad_a), pointer(grad_u), pointer(grad_c), pointer(grad_psi)),
         *(grad.numel() // channels, torch.get_num_threads()),
     )
     return (
@@ -380,10 +411,31 @@ def _call_of(layer: LearnedFunction, normed: int, eps: float) -> KernelCall:
     return _plan_of(layer, normed, eps).call_for(layer.coefficients)
 
 
-def apply_normed(function: LearnedFunction, a: Tensor, u: Tensor | None, norms_u: bool, eps: float) -> Tensor:
-    """function(norm(a)) * u, with norm(u) where `norms_u`: what an arm with `hidden_norm` computes."""
+def apply_normed(function: LearnedFunction, a: Tensor, u: Tensor | None, eps: float) -> Tensor:
+    """function(norm(a)), or that times norm(u): what an arm with `hidden_norm` computes."""
     require_plain_function(function)
-    return learned(function, a, u, NORM_A | NORM_U if norms_u else NORM_A, eps)
+    return learned(function, a, u, NORM_A if u is None else NORM_A | NORM_U, eps)
+
+
+def learned_product(block: Any, a: Tensor, u: Tensor) -> Tensor:
+    """block.phi(a) * block.psi(u), of a block with `hidden_norm` of norm(a) and norm(u); [..., C]."""
+    phi, psi = block.phi, block.psi
+    normed = block.hidden_norm
+    eps = block.norm_eps if normed else 0.0
+    if torch.compiler.is_compiling():
+        factor = learned(psi, u, None, NORM_A if normed else 0, eps)
+        return learned(phi, a, factor, NORM_A if normed else 0, eps)
+    require_plain_function(phi)
+    require_plain_function(psi)
+    both = NORM_A | NORM_U if normed else 0
+    if torch.is_grad_enabled():
+        plans = _plan_of(phi, both, eps), _plan_of(psi, 0, 0.0)
+        return _Product.apply(a, u, phi.coefficients, psi.coefficients, *plans)
+    first, second = (
+        cache_on(function, [function.coefficients], _call_of, number, number and eps)
+        for function, number in ((phi, both), (psi, 0))
+    )
+    return evaluate(first, a, u, second).to(a.dtype)
 
 
 def norm(x: Tensor, eps: float) -> Tensor:

@@ -137,7 +137,8 @@ inline void slope_segments(vec r, vec* q) {
     else segments<T - 1>(r, q, unused);
 }
 
-// Elementwise: y = phi(a) * u, or phi(norm(a)) * norm(u) with norm(x) = x / sqrt(mean x^2 + eps) over a row's channels.
+// Elementwise: y = phi(a) * u, or phi(a) * psi(u); with norm(a) and norm(u) in their place where the function says so,
+// norm(x) = x / sqrt(mean x^2 + eps) over a row's channels. phi and psi have the same channels and groups.
 
 // A function, as native.py's Function. tables [groups, size]: see `size_of_table`. Bit 0 of `normed`: a is; bit 1: u is.
 struct Function {
@@ -164,7 +165,7 @@ inline int64_t size_of_table(const Function& f) {
 }
 
 struct Elementwise {
-    const Function& f;
+    const Function &f, &s;  // phi; psi, or phi again where there is none
     const float *a, *u, *g;  // u may be null, g is null in forward
     float *y, *da, *du;
     int64_t N;
@@ -605,27 +606,43 @@ struct Scales {
     }
 };
 
+// One of the two functions on a strip of channels, and where the sums of its coefficients are kept, or null.
+template <typename F>
+struct Side {
+    F function;
+    typename F::Buffer& buffer;
+    float* sums;
+
+    template <bool BACKWARD>
+    void find(int slot, int64_t v, vec x) { function.template find<BACKWARD>(buffer, slot, v, x); }
+    void accumulate(int slot, vec x, vec w, int first, int last) {
+        if (sums) function.accumulate(buffer, slot, sums, x, w, first, last);
+    }
+};
+
 // The vector at `at`, of which the lanes [first, last) are new; the lanes before are computed twice, with one result.
-template <typename F, bool BACKWARD>
-inline void step(const Elementwise& k, F& function, int slot, typename F::Buffer& buffer, float* sums, float scale_a,
-                 float scale_u, int64_t at, int first, int last) {
+template <typename F, typename S, bool BACKWARD>
+inline void step(const Elementwise& k, Side<F>& phi, Side<S>& psi, int slot, float scale_a, float scale_u, int64_t at,
+                 int first, int last) {
     // A group's part of a row is too short for the processor to see a stream: fetch what the next block needs.
     const int64_t ahead = at + ROWS * k.f.C;
     __builtin_prefetch(k.a + ahead, 0, 2);
     if (k.u) __builtin_prefetch(k.u + ahead, 0, 2);
     vec a = load_part(k.a + at, last) * scale_a, u = k.u ? load_part(k.u + at, last) * scale_u : splat(1.0f);
-    vec value, slope;
-    function.evaluate(buffer, slot, a, value, slope);
+    vec value, slope, factor, factor_slope;
+    phi.function.evaluate(phi.buffer, slot, a, value, slope);
+    psi.function.evaluate(psi.buffer, slot, u, factor, factor_slope);
     if constexpr (!BACKWARD) {
-        store_part(k.y + at, value * u, last);
+        store_part(k.y + at, value * factor, last);
     } else {
         __builtin_prefetch(k.g + ahead, 0, 2);
         __builtin_prefetch(k.da + ahead, 1, 2);
         if (k.du) __builtin_prefetch(k.du + ahead, 1, 2);
-        vec g = load_part(k.g + at, last), gu = g * u;
-        store_part(k.da + at, gu * slope, last);
-        if (k.du) store_part(k.du + at, g * value, last);
-        if (sums) function.accumulate(buffer, slot, sums, a, gu, first, last);
+        vec g = load_part(k.g + at, last), by_phi = g * factor, by_psi = g * value;
+        store_part(k.da + at, by_phi * slope, last);
+        if (k.du) store_part(k.du + at, by_psi * factor_slope, last);
+        phi.accumulate(slot, a, by_phi, first, last);
+        psi.accumulate(slot, u, by_psi, first, last);
     }
 }
 
@@ -640,45 +657,67 @@ inline void each_vector(int64_t begin, int64_t end, Visit visit) {
 }
 
 // `channels` of a row from `at` on.
-template <typename F, bool BACKWARD>
-inline void part_of_row(const Elementwise& k, F& function, typename F::Buffer& buffer, float* sums, float scale_a,
-                        float scale_u, int64_t at, int64_t channels) {
+template <typename F, typename S, bool BACKWARD>
+inline void part_of_row(const Elementwise& k, Side<F>& phi, Side<S>& psi, float scale_a, float scale_u, int64_t at,
+                        int64_t channels) {
     if (channels < V) {
-        function.template find<BACKWARD>(buffer, 0, 0, load_part(k.a + at, int(channels)) * scale_a);
-        return step<F, BACKWARD>(k, function, 0, buffer, sums, scale_a, scale_u, at, 0, int(channels));
+        phi.template find<BACKWARD>(0, 0, load_part(k.a + at, int(channels)) * scale_a);
+        if (k.u) psi.template find<BACKWARD>(0, 0, load_part(k.u + at, int(channels)) * scale_u);
+        return step<F, S, BACKWARD>(k, phi, psi, 0, scale_a, scale_u, at, 0, int(channels));
     }
     for (int64_t begin = 0; begin < channels; begin += F::Buffer::VECTORS * V) {
         const int64_t end = std::min(channels, begin + F::Buffer::VECTORS * V);
         each_vector(begin, end, [&](int slot, int64_t c, int) {
-            function.template find<BACKWARD>(buffer, slot, begin / V + slot, load(k.a + at + c) * scale_a);
+            phi.template find<BACKWARD>(slot, begin / V + slot, load(k.a + at + c) * scale_a);
+            if (k.u) psi.template find<BACKWARD>(slot, begin / V + slot, load(k.u + at + c) * scale_u);
         });
         each_vector(begin, end, [&](int slot, int64_t c, int first) {
-            step<F, BACKWARD>(k, function, slot, buffer, sums, scale_a, scale_u, at + c, first, V);
+            step<F, S, BACKWARD>(k, phi, psi, slot, scale_a, scale_u, at + c, first, V);
         });
     }
 }
 
+// The sums of a function's coefficients, of every strip, for `gradient`; none without one.
+template <typename F>
+struct Sums {
+    const Function& f;
+    double* gradient;
+    const int64_t size;
+    Scratch<float> data;
+
+    Sums(const Function& f, int64_t strips, double* gradient)
+        : f(f), gradient(gradient), size(gradient ? F::sums_size(f) : 0), data(strips * size) {
+        std::fill(data.data, data.data + strips * size, 0.0f);
+    }
+    float* of(int64_t strip) { return size ? data.data + strip * size : nullptr; }
+    void reduce(int64_t strip, int64_t c0, bool narrow) {
+        if (size) F::reduce(f, of(strip), c0, narrow, gradient);
+    }
+};
+
 // Rows [begin, end): whole ones, or in strips, a group's channels or V where groups are narrower.
-template <typename F, bool BACKWARD>
-void elementwise_rows(const Elementwise& shared, int64_t begin, int64_t end, double* gradient) {
+template <typename F, typename S, bool BACKWARD>
+void elementwise_rows(const Elementwise& shared, int64_t begin, int64_t end, double* gradient, double* gradient_of_psi) {
     const Elementwise k = shared;  // a copy that no store can reach
     const int64_t C = k.f.C, width = C / k.f.groups, strip = F::BY_ROW ? C : std::max<int64_t>(width, V);
     const int64_t strips = (C + strip - 1) / strip;
-    const int64_t size = gradient ? F::sums_size(k.f) : 0;
     const bool narrow = width < V;
-    Scratch<float> sums(strips * size);
-    std::fill(sums.data, sums.data + strips * size, 0.0f);
+    Sums<F> sums(k.f, strips, gradient);
+    Sums<S> sums_of_psi(k.s, strips, gradient_of_psi);
     typename F::Buffer buffer(k.f);
+    typename S::Buffer buffer_of_psi(k.s);
     for (int64_t block = begin; block < end; block += ROWS) {
         const int64_t stop = std::min(end, block + ROWS);
         const Scales scales(k, block, stop);
-        for (int64_t c0 = 0; c0 < C; c0 += strip) {
-            F function(k.f, c0, narrow);
-            float* to = size ? sums.data + c0 / strip * size : nullptr;
+        for (int64_t n = 0; n < strips; ++n) {
+            const int64_t c0 = n * strip;
+            Side<F> phi{F(k.f, c0, narrow), buffer, sums.of(n)};
+            Side<S> psi{S(k.s, c0, narrow), buffer_of_psi, sums_of_psi.of(n)};
             for (int64_t row = block; row < stop; ++row)
-                part_of_row<F, BACKWARD>(k, function, buffer, to, scales.a[row - block], scales.u[row - block], row * C + c0,
-                                         std::min(strip, C - c0));
-            if (to) function.finish(buffer, to);
+                part_of_row<F, S, BACKWARD>(k, phi, psi, scales.a[row - block], scales.u[row - block], row * C + c0,
+                                            std::min(strip, C - c0));
+            if (phi.sums) phi.function.finish(buffer, phi.sums);
+            if (psi.sums) psi.function.finish(buffer_of_psi, psi.sums);
         }
         if constexpr (BACKWARD) {
             const int64_t at = block * C;
@@ -686,55 +725,79 @@ void elementwise_rows(const Elementwise& shared, int64_t begin, int64_t end, dou
             if (k.f.normed & 2) scales.through(k.f, k.u + at, scales.u, k.du + at, stop - block);
         }
     }
-    if (size)
-        for (int64_t c0 = 0; c0 < C; c0 += strip) F::reduce(k.f, sums.data + c0 / strip * size, c0, narrow, gradient);
+    for (int64_t n = 0; n < strips; ++n) {
+        sums.reduce(n, n * strip, narrow);
+        sums_of_psi.reduce(n, n * strip, narrow);
+    }
 }
 
-// gradient [threads, groups, size], zero on entry, or null.
-template <typename F>
-void elementwise(const Elementwise& k, double* gradient, int threads) {
-    const int64_t rows = ROWS * BLOCKS, size = k.f.groups * size_of_table(k.f);
+// What the threads add up of a function's gradient, [threads, groups, size] fp64; nothing where it is not wanted.
+struct Totals {
+    const Function& f;
+    const int64_t size;
+    std::vector<double> sums;
+
+    Totals(const Function& f, bool wanted, int threads)
+        : f(f), size(f.groups * size_of_table(f)), sums(wanted ? threads * size : 0) {}
+    double* of(int64_t piece) { return sums.empty() ? nullptr : sums.data() + piece * size; }
+    void write(float* dc, int threads);
+};
+
+// psi is the identity where S is.
+template <typename F, typename S = Fixed<IDENTITY>>
+void elementwise(const Elementwise& k, Totals& of_phi, Totals& of_psi, int threads) {
+    const int64_t rows = ROWS * BLOCKS;
     if (k.N * k.f.C < SMALL) threads = 1;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t piece = 0; piece < threads; ++piece) {
         const int64_t begin = piece * k.N / threads, end = (piece + 1) * k.N / threads;
         for (int64_t row = begin; row < end; row += rows) {
             const int64_t stop = std::min(end, row + rows);
-            if (k.g) elementwise_rows<F, true>(k, row, stop, gradient ? gradient + piece * size : nullptr);
-            else elementwise_rows<F, false>(k, row, stop, nullptr);
+            if (k.g) elementwise_rows<F, S, true>(k, row, stop, of_phi.of(piece), of_psi.of(piece));
+            else elementwise_rows<F, S, false>(k, row, stop, nullptr, nullptr);
         }
     }
 }
 
+// A product of two functions is written for those of one kind without a base.
+template <typename F, bool WITH_SILU>
+void one_or_two(const Elementwise& k, Totals& of_phi, Totals& of_psi, int threads) {
+    if constexpr (!WITH_SILU)
+        if (&k.s != &k.f) return elementwise<F, F>(k, of_phi, of_psi, threads);
+    elementwise<F>(k, of_phi, of_psi, threads);
+}
+
 template <int T, bool WITH_SILU>
-void spline(const Elementwise& k, double* gradient, int threads) {
+void spline(const Elementwise& k, Totals& of_phi, Totals& of_psi, int threads) {
 #if defined(__AVX512F__)
-    if (k.f.C / k.f.groups < V || k.f.cells > 2 * V) return elementwise<Spline<T, 0, WITH_SILU>>(k, gradient, threads);
-    if (k.f.cells > V) return elementwise<Spline<T, 2, WITH_SILU>>(k, gradient, threads);
-    elementwise<Spline<T, 1, WITH_SILU>>(k, gradient, threads);
+    const int cells = std::max(k.f.cells, k.s.cells);
+    if (k.f.C / k.f.groups < V || cells > 2 * V || (k.f.cells > V) != (k.s.cells > V))
+        return one_or_two<Spline<T, 0, WITH_SILU>, WITH_SILU>(k, of_phi, of_psi, threads);
+    if (cells > V) return one_or_two<Spline<T, 2, WITH_SILU>, WITH_SILU>(k, of_phi, of_psi, threads);
+    one_or_two<Spline<T, 1, WITH_SILU>, WITH_SILU>(k, of_phi, of_psi, threads);
 #else
-    elementwise<Spline<T, WITH_SILU>>(k, gradient, threads);
+    one_or_two<Spline<T, WITH_SILU>, WITH_SILU>(k, of_phi, of_psi, threads);
 #endif
 }
 
 template <int T>
-void spline(const Elementwise& k, double* gradient, int threads) {
-    k.f.silu ? spline<T, true>(k, gradient, threads) : spline<T, false>(k, gradient, threads);
+void spline(const Elementwise& k, Totals& of_phi, Totals& of_psi, int threads) {
+    k.f.silu ? spline<T, true>(k, of_phi, of_psi, threads) : spline<T, false>(k, of_phi, of_psi, threads);
 }
 
-void elementwise(const Elementwise& k, double* gradient, int threads) {
+void elementwise(const Elementwise& k, Totals& of_phi, Totals& of_psi, int threads) {
     switch (k.f.kind) {
         case SPLINE:
-            if (k.f.order == 1) return spline<2>(k, gradient, threads);
-            if (k.f.order == 2) return spline<3>(k, gradient, threads);
-            return spline<4>(k, gradient, threads);
+            if (k.f.order == 1) return spline<2>(k, of_phi, of_psi, threads);
+            if (k.f.order == 2) return spline<3>(k, of_phi, of_psi, threads);
+            return spline<4>(k, of_phi, of_psi, threads);
         case RATIONAL:
-            if (k.f.silu) return elementwise<Rational<true>>(k, gradient, threads);
-            return elementwise<Rational<false>>(k, gradient, threads);
-        case SILU: return elementwise<Fixed<SILU>>(k, gradient, threads);
-        case GELU: return elementwise<Fixed<GELU>>(k, gradient, threads);
-        case IDENTITY: return elementwise<Fixed<IDENTITY>>(k, gradient, threads);
-        default: return elementwise<Fixed<RELU2>>(k, gradient, threads);
+            if (k.f.silu) return one_or_two<Rational<true>, true>(k, of_phi, of_psi, threads);
+            return one_or_two<Rational<false>, false>(k, of_phi, of_psi, threads);
+        case SILU: return elementwise<Fixed<SILU>>(k, of_phi, of_psi, threads);
+        case GELU: return elementwise<Fixed<GELU>>(k, of_phi, of_psi, threads);
+        case IDENTITY: return elementwise<Fixed<IDENTITY>>(k, of_phi, of_psi, threads);
+        default: return elementwise<Fixed<RELU2>>(k, of_phi, of_psi, threads);
     }
 }
 
@@ -743,6 +806,29 @@ const double* pieces_of(int order) {
     static const double linear[] = {1, -1, 0, 1}, square[] = {0.5, -1, 0.5, 0.5, 1, -1, 0, 0, 0.5};
     static const double cubic[] = {1 / 6., -0.5, 0.5, -1 / 6., 4 / 6., 0, -1, 0.5, 1 / 6., 0.5, 0.5, -0.5, 0, 0, 0, 1 / 6.};
     return order == 1 ? linear : order == 2 ? square : cubic;
+}
+
+// The gradient of the coefficients [groups, K].
+void Totals::write(float* dc, int threads) {
+    if (!dc) return;
+    for (int piece = 1; piece < threads; ++piece)
+        for (int64_t at = 0; at < size; ++at) sums[at] += sums[piece * size + at];
+    if (f.kind == RATIONAL) {
+        std::copy(sums.begin(), sums.begin() + size, dc);
+        return;
+    }
+    const int T = f.order + 1;
+    const int64_t K = f.cells + f.order, table = size_of_table(f);
+    const double* pieces = pieces_of(f.order);
+    for (int64_t group = 0; group < f.groups; ++group)
+        for (int64_t m = 0; m < K; ++m) {
+            double total = 0;
+            for (int j = 0; j < T; ++j)
+                for (int p = 0; p < T; ++p)
+                    if (m >= j && m - j < f.cells)
+                        total += pieces[j * T + p] * sums[group * table + place_in_table(f.cells, p, m - j)];
+            dc[group * K + m] = float(total);
+        }
 }
 
 // Full edge: y[n, o] += sum_i sum_j B_j(x[n, i]) w[i, cell + j, o]
@@ -1106,36 +1192,21 @@ void kanlm_tables(const float* coefficients, float* tables, int64_t groups, int 
             }
 }
 
-// y = phi(a) * u
-void kanlm_elementwise(const Function* f, const float* a, const float* u, float* y, int64_t N, int threads) {
-    elementwise(Elementwise{*f, a, u, nullptr, y, nullptr, nullptr, N}, nullptr, threads);
+// y = phi(a) * u, or phi(a) * psi(u) where psi is no null
+void kanlm_elementwise(const Function* phi, const Function* psi, const float* a, const float* u, float* y, int64_t N,
+                       int threads) {
+    Totals none(*phi, false, threads);
+    elementwise(Elementwise{*phi, psi ? *psi : *phi, a, u, nullptr, y, nullptr, nullptr, N}, none, none, threads);
 }
 
-// The gradients of the sum of g * phi(a) * u by a, u and the function's coefficients; du and dc may be null.
-void kanlm_elementwise_gradient(const Function* f, const float* a, const float* u, const float* g, float* da, float* du,
-                                float* dc, int64_t N, int threads) {
-    const int64_t size = size_of_table(*f), all = f->groups * size;
-    std::vector<double> sums(dc ? threads * all : 0);
-    elementwise(Elementwise{*f, a, u, g, nullptr, da, du, N}, dc ? sums.data() : nullptr, threads);
-    if (!dc) return;
-    for (int piece = 1; piece < threads; ++piece)
-        for (int64_t at = 0; at < all; ++at) sums[at] += sums[piece * all + at];
-    if (f->kind == RATIONAL) {
-        std::copy(sums.begin(), sums.begin() + all, dc);
-        return;
-    }
-    const int T = f->order + 1;
-    const int64_t K = f->cells + f->order;
-    const double* pieces = pieces_of(f->order);
-    for (int64_t group = 0; group < f->groups; ++group)
-        for (int64_t m = 0; m < K; ++m) {
-            double total = 0;
-            for (int j = 0; j < T; ++j)
-                for (int p = 0; p < T; ++p)
-                    if (m >= j && m - j < f->cells)
-                        total += pieces[j * T + p] * sums[group * size + place_in_table(f->cells, p, m - j)];
-            dc[group * K + m] = float(total);
-        }
+// The gradients of the sum of g times that by a, u and the functions' coefficients; du and the coefficients' may be null.
+void kanlm_elementwise_gradient(const Function* phi, const Function* psi, const float* a, const float* u, const float* g,
+                                float* da, float* du, float* dc, float* dc_of_psi, int64_t N, int threads) {
+    const Function& second = psi ? *psi : *phi;
+    Totals of_phi(*phi, dc, threads), of_psi(second, dc_of_psi, threads);
+    elementwise(Elementwise{*phi, second, a, u, g, nullptr, da, du, N}, of_phi, of_psi, threads);
+    of_phi.write(dc, threads);
+    of_psi.write(dc_of_psi, threads);
 }
 
 // y [N, O] of a few rows x [N, I], the base branch included.

@@ -596,8 +596,8 @@ def _silu(module: Any, a: Tensor, u: Tensor) -> Tensor:
     return _Elementwise.apply(a, u, None, _Plan(a.shape[-1], silu=True))
 
 
-apply_normed = norm = None
-"""The norms of hidden values are torch's own here: none is part of a kernel."""
+apply_normed = norm = learned_product = None
+"""No kernel here norms hidden values, which torch does, or has two functions."""
 
 
 def _plan_from(kind, channels, groups, order, cells, low, high, silu, *norms) -> _Plan:

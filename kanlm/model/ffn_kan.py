@@ -49,15 +49,13 @@ class ChannelKAN(FeedForward):
     functions: ClassVar[dict[str, str]] = {"phi": "intermediate_size"}
     """Names of the block's functions, and the config's field with the number of channels that each serves."""
 
-    def apply_normed(
-        self, function: LearnedFunction, a: Tensor, u: Tensor | None = None, *, norms_u: bool = True
-    ) -> Tensor:
-        """function(norm(a)), or that times norm(u), or times u; norms are those of `hidden_norm`."""
+    def apply_normed(self, function: LearnedFunction, a: Tensor, u: Tensor | None = None) -> Tensor:
+        """function(norm(a)), or that times norm(u); norms are those of `hidden_norm`."""
         if self.kernel is not None:
-            return self.kernel(function, a, u, norms_u and u is not None, self.norm_eps)
+            return self.kernel(function, a, u, self.norm_eps)
         if u is None:
             return function(self.normalize(a))
-        return function.gated(self.normalize(a), self.normalize(u) if norms_u else u)
+        return function.gated(self.normalize(a), self.normalize(u))
 
     @classmethod
     def check(cls, config):
@@ -156,8 +154,10 @@ class ProductKAN(ChannelKAN):
         self.psi = self.make_function(config, config.intermediate_size, "identity")
 
     def forward(self, u: Tensor) -> Tensor:
-        up = self.apply_normed(self.psi, self.up_proj(u))
-        return self.down_proj(self.apply_normed(self.phi, self.gate_proj(u), up, norms_u=False))
+        gate, up = self.gate_proj(u), self.up_proj(u)
+        if self.kernel is not None:
+            return self.down_proj(self.kernel(self, gate, up))
+        return self.down_proj(self.phi.gated(self.normalize(gate), self.psi(self.normalize(up))))
 
 
 class EdgeKAN(FeedForward):

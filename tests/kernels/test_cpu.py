@@ -9,7 +9,7 @@ from torch import nn
 
 from kanlm import kernels
 from kanlm.fitting import refine, refine_function
-from kanlm.kernels import native
+from kanlm.kernels import cpu, native
 from kanlm.model.configuration_kanlm import KanLMConfig
 from kanlm.model.ffn import build_ffn
 from kanlm.model.kan import KANLinear, LearnedFunction
@@ -143,6 +143,58 @@ def test_blocks_equal_their_reference(ffn_type, hidden_norm):
         for parameter in block.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
     compared(block, [points(3, 37, 24, spread=1.0)], 1e-4)
+
+
+@pytest.mark.parametrize("hidden_norm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "fields, width",
+    [
+        ({"kan_basis": "linear", "kan_order": 1}, 43 * 8),
+        ({"kan_order": 2, "kan_num_groups": 3}, 51),
+        ({"kan_grid_size": 40, "kan_num_groups": 1}, 40),
+        ({"kan_num_groups": 23}, 23),
+        ({"kan_basis": "rational", "kan_num_groups": 3}, 66),
+    ],
+)
+def test_a_product_of_two_functions_is_one_call(nan_scratch, fields, width, dtype, hidden_norm):
+    config = KanLMConfig(
+        hidden_size=24, intermediate_size=width, num_attention_heads=2, ffn_type="kan_product",
+        hidden_norm=hidden_norm, **fields,
+    )  # fmt: skip
+    block = build_ffn(config)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for function in (block.phi, block.psi):
+            function.coefficients += 0.1 * torch.randn(function.coefficients.shape, generator=generator)
+        if function.is_spline:
+            refine_function(block.psi, 2 * block.psi.basis.grid_size)  # the two may have grids of their own
+    block = Gated(block.to(dtype))
+    a, u = (points(5, 61, width, dtype=dtype, seed=seed, spread=2.5) for seed in (0, 1))
+    compared(block, [a, u], TOLERANCE[dtype])
+    kernels.select(block, "cpu")
+    calls, learned = [], cpu.learned
+    block.block.phi.kernel = block.block.psi.kernel = lambda *arguments: calls.append(learned(*arguments))
+    with torch.no_grad():
+        close(block.gated(a, u), block.gated(a, u), 1e-9, "output of functions that are kept")
+        few = a[:1, :1], u[:1, :1]
+        close(block.gated(*few), block.gated(a, u)[:1, :1], TOLERANCE[dtype], "output of one row")
+    assert not calls
+
+
+class Gated(nn.Module):
+    """What a product arm computes between its matrices."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+        block.gate_proj = block.up_proj = block.down_proj = None
+
+    def gated(self, a, u):
+        block = self.block
+        if block.kernel is not None:
+            return block.kernel(block, a, u)
+        return block.phi.gated(block.normalize(a), block.psi(block.normalize(u)))
 
 
 def test_a_watched_function_is_called_with_normed_values():
