@@ -23,6 +23,7 @@ from kanlm.model.configuration_kanlm import KanLMConfig
 from kanlm.model.modeling_kanlm import KanLMForCausalLM
 from kanlm.sizing import matched_width, parameter_counts, training_flops_per_token
 from kanlm.train.build import Trainable, build
+from kanlm.train.parallel import keep_freed_memory
 
 SIZES = {
     # name: hidden_size, SwiGLU's intermediate_size, layers, heads, sequences x positions of a step
@@ -242,6 +243,8 @@ def run(
                 peaks[arm.name] = cuda_peak_memory(arm)
             elif not arm.name.endswith(COMPILED):
                 peaks[arm.name] = peak_memory(training_arm, arm.name, size, backend, "cpu", False, optimizer)
+    if device == "cpu":
+        keep_freed_memory()  # as training does
     settings = {
         "size": size,
         "backend": backend,
