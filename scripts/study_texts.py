@@ -97,15 +97,17 @@ def write_documents(path: Path, documents: list[str]) -> None:
 
 
 @click.command()
-def baselines() -> None:
+@click.argument("phases", nargs=-1)
+def baselines(phases: tuple[str, ...]) -> None:
     """Add to docs/results/study/baselines.json what counting and compressing reach on the test texts.
 
     From all of the training text, and from its first documents, as many bytes as the tokens of each final
-    phase are.
+    phase are (all, where they are more than one pass).
     """
     path = RESULTS.with_name("baselines.json")
     found = read_json(path) if path.is_file() else {}
     final = [phase for phase in plan() if phase.get("role") == "final"]
+    final = [phase for phase in final if not phases or phase["name"] in phases]
     wanted = {
         counted(phase["corpus"], tokens): (phase["corpus"], tokens)
         for phase in final
@@ -113,6 +115,11 @@ def baselines() -> None:
     }
     for name, (corpus, tokens) in wanted.items():
         if name in found:
+            continue
+        whole = found.get(counted(corpus, None))
+        if whole is not None and tokens is not None and tokens * BYTES_A_TOKEN >= whole["bytes"]:
+            found[name] = whole
+            write_json(path, found)
             continue
         train, test = (
             [
