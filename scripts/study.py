@@ -1,6 +1,6 @@
 """The study behind the verdict: many short trainings, two at once, judged on text that no choice looks at.
 
-    python scripts/study.py prepare DATA_DIR       writes runs/study/data: train, valid and test of each corpus
+    python scripts/study.py prepare DATA_DIR       writes runs/study/data: train, valid, test of each corpus
     python scripts/study.py run [PHASE ...]        trains what configs/study.toml plans and is not done yet
     python scripts/study.py baselines [PHASE ...]  n-grams and xz on the same test texts
     python scripts/study.py report                 writes docs/results/study/report.md and report.json
