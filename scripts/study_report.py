@@ -248,42 +248,59 @@ def averaging(by_arm: dict[str, list[dict[str, Any]]], judgements: list[Judgemen
 
 
 def ladders(rows: dict[str, dict[str, Any]]) -> list[str]:
-    """Power laws over the phases of each ladder: how many times the MLP's parameters the KAN needs."""
-    by_ladder = defaultdict(list)
+    """Power laws over the phases of each ladder: how many times the MLP's parameters the KAN needs.
+
+    Where phases of a ladder have one size, an arm's rung is its trials of the phase with most seeds, of
+    those the one that is best on validation text.
+    """
+    by_ladder = defaultdict(lambda: defaultdict(list))
     for phase in plan():
         if "ladder" in phase:
-            by_ladder[phase["ladder"]].append(phase)
+            by_ladder[phase["ladder"]][phase["size"]].append(phase)
     parts = []
-    for name, phases in by_ladder.items():
+    for name, by_size in by_ladder.items():
         rungs, lines = (
             [],
-            ["| parameters | tokens | seeds | KAN | MLP | difference |", "|---|---|---|---|---|---|"],
+            [
+                "| parameters | tokens | rates of the KAN; of the MLP | seeds | KAN | MLP | difference |",
+                "|---|---|---|---|---|---|---|",
+            ],
         )
-        for phase in phases:
-            arms: dict[str, dict[int, dict[str, Any]]] = {"kan": {}, "mlp": {}}
-            for trial in trials_of((phase["name"],)):
-                row = rows.get(key_of(trial), {})
-                if "test" in row:
-                    arms[find_arm(row["arm"]).family][row["seed"]] = row
-            seeds = sorted(set(arms["kan"]) & set(arms["mlp"]))
+        for phases in by_size.values():
+            own, other = (best_trials(phases, family, rows) for family in ("kan", "mlp"))
+            seeds = sorted(set(own) & set(other))
             if not seeds:
                 continue
-            own, other = ([arms[f][seed] for seed in seeds] for f in ("kan", "mlp"))
-            losses = [[row["test"] for row in both] for both in (own, other)]
-            sizes = [both[0]["non_embedding_parameters"] for both in (own, other)]
+            pairs = [[arm[seed] for seed in seeds] for arm in (own, other)]
+            losses = [[row["test"] for row in arm] for arm in pairs]
+            sizes = [arm[0]["non_embedding_parameters"] for arm in pairs]
             rungs.append(Rung(*map(float, sizes), *losses))
             gap = f"{fmean(losses[0]) - fmean(losses[1]):+.4f}"
             if len(seeds) > 1:
                 found = paired_difference(*losses)
                 gap += f" ({found.low:+.4f} to {found.high:+.4f})"
+            rates = "; ".join(rates_of(arm[0]) for arm in pairs)
             lines.append(
-                f"| {sizes[0]:,} | {phase['tokens']:,} | {len(seeds)} | {fmean(losses[0]):.4f} | "
-                f"{fmean(losses[1]):.4f} | {gap} |"
+                f"| {sizes[0]:,} | {phases[0]['tokens']:,} | {rates} | "
+                f"{len(seeds)} | {fmean(losses[0]):.4f} | {fmean(losses[1]):.4f} | {gap} |"
             )
         if not rungs:
             continue
         parts.append(f"## Ladder: {name}\n\n" + "\n".join(lines) + "\n\n" + ladder_sentence(rungs))
     return parts
+
+
+def best_trials(
+    phases: list[dict[str, Any]], family: str, rows: dict[str, dict[str, Any]]
+) -> dict[int, dict[str, Any]]:
+    """By seed, the tested trials of the family's arm in the phase that suits it best."""
+    found = []
+    for phase in phases:
+        trials = [rows.get(key_of(trial), {}) for trial in trials_of((phase["name"],))]
+        found.append({r["seed"]: r for r in trials if "test" in r and find_arm(r["arm"]).family == family})
+    return min(
+        found, key=lambda own: (-len(own), fmean(row["valid"] for row in own.values()) if own else math.inf)
+    )
 
 
 def ladder_sentence(rungs: list[Rung]) -> str:
