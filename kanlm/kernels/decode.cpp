@@ -31,9 +31,11 @@ constexpr int BYTES = 16;
 constexpr int L = BYTES / 4;       // floats in a vector
 constexpr int W = 32;              // columns of a tile
 constexpr int VECS = W / L;        // vectors in a tile's row
-constexpr int AHEAD = 6;           // inputs that an edge layer fetches ahead; a line of a cache has LINE bytes
-constexpr int LINE = 64;
-constexpr int64_t FETCHED = 1 << 16;  // bytes of a layer from which on: other layers drive it out of the nearest caches
+constexpr int SPAN = 512;          // columns of an edge layer whose sums stay in the nearest cache
+constexpr int AHEAD = 2;           // inputs that an edge layer fetches ahead,
+constexpr int LEAD = 1024;         // that many bytes of each: then the processor has seen the stream
+constexpr int LINE = 64;           // bytes of a line of a cache
+constexpr int TERMS = 8;           // the most functions of an input that are not zero
 constexpr int BANKS = BYTES / 16;  // sums of a column that wait for each other: together they hide the latency
 
 typedef float vec __attribute__((vector_size(BYTES)));
@@ -176,10 +178,12 @@ inline void gather(const float* table, ints cell, vec* p) {
 #if defined(__AVX512F__)
     for (int j = 0; j < 4; ++j) p[j] = (vec)_mm512_i32gather_ps((__m512i)(cell * 4 + j), table, 4);
 #elif defined(__AVX2__)  // rows are 16 bytes: four loads of two rows, then 4 x 4 transposed in each half
+    alignas(BYTES) uint32_t first[L];  // by way of memory: one load a lane instead of two operations
+    *reinterpret_cast<ints*>(first) = cell * 4;
     __m256 rows[4];
     for (int l = 0; l < 4; ++l)
-        rows[l] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(table + cell[l] * 4)),
-                                       _mm_loadu_ps(table + cell[l + 4] * 4), 1);
+        rows[l] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(table + first[l])),
+                                       _mm_loadu_ps(table + first[l + 4]), 1);
     const __m256 a = _mm256_unpacklo_ps(rows[0], rows[1]), b = _mm256_unpackhi_ps(rows[0], rows[1]);
     const __m256 c = _mm256_unpacklo_ps(rows[2], rows[3]), d = _mm256_unpackhi_ps(rows[2], rows[3]);
     p[0] = (vec)_mm256_shuffle_ps(a, c, 0x44), p[1] = (vec)_mm256_shuffle_ps(a, c, 0xEE);
@@ -223,38 +227,60 @@ void normalize(const Operation& k) {  // weights w, or none
         for (int64_t i = 0; i < k.I; ++i) k.y[i] = k.a[i] * scale;
 }
 
-// Writes a tile's sums [VECS] to its columns of y.
-inline void put(const Operation& k, int64_t tile, const vec* sums) {
-    alignas(64) float columns[W];
-    for (int v = 0; v < VECS; ++v) store(columns + v * L, sums[v]);
-    const int64_t first = tile * W, count = std::min<int64_t>(W, k.O - first);
-    for (int64_t o = 0; o < count; ++o) {
-        const float value = k.s ? columns[o] * k.s[first + o] : columns[o];
+// Adds the sums of columns from `first` on to y, or puts them there.
+inline void put(const Operation& k, int64_t first, int64_t count, const float* sums) {
+    for (int64_t o = 0; o < std::min(count, k.O - first); ++o) {
+        const float value = k.s ? sums[o] * k.s[first + o] : sums[o];
         k.y[first + o] = k.accumulate ? k.y[first + o] + value : value;
     }
+}
+
+// N vectors of a tile, the columns from `first` on.
+template <int N, typename X>
+inline void sum_tile(const Operation& k, int64_t first) {
+    const X* w = static_cast<const X*>(k.w) + first * k.I;
+    vec sums[BANKS][N] = {};
+    int64_t i = 0;
+    for (; i + BANKS <= k.I; i += BANKS)
+        for (int b = 0; b < BANKS; ++b)
+            for (int v = 0; v < N; ++v) sums[b][v] += k.a[i + b] * load(w + (i + b) * W + v * L);
+    for (; i < k.I; ++i)
+        for (int v = 0; v < N; ++v) sums[0][v] += k.a[i] * load(w + i * W + v * L);
+    for (int b = 1; b < BANKS; ++b)
+        for (int v = 0; v < N; ++v) sums[0][v] += sums[b][v];
+    alignas(64) float columns[N * L];
+    for (int v = 0; v < N; ++v) store(columns + v * L, sums[0][v]);
+    put(k, first, N * L, columns);
 }
 
 template <typename X>
 void matrix(const Operation& k, int thread, int threads) {
     const Share tiles = share_of((k.O + W - 1) / W, thread, threads);
-    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-        const X* w = static_cast<const X*>(k.w) + tile * k.I * W;
-        vec sums[BANKS][VECS] = {};
-        int64_t i = 0;
-        for (; i + BANKS <= k.I; i += BANKS)
-            for (int b = 0; b < BANKS; ++b)
-                for (int v = 0; v < VECS; ++v) sums[b][v] += k.a[i + b] * load(w + (i + b) * W + v * L);
-        for (; i < k.I; ++i)
-            for (int v = 0; v < VECS; ++v) sums[0][v] += k.a[i] * load(w + i * W + v * L);
-        for (int b = 1; b < BANKS; ++b)
-            for (int v = 0; v < VECS; ++v) sums[0][v] += sums[b][v];
-        put(k, tile, sums[0]);
+    for (int64_t first = tiles.begin * W; first < tiles.end * W; first += W) {
+        if (k.O - first <= L) sum_tile<1, X>(k, first);  // the others of the last tile are padding
+        else if (k.O - first <= W / 2) sum_tile<VECS / 2, X>(k, first);
+        else sum_tile<VECS, X>(k, first);
     }
 }
 
-// A layer of edge functions: only the terms that are not zero at an input are read. u is scratch of (T + 2) I floats for
-// their values [T, I], SiLU and places; s has the pieces [T, T] (function, power), then the columns' scales of int8
-// weights. With a base branch (silu) its weights are the last of the K rows of an input.
+// sums [count] += sum_j values[j * stride] rows[j * P ..] (+ value_of_base base[..]); T terms, or `terms` where T is 0.
+template <int T, typename X>
+inline void add_rows(float* sums, int64_t count, const X* rows, int64_t P, const float* values, int64_t stride, int terms,
+                     const X* base, float value_of_base) {
+    if (T) terms = T;
+    vec factors[T ? T : TERMS];  // no store below can reach them
+    for (int j = 0; j < terms; ++j) factors[j] = vec{} + values[j * stride];
+    for (int64_t o = 0; o < count; o += L) {
+        vec even = {}, odd = base ? value_of_base * load(base + o) : vec{};
+        for (int j = 0; j < terms; ++j) (j & 1 ? odd : even) += factors[j] * load(rows + j * P + o);
+        store(sums + o, load(sums + o) + (even + odd));
+    }
+}
+
+// A layer of edge functions: only the terms that are not zero at an input are read. Weights w: those of the base branch
+// (silu) [I, P], then [I, functions, P], P = O in whole tiles: what is read of an input is one stretch of memory and long
+// enough for the processor to see a stream. u is scratch of (T + 2) I floats for the terms' values [T, I], SiLU and places;
+// s has the pieces [T, T] (function, power), then the columns' scales of int8 weights.
 template <typename X>
 void edge(Operation k, int thread, int threads) {
     const int terms = k.order + 1;
@@ -277,29 +303,23 @@ void edge(Operation k, int thread, int threads) {
         cells[i] = float(at.cell);
     }
 #pragma omp barrier
-    // Weights that no cache holds: the processor sees no stream in rows that are left out, but they are known ahead.
-    const bool fetch = k.I * k.K * k.O * int64_t(sizeof(X)) > FETCHED;
-    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-        const X* w = static_cast<const X*>(k.w) + tile * k.I * k.K * W;
-        vec sums[2][VECS] = {};
+    const int64_t P = (k.O + W - 1) / W * W, functions = k.K - k.silu;
+    const X *base = k.silu ? static_cast<const X*>(k.w) : nullptr, *weights = static_cast<const X*>(k.w) + k.silu * k.I * P;
+    for (int64_t first = tiles.begin * W; first < tiles.end * W; first += SPAN) {
+        const int64_t count = std::min<int64_t>(SPAN, tiles.end * W - first);
+        alignas(64) float sums[SPAN];
+        std::fill(sums, sums + count, 0.0f);
+        auto rows_of = [&](int64_t i) { return weights + (i * functions + int64_t(cells[i])) * P + first; };
         for (int64_t i = 0; i < k.I; ++i) {
-            const X* rows = w + (i * k.K + int64_t(cells[i])) * W;
-            if (fetch && i + AHEAD < k.I) {
-                const X* input = w + (i + AHEAD) * k.K * W;
-                const X* next = input + int64_t(cells[i + AHEAD]) * W;
-                for (int64_t at = 0; at < terms * W; at += LINE / sizeof(X)) __builtin_prefetch(next + at);
-                const X* base = input + (k.K - 1) * W;
-                for (int64_t at = 0; k.silu && at < W; at += LINE / sizeof(X)) __builtin_prefetch(base + at);
+            if (i + AHEAD < k.I) {
+                const char* next = reinterpret_cast<const char*>(rows_of(i + AHEAD));
+                for (int at = 0; at < LEAD; at += LINE) __builtin_prefetch(next + at);
             }
-            for (int j = 0; j < terms; ++j)
-                for (int v = 0; v < VECS; ++v) sums[j & 1][v] += values[j * k.I + i] * load(rows + j * W + v * L);
-            if (k.silu) {
-                const X* base = w + (i * k.K + k.K - 1) * W;
-                for (int v = 0; v < VECS; ++v) sums[1][v] += bases[i] * load(base + v * L);
-            }
+            const X* own_base = base ? base + i * P + first : nullptr;
+            if (terms == 4) add_rows<4>(sums, count, rows_of(i), P, values + i, k.I, 4, own_base, bases[i]);
+            else add_rows<0>(sums, count, rows_of(i), P, values + i, k.I, terms, own_base, bases[i]);
         }
-        for (int v = 0; v < VECS; ++v) sums[0][v] += sums[1][v];
-        put(k, tile, sums[0]);
+        put(k, first, count, sums);
     }
 }
 
@@ -395,16 +415,18 @@ inline void each(const Operation& k, int thread, int threads, F function) {
 }
 
 // y = phi(a) * u, group by group.
-void table(const Operation& k, int thread, int threads) {
+void table(Operation k, int thread, int threads) {  // a copy that no store can reach
     const Share own = share_of(k.I, thread, threads);
     const int64_t width = k.I / k.groups, size = int64_t(k.cells) * (k.order + 1);
     for (int64_t group = own.begin / width; group * width < own.end; ++group) {
         const float* own_table = static_cast<const float*>(k.w) + group * size;
         const int64_t end = std::min(own.end, (group + 1) * width);
         int64_t i = std::max(own.begin, group * width);
-        for (; !k.periodic && i + L <= end; i += L) {
-            const vec value = tabulated(k, own_table, load(k.a + i));
-            store(k.y + i, k.u ? value * load(k.u + i) : value);
+        const bool whole = !k.periodic && i + L <= end;
+        for (; whole && i < end; i += L) {
+            const int64_t at = std::min(i, end - L);  // the last vector repeats some of the one before
+            const vec value = tabulated(k, own_table, load(k.a + at));
+            store(k.y + at, k.u ? value * load(k.u + at) : value);
         }
         for (; i < end; ++i) k.y[i] = tabulated(k, own_table, k.a[i]) * (k.u ? k.u[i] : 1.0f);
     }

@@ -377,7 +377,7 @@ class Program:
         return self.matrix(weight, a, y, accumulate)
 
     def matrix(self, weight: Tensor, a: Value, y: Value | None = None, accumulate: bool = False) -> Value:
-        packed, scales = self.packed(weight.unsqueeze(1))
+        packed, scales = self.packed(weight)
         outputs, inputs = weight.shape
         return self.add(
             "matrix",
@@ -392,24 +392,40 @@ class Program:
         )
 
     def packed(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """weight [O, K, I] in tiles [tiles, I, K, W], and of int8 the scale of each output [O]."""
-        outputs, functions, inputs = weight.shape
-        scales = None
-        if self.int8:
-            scales = (weight.abs().amax((1, 2)) / 127).clamp_min(1e-30)
-            rounded = (weight / scales[:, None, None]).round()
-            error = rounded * scales[:, None, None] - weight
-            self._squares[0] += float(error.double().square().sum())
-            self._squares[1] += float(weight.double().square().sum())
-            weight = rounded.to(torch.int8)
-        tile = library().kanlm_decode_tile()
-        tiles = -(-outputs // tile)
-        padded = weight.new_zeros(tiles * tile, functions, inputs)
-        padded[:outputs] = weight
-        padded = padded.view(tiles, tile, functions, inputs).permute(0, 3, 2, 1)
-        packed = self.keep_alive(self._weights.empty(padded.shape, padded.dtype).copy_(padded))
-        self.weight_bytes += packed.numel() * packed.element_size()
-        return packed, None if scales is None else self.keep_alive(scales)
+        """weight [O, I] in tiles [tiles, I, W], and of int8 the scale of each output [O]."""
+        weight, scales = self.rounded(weight)
+        inputs = weight.shape[1]
+        tiles = self.whole_tiles(weight).view(-1, library().kanlm_decode_tile(), inputs)
+        return self.keep_weights(tiles.transpose(1, 2)), scales
+
+    def packed_edges(self, weight: Tensor, base: bool) -> tuple[Tensor, Tensor | None]:
+        """weight [O, K, I] as [I, K, P], P = O in whole tiles; the base branch's function, the last, before them."""
+        weight, scales = self.rounded(weight)
+        rows = self.whole_tiles(weight).permute(2, 1, 0)
+        parts = [rows[:, -1:], rows[:, :-1]] if base else [rows]
+        return self.keep_weights(torch.cat([part.flatten() for part in parts])), scales
+
+    def rounded(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """weight [O, ...] as it is kept, and of int8 the scale of each output [O]."""
+        if not self.int8:
+            return weight, None
+        rows = weight.flatten(1)
+        scales = (rows.abs().amax(1, keepdim=True) / 127).clamp_min(1e-30)
+        rounded = (rows / scales).round()
+        self._squares[0] += float((rounded * scales - rows).double().square().sum())
+        self._squares[1] += float(rows.double().square().sum())
+        return rounded.to(torch.int8).view(weight.shape), self.keep_alive(scales.flatten())
+
+    def whole_tiles(self, weight: Tensor) -> Tensor:
+        """weight [O, ...] with rows of zeros up to a whole tile."""
+        missing = -len(weight) % library().kanlm_decode_tile()
+        return torch.cat([weight, weight.new_zeros(missing, *weight.shape[1:])])
+
+    def keep_weights(self, packed: Tensor) -> Tensor:
+        """`packed` in the weights' own memory, counted."""
+        kept = self.keep_alive(self._weights.empty(packed.shape, packed.dtype).copy_(packed))
+        self.weight_bytes += kept.numel() * kept.element_size()
+        return kept
 
     def block(self, block: nn.Module, a: Value, stream: Value) -> None:
         """stream + block(a), by the operations that torch.fx finds in the block's forward pass."""
@@ -504,7 +520,7 @@ class Program:
                 **grid_fields(layer.basis, tables),
             )
             return self.matrix(weight.flatten(1), computed)
-        packed, scales = self.packed(weight)
+        packed, scales = self.packed_edges(weight, base)
         pieces = torch.tensor(UNIFORM_PIECES[layer.basis.order]).flatten()
         if scales is not None:
             pieces = torch.cat((pieces, scales))

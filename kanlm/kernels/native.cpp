@@ -451,7 +451,12 @@ struct Spline {
         }
         turn(part, turned);
         const int32_t* total = at.totals.data + slot * V;
-        for (int l = 0; l < V; ++l) *reinterpret_cast<quad*>(sums + total[l]) += half_of(turned[l % 4], l / 4);
+        for (int l = 0; l < V; ++l) {
+            int64_t at = total[l];
+            const quad sum = *reinterpret_cast<quad*>(sums + at) + half_of(turned[l % 4], l / 4);
+            asm("" : "+r"(at));  // else GCC computes the address first: one instruction more a lane
+            *reinterpret_cast<quad*>(sums + at) = sum;
+        }
     }
     void finish(Buffer&, float*) {}
     static void reduce(const Function& f, const float* sums, int64_t, bool narrow, double* gradient) {
@@ -624,10 +629,11 @@ struct Side {
 template <typename F, typename S, bool BACKWARD>
 inline void step(const Elementwise& k, Side<F>& phi, Side<S>& psi, int slot, float scale_a, float scale_u, int64_t at,
                  int first, int last) {
-    // A group's part of a row is too short for the processor to see a stream: fetch what the next block needs.
-    const int64_t ahead = at + ROWS * k.f.C;
-    __builtin_prefetch(k.a + ahead, 0, 2);
-    if (k.u) __builtin_prefetch(k.u + ahead, 0, 2);
+    // Fetch what comes: of whole rows the one after the next, of a group's part of a row, too short for the processor to see
+    // a stream, what the next block needs.
+    const int64_t ahead = at + (F::BY_ROW || k.f.groups == 1 ? 2 : ROWS) * k.f.C;
+    __builtin_prefetch(k.a + ahead, 0, 3);
+    if (k.u) __builtin_prefetch(k.u + ahead, 0, 3);
     vec a = load_part(k.a + at, last) * scale_a, u = k.u ? load_part(k.u + at, last) * scale_u : splat(1.0f);
     vec value, slope, factor, factor_slope;
     phi.function.evaluate(phi.buffer, slot, a, value, slope);
@@ -635,9 +641,9 @@ inline void step(const Elementwise& k, Side<F>& phi, Side<S>& psi, int slot, flo
     if constexpr (!BACKWARD) {
         store_part(k.y + at, value * factor, last);
     } else {
-        __builtin_prefetch(k.g + ahead, 0, 2);
-        __builtin_prefetch(k.da + ahead, 1, 2);
-        if (k.du) __builtin_prefetch(k.du + ahead, 1, 2);
+        __builtin_prefetch(k.g + ahead, 0, 3);
+        __builtin_prefetch(k.da + ahead, 1, 3);
+        if (k.du) __builtin_prefetch(k.du + ahead, 1, 3);
         vec g = load_part(k.g + at, last), by_phi = g * factor, by_psi = g * value;
         store_part(k.da + at, by_phi * slope, last);
         if (k.du) store_part(k.du + at, by_psi * factor_slope, last);
