@@ -399,7 +399,7 @@ class Program:
         return self.keep_weights(tiles.transpose(1, 2)), scales
 
     def packed_edges(self, weight: Tensor, base: bool) -> tuple[Tensor, Tensor | None]:
-        """weight [O, K, I] as [I, K, P], P = O in whole tiles; the base branch's function, the last, before them."""
+        """weight [O, K, I] as [I, K, P], P = O in whole tiles; the base, the last of K, before them."""
         weight, scales = self.rounded(weight)
         rows = self.whole_tiles(weight).permute(2, 1, 0)
         parts = [rows[:, -1:], rows[:, :-1]] if base else [rows]
