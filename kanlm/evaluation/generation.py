@@ -188,6 +188,9 @@ def native(network: Any, weights: Weights, prompts: int = 1) -> NativeDecoder | 
         UserError: int8 weights without it.
     """
     serves = prompts == 1 and network.device.type == "cpu"
+    if not serves:
+        what = f"{prompts} prompts" if prompts > 1 else f"a model on {network.device.type}"
+        decoding.say_once(f"decoding: transformers' generate ({what}; the native decoder takes one on a CPU)")
     decoder = decoding.decoder_for(network, weights) if serves else None
     if decoder is None and weights != "float32":
         raise UserError(

@@ -30,13 +30,19 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from kanlm.kernels.native import NativeUnavailable, load, pointer
 from kanlm.kernels.support import is_plain_linear
 from kanlm.model.basis import UNIFORM_PIECES, Basis, BSpline, Fourier
 from kanlm.model.ffn import XIELU, PolyNorm
 from kanlm.model.kan import KANLinear, LearnedFunction
-from kanlm.model.modeling_kanlm import CACHE, KanLMForCausalLM
+from kanlm.model.modeling_kanlm import (
+    CACHE,
+    KanLMDecoderLayer,
+    KanLMForCausalLM,
+    KanLMModel,
+)
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 KINDS = (
@@ -95,8 +101,9 @@ def library() -> ctypes.CDLL:
 
 def reason_not_served(model: nn.Module) -> str | None:
     """Why `model` as a whole cannot be decoded natively, or None; its blocks are judged by `Program`."""
-    if not isinstance(model, KanLMForCausalLM):
+    if not computes(model, KanLMForCausalLM):
         return f"the model is a {type(model).__name__}, not kanlm's own"
+    assert isinstance(model, KanLMForCausalLM)
     tensors = list(model.parameters())
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return "the model is not on the CPU"
@@ -105,12 +112,31 @@ def reason_not_served(model: nn.Module) -> str | None:
     config = model.config
     if config._attn_implementation not in ("sdpa", "eager", None):
         return f"its attention implementation is {config._attn_implementation!r}, not sdpa or eager"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds or getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None):
+        return "its attention sees a part of the text only (sliding_window, layer_types)"
+    parts: list[tuple[nn.Module, type[nn.Module]]] = [
+        (model.model, KanLMModel),
+        (model.model.embed_tokens, nn.Embedding),
+        (model.model.norm, nn.RMSNorm),
+    ]
+    for layer in model.model.layers:
+        parts += [(layer, KanLMDecoderLayer), (layer.self_attn, LlamaAttention)]
+        parts += [(layer.input_layernorm, nn.RMSNorm), (layer.post_attention_layernorm, nn.RMSNorm)]
+    for part, kind in parts:
+        if not computes(part, kind):
+            return f"it has a {type(part).__name__} in place of {kind.__name__}"
     if model.model.rotary_emb.rope_type != "default":
         return f"its rotary embeddings are scaled (rope_type {model.model.rotary_emb.rope_type!r})"
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return f"{name or 'the model'} has a hook or another forward method"
     return None
+
+
+def computes(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of `module` is that of `kind`: an instance, whose class has no forward of its own."""
+    return isinstance(module, kind) and type(module).forward is kind.forward
 
 
 class NativeDecoder:
@@ -445,7 +471,7 @@ class Program:
         if node.op == "call_module":
             module = block.get_submodule(str(node.target))
             for kind, lower in MODULES.items():
-                if isinstance(module, kind):
+                if computes(module, kind):
                     return lower(self, module, *inputs)
             raise NotServed(f"{type(block).__name__} has a {type(module).__name__}")
         if node.target is operator.mul and self.fused(node, *inputs):
@@ -459,6 +485,8 @@ class Program:
         """Whether a * b became part of the operation just added, which computes a for nothing else."""
         last = self.operations[-1]
         if not (isinstance(a, Value) and isinstance(b, Value) and len(node.all_input_nodes[0].users) == 1):
+            return False
+        if a.memory is b.memory:  # a square: one node, so one user
             return False
         if last.y != a.memory.data_ptr() or last.u or KINDS[last.kind] not in PRODUCTS:
             return False
@@ -596,7 +624,9 @@ def hermite_table(basis: Basis, coefficients: Tensor) -> Tensor:
 
 class BlockTracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, tuple(MODULES)) or super().is_leaf_module(module, qualified_name)
+        return any(computes(module, kind) for kind in MODULES) or super().is_leaf_module(
+            module, qualified_name
+        )
 
 
 def traced(block: nn.Module) -> fx.Graph:

@@ -111,12 +111,25 @@ def test_gpu_benchmark_goes_through_every_part_without_a_gpu(tmp_path):
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    parts = written["parts"]
+    assert written["left_out"] == []
     assert parts["tests"]["passed"] and parts["gate"].keys() >= {"cubic", "linear", "rational"}
     kernels_used = {record["arm"]: record["kernels"] for record in parts["training eager"]}
     assert kernels_used["kan_glu"] == kernels_used["kan_mixed"] == "triton"
     assert [record["arm"] for record in parts["training compiled"]] == ["swiglu", "kan_glu"]
     assert json.loads((tmp_path / "gpu-train-eager.json").read_text())["arms"] == parts["training eager"]
+
+
+def test_gpu_benchmark_that_is_out_of_time_says_what_it_left_out(tmp_path):
+    script = Path(__file__).parents[2] / "scripts" / "bench_gpu.py"
+    result = subprocess.run(
+        [sys.executable, script, "--dry-run", "--seconds", "0", "--out", tmp_path / "gpu.json"],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 1 and result.stdout.startswith("out of time before tests, full_edge")
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert written["parts"] == {} and written["left_out"][-1] == "training kan_grouped"
 
 
 def test_absent_peer_is_skipped_with_a_line(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from kanlm.kernels import decode, native
 from kanlm.kernels.decode import NativeDecoder, NotServed, native_decoder
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.model.configuration_kanlm import FFN_TYPES
+from kanlm.model.kan import KANLinear, LearnedFunction
 
 SIZES = {
     **{"vocab_size": 67, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2},
@@ -18,8 +19,12 @@ SIZES = {
 }
 NEW = 200
 FORMS = [{"ffn_type": name} for name in FFN_TYPES]
-FORMS += [{"ffn_type": name, "hidden_norm": True} for name in ("gelu", "swiglu", "kan_act", "kan_product")]
+NORMED = ("gelu", "swiglu", "kan_act", "kan_grouped", "kan_glu", "kan_product")
+FORMS += [{"ffn_type": name, "hidden_norm": True} for name in NORMED]
+FORMS += [{"ffn_type": name, "kan_basis": "linear"} for name in ("kan_glu", "kan", "kan_mixed")]
 FORMS += [
+    {"ffn_type": "kan_grouped", "kan_basis": "rational"},
+    {"ffn_type": "kan", "intermediate_size": 1100},  # more columns than SPAN
     {"ffn_type": "kan_glu", "kan_basis": "rational"},
     {"ffn_type": "kan_glu", "kan_glu_form": "residual", "kan_num_groups": 40},
     {"ffn_type": "kan_grouped", "kan_order": 5, "tie_word_embeddings": False},
@@ -99,6 +104,29 @@ def test_int8_weights_are_a_quarter_and_near(name):
     assert 0 < (rounded - expected).norm() / expected.norm() < 0.1
 
 
+@pytest.mark.parametrize(
+    "fields", [{"ffn_type": "swiglu"}, {"ffn_type": "kan"}, {"ffn_type": "kan", "kan_base": "none"}]
+)
+@torch.no_grad()
+def test_int8_logits_are_those_of_a_model_with_the_rounded_weights(fields):
+    made = model(tie_word_embeddings=False, **fields)
+    decoder = NativeDecoder(made, weights="int8")
+    logits = torch.stack([decoder.step(token) for token in (1, 2, 3, 4, 5)])
+    inside = {child for layer in made.modules() if isinstance(layer, KANLinear) for child in layer.children()}
+    for layer in made.modules():
+        parts = []
+        if isinstance(layer, KANLinear):  # one scale for an output's edges and base
+            parts = [child.weight for child in layer.children()]
+        elif isinstance(layer, torch.nn.Linear) and layer not in inside:
+            parts = [layer.weight]
+        if parts:
+            scales = torch.cat(parts, 1).abs().amax(1, keepdim=True) / 127
+            for weight in parts:
+                weight.copy_((weight / scales).round() * scales)
+    expected = made(input_ids=torch.tensor([[1, 2, 3, 4, 5]])).logits[0]
+    assert (logits - expected).abs().max() < 1e-4
+
+
 def test_a_full_cache_and_a_token_outside_the_vocabulary_are_errors():
     decoder = NativeDecoder(model(ffn_type="gelu"), max_length=4)
     decoder.prefill([1, 2, 3])
@@ -136,9 +164,43 @@ def with_unknown_operation():
     return made
 
 
+def with_adapter_of_embeddings():
+    made = model()
+    made.model.embed_tokens = OddEmbedding(67, 24)
+    return made
+
+
+class OddEmbedding(torch.nn.Embedding):
+    def forward(self, ids):
+        return 2 * super().forward(ids)
+
+
+class OddFunction(LearnedFunction):
+    def forward(self, a, u=None):
+        return 2 * super().forward(a, u)
+
+
+def with_own_function():
+    made = model(ffn_type="kan_act")
+    for layer in made.model.layers:
+        layer.mlp.phi.__class__ = OddFunction
+    return made
+
+
+def with_layer_norm():
+    made = model()
+    made.model.norm = torch.nn.LayerNorm(24)
+    return made
+
+
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
+        (lambda: model(sliding_window=4), "a part of the text only"),
+        (lambda: model(layer_types=["full_attention", "sliding_attention"]), "a part of the text only"),
+        (with_adapter_of_embeddings, "OddEmbedding in place of Embedding"),
+        (with_layer_norm, "LayerNorm in place of RMSNorm"),
+        (with_own_function, "ActivationKAN cannot be traced"),
         (rope_scaled, "rotary embeddings are scaled"),
         (with_hook, "model.layers.0.mlp has a hook"),
         (with_flex_attention, "'flex_attention', not sdpa or eager"),
@@ -152,6 +214,27 @@ def test_a_model_that_cannot_be_served_is_refused_in_one_line(build, reason, cap
     with caplog.at_level(logging.WARNING):
         assert native_decoder(build()) is None and native_decoder(build()) is None
     assert len(caplog.messages) == 1 and reason in caplog.text
+
+
+class Squared(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(24, 40, bias=False), torch.nn.Linear(40, 24, bias=False)
+
+    def forward(self, u):
+        a = torch.nn.functional.silu(self.up(u))
+        return self.down(a * a)
+
+
+@torch.no_grad()
+def test_the_square_of_an_activation_is_one():
+    made = model()
+    for layer in made.model.layers:
+        layer.mlp = Squared()
+    decoder = NativeDecoder(made)
+    decoder.prefill([1, 2])
+    expected = made(input_ids=torch.tensor([[1, 2, 3]])).logits[0, -1]
+    assert (decoder.step(3) - expected).abs().max() < 1e-4
 
 
 def test_functions_too_rough_for_a_table_are_refused(monkeypatch):
