@@ -28,7 +28,7 @@ SIZES = {
     "1.2m": {"hidden_size": 160, "num_hidden_layers": 4, "num_attention_heads": 5, "intermediate_size": 640},
 }
 """GELU models; every other arm gets the width with as many parameters."""
-OF_A_PHASE = ("name", "about", "arms", "seeds", "ladder")
+OF_A_PHASE = ("name", "about", "arms", "seeds", "ladder", "matching")
 """Keys of a phase that change none of its trials."""
 
 

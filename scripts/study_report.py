@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 import numpy as np
+from study_pictures import forest, ladder
 from study_plan import AVERAGED, RESULTS, key_of, plan, results, run_config, trials_of
 from study_runs import SEGMENTS
 from study_texts import counted
@@ -18,7 +19,7 @@ from kanlm.compare.judgement import ArmLosses, Judgement, judge, learned_nothing
 from kanlm.model.ffn import find_arm
 from kanlm.runs import read_json, write_json
 from kanlm.sizing import architecture, training_flops_per_token
-from kanlm.stats import Rung, holm, paired_difference, size_ratio, standard_error
+from kanlm.stats import Rung, ScalingFit, holm, paired_difference, size_ratio, standard_error
 
 HEADER = """# The study: learned activations against fixed ones at equal parameters
 
@@ -27,7 +28,9 @@ configs/study.toml (the plan). Loss in nats/token: lower is better. Rates are ch
 with a seed that no verdict uses; only final phases read the test text. The twin of `kan_act, normed` is
 `gelu, normed`: the same block with the function fixed at its start. "Detectable" is the true difference that
 so many seeds find in 80% of studies, "text" what another test text of this kind would change in the
-difference (standard error over 64 parts)."""
+difference (standard error over 64 parts). "p (Holm)": Student's paired t over the arms of a phase; "tie p":
+of equivalence within 0.01 nats (two one-sided tests; small: a tie). Three seeds have no sign-flip p below
+0.25: there an interval rests on normal differences. Holm runs within a phase, not over phases."""
 
 
 @click.command()
@@ -48,6 +51,8 @@ def report() -> None:
         else:
             text = seeds_table(done) if len(phase["seeds"]) > 1 else rates_table(done)
         parts.append(f"{title}\n{text}")
+    drawn = forest(judged, "kan_act, normed", RESULTS.parent)
+    parts.insert(1, f"![differences of kan_act, normed to its MLP by phase, with intervals]({drawn})")
     parts += ladders(rows)
     RESULTS.with_name("report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     write_json(RESULTS.with_name("report.json"), {"verdict": {"judgements": judged}})
@@ -145,7 +150,7 @@ def judged_phase(phase: dict[str, Any], done: list[dict[str, Any]]) -> tuple[lis
     ]
     judgements = [
         replace(one, text_error_nats=text_error(by_arm, one))
-        for one in judge(arms, size=size, learned_nothing=idle)
+        for one in judge(arms, matching=phase.get("matching", "parameters"), size=size, learned_nothing=idle)
     ]
     lines = [
         "| arm | rates | parameters | MFLOPs a token | seeds | validation | test | bits per byte | "
@@ -167,9 +172,10 @@ def judged_phase(phase: dict[str, Any], done: list[dict[str, Any]]) -> tuple[lis
         )
     lines += ["", *(f"- {sentence(one)}{beaten(one, counts)}" for one in judgements), *counting(phase), ""]
     lines += [
-        "| arm against | seeds | difference | interval | bootstrap | sign flips p | detectable | text |"
+        "| arm against | seeds | difference | interval | bootstrap | p (Holm) | sign flips p | tie p | "
+        "detectable | text |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += ["|---|---|---|---|---|---|---|---|"]
     for one in judgements:
         # Against its own twin too, which is the attribution: what the learning of the function gave.
         lines += [difference_row(one)] + [
@@ -217,6 +223,11 @@ def spreads(arms: list[ArmLosses], judgements: list[Judgement]) -> list[str]:
             f"{np.std(b, ddof=1):.4f}; of the differences {paired:.4f} in pairs of one seed, {apart:.4f} if "
             "seeds were unrelated."
         )
+        if one.text_error_nats is not None and one.text_error_nats > paired / 3:
+            lines[-1] += (
+                f" The test text's own sampling error ({one.text_error_nats:.4f}) is more than a third of "
+                "that: the interval is of seeds, and another text of this kind adds to it."
+            )
     return lines
 
 
@@ -287,6 +298,10 @@ def ladders(rows: dict[str, dict[str, Any]]) -> list[str]:
         if not rungs:
             continue
         parts.append(f"## Ladder: {name}\n\n" + "\n".join(lines) + "\n\n" + ladder_sentence(rungs))
+        if len(rungs) > 2:
+            found = size_ratio(rungs)
+            drawn = ladder(rungs, (found.fit, found.other_fit), RESULTS.parent)
+            parts.append(f"![losses by size and the fitted power laws]({drawn})")
     return parts
 
 
@@ -319,10 +334,24 @@ def ladder_sentence(rungs: list[Rung]) -> str:
     if found.low is not None:
         ratio += f" ({found.low:.2f} to {found.high:.2f}, 95%)"
     short = f" Too short to say: {found.too_short}." if found.too_short else ""
+    crossing = crosses(found.fit, found.other_fit, max(rung.size for rung in rungs))
+    beyond = (
+        f" These laws cross near {crossing:,.0f} parameters, beyond which the MLP's is lower: an "
+        "extrapolation, for which four sizes are too few."
+        if crossing
+        else ""
+    )
     return (
         f"For equal loss the KAN needs {ratio}, claimed 1/100; by size {by_size}. Loss in nats/token of N "
-        f"parameters: {laws}.{short}"
+        f"parameters: {laws}.{short}{beyond}"
     )
+
+
+def crosses(law: ScalingFit, other: ScalingFit, largest: float) -> float | None:
+    """The size beyond `largest`, to a thousand times it, from which `other` is the lower; or None."""
+    sizes = np.geomspace(largest, 1000 * largest, 2000)
+    ahead = [law.loss(size) < other.loss(size) for size in sizes]
+    return float(sizes[ahead.index(False)]) if ahead[0] and not all(ahead) else None
 
 
 def zero_shot_table(by_arm: dict[str, list[dict[str, Any]]], judgements: list[Judgement]) -> list[str]:
@@ -350,6 +379,8 @@ def zero_shot_table(by_arm: dict[str, list[dict[str, Any]]], judgements: list[Ju
         found = [paired_difference(*row) for row in rows]
         adjusted = holm([difference.p_value for difference in found])
         lines += [
+            "",
+            "The first 100 pairs of each BLiMP paradigm and the first 1,000 passages of LAMBADA.",
             "",
             f"| zero-shot | {one.arm} | {one.baseline} | difference | 95% interval | p (Holm) |",
             "|---|---|---|---|---|---|",
@@ -414,11 +445,14 @@ def difference_row(one: Judgement) -> str:
         return f"{interval[0]:+.4f} to {interval[1]:+.4f}" if interval else ""
 
     if one.difference_nats is None:
-        return f"| {one.arm} against {one.baseline} | 0 | | | | | | |"
-    p = "" if one.p_sign_flip is None else p_text(one.p_sign_flip)
+        return f"| {one.arm} against {one.baseline} | 0 | | | | | | | | |"
+    p, flips, tie = (
+        "" if value is None else p_text(value) for value in (one.p_holm, one.p_sign_flip, one.p_tie)
+    )
     detectable = "" if one.detectable_nats is None else f"{one.detectable_nats:.4f}"
     text = "" if one.text_error_nats is None else f"{one.text_error_nats:.4f}"
     return (
         f"| {one.arm} against {one.baseline} | {one.seeds} | {one.difference_nats:+.4f} | "
-        f"{pair(one.interval_nats)} | {pair(one.bootstrap_nats)} | {p} | {detectable} | {text} |"
+        f"{pair(one.interval_nats)} | {pair(one.bootstrap_nats)} | {p} | {flips} | {tie} | "
+        f"{detectable} | {text} |"
     )

@@ -49,6 +49,15 @@ def test_a_rate_with_fewer_seeds_waits(report, monkeypatch):
     assert rungs(report, monkeypatch, losses) == {0: "full", 1: "full"}
 
 
+def test_laws_that_cross_beyond_the_sizes_are_said(report):
+    law = report.ScalingFit(2.0, 1e5, 0.5, 0.0, 4)
+    lower_floor = report.ScalingFit(1.9, 2e5, 0.5, 0.0, 4)  # 2 + (1e5 / N)^0.5 = 1.9 + (2e5 / N)^0.5
+    expected = 1e5 * ((2**0.5 - 1) / 0.1) ** 2
+    assert report.crosses(law, lower_floor, 1e6) == pytest.approx(expected, rel=0.01)
+    assert report.crosses(law, lower_floor, 1e7) is None  # behind at the largest size already
+    assert report.crosses(law, report.ScalingFit(2.1, 1e5, 0.5, 0.0, 4), 1e6) is None
+
+
 @pytest.mark.slow
 def test_the_committed_report_is_what_the_committed_trials_give(tmp_path):
     for path in ("configs/study.toml", *(STUDY / n for n in ("trials.jsonl", "baselines.json"))):
@@ -57,5 +66,5 @@ def test_the_committed_report_is_what_the_committed_trials_give(tmp_path):
     subprocess.run(
         [sys.executable, ROOT / "scripts/study.py", "report"], cwd=tmp_path, check=True, capture_output=True
     )
-    for name in ("report.md", "report.json"):
+    for name in ("report.md", "report.json", "differences.svg", "ladder.svg"):
         assert (tmp_path / STUDY / name).read_text() == (ROOT / STUDY / name).read_text(), name

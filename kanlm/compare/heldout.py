@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
+from glob import has_magic
+from pathlib import Path
 from typing import Any
 
 from kanlm.compare.plan import Study
 from kanlm.compare.schema import EvaluationConfig, Trial
+from kanlm.config import SourceConfig
 from kanlm.data import documents, text_documents
 from kanlm.evaluation.baselines import kneser_ney_by_order, xz_bits_per_byte
 from kanlm.evaluation.generation import Sampling, sample_rows
@@ -23,6 +26,12 @@ def held_out_documents(study: Study) -> Iterator[str]:
     settings = study.config.evaluation
     found = text_documents(settings.source) if settings.source else documents(study.base.data, "validation")
     return itertools.islice(found, settings.max_documents)
+
+
+def split_of(source: SourceConfig) -> str:
+    """The split that a report names: all of a file, whose only split the library calls train."""
+    files = Path(source.source).expanduser().is_file() or has_magic(source.source)
+    return "all" if files and source.split == "train" else source.split
 
 
 def judge_run(study: Study, trial: Trial, say: Callable[[str], None]) -> None:
@@ -42,7 +51,7 @@ def judge_run(study: Study, trial: Trial, say: Callable[[str], None]) -> None:
         texts,
         name=str(run.hf),
         dataset=source.source if source else base.data.validation_source or base.data.source,
-        split=source.split if source else "held out",
+        split=split_of(source) if source else "held out",
         context_length=settings.context_length or base.data.block_size,
         stride=settings.stride,
         batch_size=settings.batch_size,

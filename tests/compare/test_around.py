@@ -11,9 +11,10 @@ from test_report import ARMS, losses
 from kanlm.cli import cli
 from kanlm.compare import estimate
 from kanlm.compare.artifacts import CompareDir, load
+from kanlm.compare.heldout import split_of
 from kanlm.compare.report import report, report_content
 from kanlm.compare.status import status
-from kanlm.config import UserError
+from kanlm.config import SourceConfig, UserError, parse_table
 from kanlm.runs import write_json
 
 
@@ -153,3 +154,10 @@ def test_damaged_file_of_a_comparison_is_named(tmp_path, name, damage, told):
     with pytest.raises(UserError, match=f"^{re.escape(str(path))}: damaged") as refused:
         load(tmp_path)
     assert told in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_test_text_from_a_file_is_not_labelled_train(tmp_path):
+    (tmp_path / "test.txt").write_text("text")
+    file = parse_table(SourceConfig, {"source": str(tmp_path / "test.txt")}, "test")
+    hub = parse_table(SourceConfig, {"source": "owner/data", "split": "test"}, "test")
+    assert (split_of(file), split_of(hub)) == ("all", "test")

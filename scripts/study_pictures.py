@@ -1,0 +1,58 @@
+"""The study's figures, from what its report says: docs/results/study/*.svg."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kanlm.interpret.pictures import figure_svg
+from kanlm.stats import Rung, ScalingFit
+
+KAN, MLP = "#c2410c", "#374151"
+
+
+def forest(judged: Sequence[dict[str, Any]], arm: str, folder: Path) -> str:
+    """Differences of `arm` to its baseline, a line for each phase, with their intervals; the file's name."""
+    rows = [one for one in judged if one["arm"] == arm and one["interval_nats"]]
+    with figure_svg("study-differences", 0.8 + 0.24 * len(rows)) as (figure, output):
+        axes = figure.add_subplot()
+        for place, one in enumerate(reversed(rows)):
+            low, high = one["interval_nats"]
+            colour = KAN if one["outcome"] == "better" else MLP
+            # A wide interval is cut: its line then goes through the frame.
+            axes.plot([low, high], [place, place], color=colour, clip_on=True)
+            axes.plot(one["difference_nats"], place, "o", color=colour, markersize=4)
+        axes.axvline(0, color=MLP, linewidth=1)
+        axes.set_yticks(range(len(rows)), [f"{one['phase']} ({one['seeds']})" for one in reversed(rows)])
+        axes.tick_params(axis="y", labelsize=7)
+        axes.set_xlim(-0.07, 0.07)
+        axes.set_xlabel("test loss less the MLP's, nats a token; left: the KAN is better")
+    return written(folder / "differences.svg", output)
+
+
+def ladder(rungs: Sequence[Rung], laws: tuple[ScalingFit, ScalingFit], folder: Path) -> str:
+    """Losses at each size, a dot for each seed, and the fitted power laws; the file's name."""
+    with figure_svg("study-ladder", 3.3) as (figure, output):
+        axes = figure.add_subplot()
+        for name, colour, law in (("KAN", KAN, laws[0]), ("MLP", MLP, laws[1])):
+            sizes = [rung.size if name == "KAN" else rung.other_size for rung in rungs]
+            losses = [rung.losses if name == "KAN" else rung.other_losses for rung in rungs]
+            for size, own in zip(sizes, losses, strict=True):
+                axes.plot([size] * len(own), own, "o", color=colour, markersize=3.5, alpha=0.8)
+            between = np.geomspace(min(sizes), max(sizes), 60)
+            axes.plot(between, [law.loss(size) for size in between], color=colour, label=name)
+        axes.set_xscale("log")
+        axes.set_xlabel("parameters without embeddings")
+        axes.set_ylabel("test loss, nats a token")
+        axes.legend()
+    return written(folder / "ladder.svg", output)
+
+
+def written(path: Path, output: list[str]) -> str:
+    """Writes the figure on white, so that a dark page shows it too."""
+    (svg,) = output
+    path.write_text(svg.replace("<svg ", '<svg style="background:white" ', 1) + "\n", encoding="utf-8")
+    return path.name
