@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 import numpy as np
-from study_pictures import forest, ladder
+from study_figures import forest, ladder
 from study_plan import AVERAGED, RESULTS, key_of, plan, results, run_config, trials_of
 from study_runs import SEGMENTS
 from study_texts import counted
