@@ -19,7 +19,7 @@ from kanlm.compare.judgement import ArmLosses, Judgement, judge, learned_nothing
 from kanlm.model.ffn import find_arm
 from kanlm.runs import read_json, write_json
 from kanlm.sizing import architecture, training_flops_per_token
-from kanlm.stats import Rung, ScalingFit, holm, paired_difference, size_ratio, standard_error
+from kanlm.stats import Rung, ScalingFit, SizeRatio, holm, paired_difference, size_ratio, standard_error
 
 HEADER = """# The study: learned activations against fixed ones at equal parameters
 
@@ -297,10 +297,10 @@ def ladders(rows: dict[str, dict[str, Any]]) -> list[str]:
             )
         if not rungs:
             continue
-        parts.append(f"## Ladder: {name}\n\n" + "\n".join(lines) + "\n\n" + ladder_sentence(rungs))
-        if len(rungs) > 2:
-            found = size_ratio(rungs)
-            drawn = ladder(rungs, (found.fit, found.other_fit), RESULTS.parent)
+        ratio = size_ratio(rungs) if len(rungs) > 2 else None
+        parts.append(f"## Ladder: {name}\n\n" + "\n".join(lines) + "\n\n" + ladder_sentence(rungs, ratio))
+        if ratio:
+            drawn = ladder(rungs, (ratio.fit, ratio.other_fit), RESULTS.parent)
             parts.append(f"![losses by size and the fitted power laws]({drawn})")
     return parts
 
@@ -318,10 +318,9 @@ def best_trials(
     )
 
 
-def ladder_sentence(rungs: list[Rung]) -> str:
-    if len(rungs) < 3:
+def ladder_sentence(rungs: list[Rung], found: SizeRatio | None) -> str:
+    if found is None:
         return f"{len(rungs)} of the sizes are trained; a power law needs three."
-    found = size_ratio(rungs)
     by_size = ", ".join(
         f"{float(size):,.0f}: {'beyond' if value is None else f'{value:.2f}'}"
         for size, value in found.by_size.items()
