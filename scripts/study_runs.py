@@ -131,8 +131,9 @@ def begun_with_functions(trial: dict[str, Any], config: RunConfig) -> RunConfig:
     learned = {**own, "seed": trial["functions_of"], "keep": True, "zero_shot": True}
     if trial.get("frozen"):
         learned["kan_learning_rate"] = trial["frozen"]  # at which they were learned
-    source = trained_model(run_config(learned))
-    return begun_at(trial, config, coefficients_of(source))
+    source = run_config(learned)
+    train(source)  # a run that is finished stays as it is
+    return begun_at(trial, config, coefficients_of(trained_model(source)))
 
 
 def begun_with_waves(trial: dict[str, Any], config: RunConfig) -> RunConfig:
