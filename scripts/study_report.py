@@ -53,9 +53,9 @@ def report() -> None:
         parts.append(f"{title}\n{text}")
     drawn = forest(judged, "kan_act, normed", RESULTS.parent)
     parts.insert(1, f"![differences of kan_act, normed to its MLP by phase, with intervals]({drawn})")
-    parts += ladders(rows)
-    RESULTS.with_name("report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    write_json(RESULTS.with_name("report.json"), {"verdict": {"judgements": judged}})
+    texts, measured = ladders(rows)
+    RESULTS.with_name("report.md").write_text("\n\n".join(parts + texts) + "\n", encoding="utf-8")
+    write_json(RESULTS.with_name("report.json"), {"verdict": {"judgements": judged}, "ladders": measured})
     print(RESULTS.with_name("report.md"))
 
 
@@ -258,25 +258,23 @@ def averaging(by_arm: dict[str, list[dict[str, Any]]], judgements: list[Judgemen
     return lines
 
 
-def ladders(rows: dict[str, dict[str, Any]]) -> list[str]:
+def ladders(rows: dict[str, dict[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
     """Power laws over the phases of each ladder: how many times the MLP's parameters the KAN needs.
 
-    Where phases of a ladder have one size, an arm's rung is its trials of the phase with most seeds, of
-    those the one that is best on validation text.
+    As text and as records for report.json. Where phases of a ladder have one size, an arm's rung is its
+    trials of the phase with most seeds, of those the one that is best on validation text.
     """
     by_ladder = defaultdict(lambda: defaultdict(list))
     for phase in plan():
         if "ladder" in phase:
             by_ladder[phase["ladder"]][phase["size"]].append(phase)
-    parts = []
+    parts, records = [], []
     for name, by_size in by_ladder.items():
-        rungs, lines = (
-            [],
-            [
-                "| parameters | tokens | rates of the KAN; of the MLP | seeds | KAN | MLP | difference |",
-                "|---|---|---|---|---|---|---|",
-            ],
-        )
+        rungs: list[Rung] = []
+        lines = [
+            "| parameters | tokens | rates of the KAN; of the MLP | seeds | KAN | MLP | difference |",
+            "|---|---|---|---|---|---|---|",
+        ]
         for phases in by_size.values():
             own, other = (best_trials(phases, family, rows) for family in ("kan", "mlp"))
             seeds = sorted(set(own) & set(other))
@@ -298,11 +296,14 @@ def ladders(rows: dict[str, dict[str, Any]]) -> list[str]:
         if not rungs:
             continue
         ratio = size_ratio(rungs) if len(rungs) > 2 else None
+        if ratio:
+            found_ratio = {"ratio": ratio.ratio, "interval": [ratio.low, ratio.high]}
+            records.append({"name": name, **found_ratio, "by_size": list(ratio.by_size.values())})
         parts.append(f"## Ladder: {name}\n\n" + "\n".join(lines) + "\n\n" + ladder_sentence(rungs, ratio))
         if ratio:
             drawn = ladder(rungs, (ratio.fit, ratio.other_fit), RESULTS.parent)
             parts.append(f"![losses by size and the fitted power laws]({drawn})")
-    return parts
+    return parts, records
 
 
 def best_trials(

@@ -177,3 +177,48 @@ def test_a_number_of_a_table_that_no_json_has_is_found():
 
 def test_every_number_of_readmes_tables_is_in_committed_json():
     assert not unbacked(README, committed_numbers())
+
+
+VERDICT_ROWS = (
+    ("mixed: code, novels, textbooks, stories", "final-0.3m-mixed"),
+    ("WikiText-2", "final-0.3m-wikitext-2"),
+    ("the two with coefficients at a third of the rate: mixed", "steady-0.3m-mixed"),
+    ("WikiText-2", "steady-0.3m-wikitext-2"),
+    ("WikiText-2, 1.9M tokens", "ladder-0.3m-wikitext-2"),
+    ("WikiText-2, 591k parameters, 3.5M tokens", "ladder-0.6m-wikitext-2"),
+    ("the same, half the matrices' rate", "half-rate-0.6m-wikitext-2"),
+    ("WikiText-2, 1.23M parameters, 7.4M tokens", "ladder-1.2m-wikitext-2"),
+    ("the same, half the matrices' rate", "half-rate-1.2m-wikitext-2"),
+)
+"""The rows of README's first table, and the phase of the study that each is."""
+
+
+def study_report() -> dict[str, Any]:
+    return json.loads((ROOT / "docs/results/study/report.json").read_text(encoding="utf-8"))
+
+
+def test_the_verdicts_rows_are_the_judgements_of_their_phases():
+    judged = {
+        one["phase"]: one
+        for one in study_report()["verdict"]["judgements"]
+        if one["arm"] == "kan_act, normed" and one["baseline"] == "gelu, normed"
+    }
+    expected = []
+    for words, phase in VERDICT_ROWS:
+        one = judged[phase]
+        low, high = one["interval_nats"]
+        difference = f"{one['difference_nats']:+.4f} ({low:+.4f} to {high:+.4f})"
+        losses = f"**{one['arm_nats']:.4f}** | {one['baseline_nats']:.4f}"
+        expected.append(f"| {words} | {one['seeds']} | {losses} | {difference} |")
+    start = README.index("| test text, nats/token")
+    assert README[start : README.index("\n\n", start)].splitlines()[2:] == expected
+
+
+def test_the_parameters_for_equal_loss_are_the_ladders():
+    (ladder,) = study_report()["ladders"]
+    by_size = [f"{value:.2f}" for value in ladder["by_size"]]
+    listed = f"{', '.join(by_size[:-1])} and {by_size[-1]}"
+    low, high = ladder["interval"]
+    text = " ".join(README.split())
+    assert f"For equal loss the KAN needs {listed} times the MLP's parameters" in text
+    assert f"{ladder['ratio']:.2f} over all ({low:.2f} to {high:.2f})" in text
