@@ -9,6 +9,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import study_ideas  # noqa: F401  registers its arms and starts
+
 from kanlm.config import RunConfig, parse_table
 from kanlm.model import KanLMConfig
 from kanlm.sizing import matched_width, parameter_counts
@@ -28,6 +30,8 @@ SIZES = {
     "1.2m": {"hidden_size": 160, "num_hidden_layers": 4, "num_attention_heads": 5, "intermediate_size": 640},
 }
 """GELU models; every other arm gets the width with as many parameters."""
+OF_TRAINING = ("kan_learning_rate", "kan_betas", "weight_decay", "schedule", "max_grad_norm")
+"""Keys of a trial that are keys of the run's [train], where it has them."""
 OF_A_PHASE = ("name", "about", "arms", "seeds", "ladder", "matching")
 """Keys of a phase that change none of its trials."""
 
@@ -70,9 +74,7 @@ def run_config(trial: dict[str, Any]) -> RunConfig:
     corpus = ROOT / "data" / trial["corpus"]
     sizes = SIZES[trial["size"]]
     base = KanLMConfig(vocab_size=trial["vocab_size"], max_position_embeddings=128, ffn_type="gelu", **sizes)
-    own = {
-        key: value for key, value in trial.items() if key.startswith("kan_") and key != "kan_learning_rate"
-    }
+    own = {key: value for key, value in trial.items() if key.startswith("kan_") and key not in OF_TRAINING}
     own["hidden_norm"] = trial.get("hidden_norm", False)
     fields = {**sizes, "vocab_size": trial["vocab_size"], "max_position_embeddings": 128, **own}
     own_base = KanLMConfig(**{**fields, "ffn_type": "gelu"})
@@ -90,7 +92,7 @@ def run_config(trial: dict[str, Any]) -> RunConfig:
     }
     if trial.get("frozen"):
         train_table["kan_learning_rate"] = FROZEN
-    for name in ("kan_learning_rate", "kan_betas", "weight_decay", "schedule", "max_grad_norm"):
+    for name in OF_TRAINING:
         if name in trial:
             train_table[name] = trial[name]
     table = {

@@ -65,6 +65,10 @@ LABELS = (
     "kan_num_groups",
     "kan_grid_size",
     "kan_initial",
+    "kan_basis",
+    "kan_betas",
+    "curvature",
+    "start",
     "min_lr_ratio",
     "weight_decay",
 )

@@ -7,8 +7,6 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import click
@@ -16,8 +14,8 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
+from study_ideas import changed_steps
 from study_plan import AVERAGED, RESULTS, ROOT, key_of, name_of, results, run_config, trials_of
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from kanlm import kernels
 from kanlm.config import RunConfig
@@ -78,10 +76,12 @@ def train_and_judge(trial: dict[str, Any]) -> dict[str, Any]:
         config = begun_with_functions(trial, config)
     if "waves" in trial:
         config = begun_with_waves(trial, config)
+    if "start" in trial:
+        config = begun_as(trial, config)
     result: dict[str, Any] = {"key": key_of(trial), **trial}
     print(key_of(trial), flush=True)
     try:
-        with one_function_for_all_layers() if trial.get("shared") else nullcontext():
+        with changed_steps(trial):
             record = train(config)
     except Exception as error:
         if type(error).__name__ != "Diverged":
@@ -147,6 +147,16 @@ def begun_with_waves(trial: dict[str, Any], config: RunConfig) -> RunConfig:
     return begun_at(trial, config, shapes)
 
 
+def begun_as(trial: dict[str, Any], config: RunConfig) -> RunConfig:
+    """The run of `config`, all functions begun as the trial's `start`, one of INITIAL_FUNCTIONS."""
+    model = KanLMForCausalLM(architecture(config))
+    for module in model.modules():
+        if isinstance(module, LearnedFunction):
+            module.initial = trial["start"]
+            module.reset_parameters()
+    return begun_at(trial, config, coefficients_of(model))
+
+
 def coefficients_of(model: KanLMForCausalLM) -> dict[str, torch.Tensor]:
     return {name: value for name, value in model.state_dict().items() if name.endswith("coefficients")}
 
@@ -160,24 +170,6 @@ def begun_at(trial: dict[str, Any], config: RunConfig, shapes: dict[str, torch.T
     shutil.rmtree(folder, ignore_errors=True)
     export_model(model, tokenizer, folder, {"name": name_of(trial)})
     return config.model_copy(update={"init_from": str(folder), "model": {}})
-
-
-@contextmanager
-def one_function_for_all_layers() -> Iterator[None]:
-    """Within, functions of all layers take one step, by their mean gradient: begun equal, they stay so."""
-
-    def share(optimizer, *_) -> None:
-        for group in optimizer.param_groups:
-            if group["name"] == "kan":
-                mean_gradient = torch.stack([p.grad for p in group["params"]]).mean(dim=0)
-                for parameter in group["params"]:
-                    parameter.grad.copy_(mean_gradient)
-
-    hook = register_optimizer_step_pre_hook(share)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def trained_model(config: RunConfig) -> KanLMForCausalLM:
