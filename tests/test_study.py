@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from kanlm.model import KanLMConfig, KanLMForCausalLM
 
 ROOT = Path(__file__).parents[1]
 STUDY = Path("docs/results/study")
@@ -68,3 +71,46 @@ def test_the_committed_report_is_what_the_committed_trials_give(tmp_path):
     )
     for name in ("report.md", "report.json", "differences.svg", "ladder.svg"):
         assert (tmp_path / STUDY / name).read_text() == (ROOT / STUDY / name).read_text(), name
+
+
+@pytest.fixture
+def ideas(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import study_ideas
+
+    return study_ideas
+
+
+@pytest.mark.parametrize(
+    ("idea", "twin"), [("study_bivariate", "kan_product"), ("study_token_gated", "kan_act")]
+)
+def test_an_idea_starts_as_its_twin(ideas, idea, twin):
+    """With the zero at its start; away from there the second term shows."""
+    settings = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings |= {"intermediate_size": 32, "kan_num_groups": 4, "hidden_norm": True}
+    models = {}
+    for name in (idea, twin):
+        torch.manual_seed(0)
+        models[name] = KanLMForCausalLM(KanLMConfig(ffn_type=name, **settings)).eval()
+    models[twin].load_state_dict(
+        {k: v for k, v in models[idea].state_dict().items() if k in models[twin].state_dict()}
+    )
+    ids = torch.arange(24)[None]
+    torch.testing.assert_close(models[idea](ids).logits, models[twin](ids).logits, rtol=0, atol=1e-5)
+    mlp = models[idea].model.layers[0].mlp
+    second = mlp.phi_2 if idea == "study_bivariate" else mlp.psi
+    with torch.no_grad():
+        second.coefficients.add_(1.0)
+    assert not torch.allclose(models[idea](ids).logits, models[twin](ids).logits, rtol=0, atol=1e-3)
+
+
+def test_smoothing_goes_down_the_curvature(ideas):
+    torch.manual_seed(0)
+    c = torch.nn.Parameter(torch.randn(3, 9, dtype=torch.float64))
+    other = torch.nn.Parameter(torch.randn(3, dtype=torch.float64))
+    groups = [{"params": [c], "name": "kan", "lr": 0.5}, {"params": [other], "name": "vectors", "lr": 0.5}]
+    (0.5 * c.diff(n=2, dim=-1).square().sum()).backward()
+    expected, unchanged = c.detach() - 0.5 * 2.0 * c.grad, other.detach().clone()
+    ideas.smoothed(torch.optim.SGD(groups), 2.0)
+    torch.testing.assert_close(c.detach(), expected)
+    torch.testing.assert_close(other.detach(), unchanged, rtol=0, atol=0)
