@@ -9,14 +9,28 @@ import pytest
 import torch
 
 from kanlm.model import KanLMConfig, KanLMForCausalLM
+from kanlm.model.basis import INITIAL_FUNCTIONS
+from kanlm.model.ffn import ARMS
 
 ROOT = Path(__file__).parents[1]
 STUDY = Path("docs/results/study")
 
 
-@pytest.fixture
-def report(monkeypatch):
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    """The study's scripts can be imported; what they register is gone after a test."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    registers = [(register, dict(register)) for register in (ARMS, INITIAL_FUNCTIONS)]
+    yield
+    for register, before in registers:
+        register.clear()
+        register.update(before)
+    for name in [name for name in sys.modules if name.startswith("study_")]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def report(scripts):
     import study_report
 
     return study_report
@@ -74,8 +88,7 @@ def test_the_committed_report_is_what_the_committed_trials_give(tmp_path):
 
 
 @pytest.fixture
-def ideas(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+def ideas(scripts):
     import study_ideas
 
     return study_ideas
