@@ -1,4 +1,4 @@
-"""Whole training steps with torch's Muon and with the one that batches matrices of one shape, in turns.
+"""Whole training steps of every arm with torch's Muon and with the batched one, in turns.
 
 python scripts/bench_muon.py [--out docs/benchmarks/DATE-muon.json] [--rounds 12]
 """
@@ -16,25 +16,18 @@ import torch
 from torch import nn
 
 from kanlm import kernels
-from kanlm.model import KanLMConfig, KanLMForCausalLM
+from kanlm.bench.train import ARMS, architecture
+from kanlm.model import KanLMForCausalLM
 from kanlm.runs import write_json
 from kanlm.train.muon import BatchedMuon
+from kanlm.train.optimizer import parameter_groups
 
-SIZES: dict[str, dict[str, Any]] = {
-    "0.3m": {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 360},
-    "1m": {"hidden_size": 128, "num_hidden_layers": 5, "num_attention_heads": 4, "intermediate_size": 512},
-}
-ARMS: dict[str, dict[str, Any]] = {
-    "gelu": {},
-    "kan_act": {"kan_num_groups": 8, "kan_grid_size": 16, "kan_grid_min": -4.0, "kan_grid_max": 4.0},
-}
 WARM_UP = 2
 
 
-def step_seconds(model: nn.Module, rounds: int) -> dict[str, list[float]]:
+def step_seconds(model: KanLMForCausalLM, rounds: int) -> dict[str, list[float]]:
     """Seconds of each step with each optimiser; 8 x 128 tokens a step."""
-    blocks = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
-    matrices = [p for p in blocks if min(p.shape) > 32]  # without the functions' coefficients
+    matrices = [parameter for _, parameter in parameter_groups(model)["matrices"]]
     found = {id(p) for p in matrices}
     rest = torch.optim.AdamW([p for p in model.parameters() if id(p) not in found], lr=1e-4)
     muons = {
@@ -62,11 +55,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     arguments = parser.parse_args()
     rows: dict[str, Any] = {}
-    for size, sizes in SIZES.items():
-        for arm, own in ARMS.items():
+    for size in ("0.3m", "1m"):
+        for arm in ARMS:
             torch.manual_seed(0)
-            fields = {"vocab_size": 1024, "max_position_embeddings": 256, "hidden_norm": True, **sizes, **own}
-            model = KanLMForCausalLM(KanLMConfig(ffn_type=arm, **fields))
+            model = KanLMForCausalLM(architecture(arm, size))
             kernels.select(model)
             seconds = step_seconds(model, arguments.rounds)
             ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
