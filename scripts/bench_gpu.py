@@ -5,10 +5,12 @@ moment.
     TRITON_INTERPRET=1 python scripts/bench_gpu.py --dry-run --out /tmp/gpu.json   # without a GPU
 
 Results are written after each part, so what was measured before an interruption is kept. Parts, in order:
-the tests of the Triton kernels; full-edge forward and backward as a fraction of the matrix product of equal
-FLOPs, in bf16, over tile sizes; phi(a) * u against SiLU(a) * u; training steps of 100M-parameter arms,
-eager and compiled, then each further arm with its MLP. A dry run goes through the same parts with tiny sizes
-on the CPU, in Triton's interpreter; its timings mean nothing.
+the tests of the Triton kernels; training steps of 100M-parameter arms, each beside its MLP, eager and then
+compiled, the arms of the study and one of each kind first; full-edge forward and backward as a fraction of
+the matrix product of equal FLOPs, in bf16, over tile sizes; phi(a) * u against SiLU(a) * u; the other arms.
+The default time is meant for what comes first; 1,500 seconds should leave nothing out (no GPU was at hand to
+time it). A dry run goes through the same parts with tiny sizes on the CPU, in Triton's interpreter; its
+timings mean nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +20,11 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -35,6 +40,10 @@ DRY = "--dry-run" in sys.argv
 DEVICE, HALF = ("cpu", torch.float32) if DRY else ("cuda", torch.bfloat16)
 TESTS_SECONDS = 240
 """The tests of the kernels stop then, so that the timings get their turn."""
+FIRST = ("kan_act_norm", "kan_glu", "kan_product_norm", "kan_mixed")
+"""The arms that are timed before all others, and compiled, too."""
+TRAINING_SECONDS = 20.0
+"""For an arm and its MLP."""
 TILES = ((128, 32, 128), (128, 64, 128), (64, 32, 128), (128, 32, 256), (64, 64, 64))
 """Rows, inputs and outputs of a tile."""
 
@@ -115,15 +124,16 @@ def compiled_silu():
     return silu if DRY else torch.compile(silu)
 
 
-def training(names: tuple[str, ...], compiled: bool, out: Path, label: str | None = None) -> list[dict]:
-    label = label or ("compiled" if compiled else "eager")
+def training(name: str, compiled: bool = False) -> list[dict]:
+    """Steps of the arm and of its MLP; compiled, of both so, too."""
     if DRY:
         train.SIZES["dry"] = (128, 344, 1, 2, 1, 8)
-    return train.run(
-        "dry" if DRY else "100m", names, "triton", DEVICE, compiled=compiled and not DRY,
-        seconds=0.0 if DRY else 60.0 if len(names) > 2 else 20.0, memory=not DRY,
-        out=str(out.with_name(f"{out.stem}-train-{label}.json")),
-    )  # fmt: skip
+    with TemporaryDirectory() as folder:
+        return train.run(
+            "dry" if DRY else "100m", (train.ARMS[name][0], name), "triton", DEVICE,
+            compiled=compiled and not DRY, seconds=0.0 if DRY else TRAINING_SECONDS, memory=not DRY,
+            out=f"{folder}/train.json",
+        )  # fmt: skip
 
 
 def main() -> int:
@@ -141,21 +151,14 @@ def main() -> int:
     if not DRY and not torch.cuda.is_available():
         print("bench_gpu: torch sees no CUDA device", file=sys.stderr)
         return 2
-    names = ("swiglu", "kan_glu", "kan_glu_linear", "gelu", "kan_mixed")
-    # Each of the others in a part of its own, with its baseline: what is measured is kept at once.
-    others = [name for name, (baseline, *_) in train.ARMS.items() if name not in names and name != baseline]
-    tried = TILES[:1] if DRY else TILES
-    parts = {
-        "tests": kernel_tests,
-        **{f"full_edge {tiles}": (lambda tiles=tiles: full_edge(tiles)) for tiles in tried},
-        "gate": gate,
-        "training eager": lambda: training(names, False, out),
-        "training compiled": lambda: training(names[:2] if DRY else names, True, out),
-        **{
-            f"training {name}": (lambda name=name: training((train.ARMS[name][0], name), False, out, name))
-            for name in (others[:1] if DRY else others)
-        },
-    }
+    arms = [name for name, (baseline, *_) in train.ARMS.items() if name not in (*FIRST, baseline)]
+    # A part for each arm and each tile: what is measured is kept at once.
+    parts: dict[str, Callable[[], Any]] = {"tests": kernel_tests}
+    parts |= {f"training {name}": partial(training, name) for name in FIRST}
+    parts |= {f"compiled {name}": partial(training, name, True) for name in (FIRST[:1] if DRY else FIRST)}
+    parts |= {f"full_edge {tiles}": partial(full_edge, tiles) for tiles in (TILES[:1] if DRY else TILES)}
+    parts["gate"] = gate
+    parts |= {f"training {name}": partial(training, name) for name in (arms[:1] if DRY else arms)}
     start = time.monotonic()
     results: dict[str, Any] = {}
     left = list(parts)

@@ -57,6 +57,10 @@ ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "kan_grouped_norm": ("gelu_norm", "kan_grouped", GLU | {"hidden_norm": True}),
     "kan_glu_norm": ("swiglu_norm", "kan_glu", GLU | {"hidden_norm": True}),
     "kan_product_norm": ("swiglu_norm", "kan_product", GLU | {"hidden_norm": True}),
+    "geglu": ("swiglu", "geglu", {}),
+    "relu2": ("gelu", "relu2", {}),
+    "polynorm": ("gelu", "polynorm", {}),
+    "xielu": ("gelu", "xielu", {}),
 }
 COMPILED = " compiled"
 """After the name of an arm whose layers torch.compile has compiled; its baseline is the arm itself."""

@@ -14,7 +14,7 @@ from kanlm import kernels
 from kanlm.bench import decode, layer, measure, reading, train
 from kanlm.config import UserError
 from kanlm.kernels.native import NativeUnavailable, library
-from kanlm.model.ffn_kan import KAN_TYPES
+from kanlm.model.configuration_kanlm import FFN_TYPES
 from kanlm.model.kan import LearnedFunction
 
 
@@ -115,10 +115,11 @@ def test_gpu_benchmark_goes_through_every_part_without_a_gpu(tmp_path):
     parts = written["parts"]
     assert written["left_out"] == []
     assert parts["tests"]["passed"] and parts["gate"].keys() >= {"cubic", "linear", "rational"}
-    kernels_used = {record["arm"]: record["kernels"] for record in parts["training eager"]}
-    assert kernels_used["kan_glu"] == kernels_used["kan_mixed"] == "triton"
-    assert [record["arm"] for record in parts["training compiled"]] == ["swiglu", "kan_glu"]
-    assert json.loads((tmp_path / "gpu-train-eager.json").read_text())["arms"] == parts["training eager"]
+    for name in ("kan_act_norm", "kan_glu", "kan_product_norm", "kan_mixed"):
+        _, record = parts[f"training {name}"]
+        assert (record["arm"], record["kernels"]) == (name, "triton")
+    assert [record["arm"] for record in parts["compiled kan_act_norm"]] == ["gelu_norm", "kan_act_norm"]
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
 
 
 def test_gpu_benchmark_that_is_out_of_time_says_what_it_left_out(tmp_path):
@@ -127,9 +128,11 @@ def test_gpu_benchmark_that_is_out_of_time_says_what_it_left_out(tmp_path):
         [sys.executable, script, "--dry-run", "--seconds", "0", "--out", tmp_path / "gpu.json"],
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
     )  # fmt: skip
-    assert result.returncode == 1 and result.stdout.startswith("out of time before tests, full_edge")
+    assert result.returncode == 1 and result.stdout.startswith(
+        "out of time before tests, training kan_act_norm"
+    )
     written = json.loads((tmp_path / "gpu.json").read_text())
-    assert written["parts"] == {} and written["left_out"][-1] == "training kan_grouped"
+    assert written["parts"] == {} and written["left_out"][-1] == "training kan_glu_linear"
 
 
 def test_absent_peer_is_skipped_with_a_line(tmp_path, monkeypatch):
@@ -293,7 +296,7 @@ def test_decoding_benchmark_compares_the_paths(tmp_path, monkeypatch):
 def test_a_new_arm_is_compared_with_the_mlp_of_the_same_norm():
     for name, (baseline, _, fields) in train.ARMS.items():
         assert train.ARMS[baseline][2].get("hidden_norm", False) == fields.get("hidden_norm", False), name
-    assert {ffn_type for _, ffn_type, _ in train.ARMS.values()} >= set(KAN_TYPES)
+    assert {ffn_type for _, ffn_type, _ in train.ARMS.values()} == set(FFN_TYPES)
 
 
 @pytest.mark.parametrize(

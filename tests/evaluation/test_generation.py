@@ -60,11 +60,14 @@ def test_a_missing_model_is_one_line(tmp_path):
         generate(str(tmp_path / "absent"), "the cat", **SETTINGS)
 
 
-def test_several_prompts_are_one_batch_that_changes_none(folder, capsys):
+def test_several_prompts_are_one_batch_that_changes_none(folder, capsys, caplog, monkeypatch):
+    monkeypatch.setattr(decode, "_logged", set())
     prompts = ["the cat", "a much longer prompt, the dog"]
     greedy = SETTINGS | {"temperature": 0.0}
     together = generate(folder, prompts, **greedy)
     assert together == [generate(folder, prompt, **greedy)[0] for prompt in prompts]
+    why = [line for line in caplog.messages if "takes one on a CPU" in line]
+    assert why == ["decoding: transformers' generate (2 prompts; the native decoder takes one on a CPU)"]
     printed = capsys.readouterr()
     assert "\n\n".join(together) in printed.out
     assert re.search(

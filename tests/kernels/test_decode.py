@@ -19,8 +19,8 @@ SIZES = {
 }
 NEW = 200
 FORMS = [{"ffn_type": name} for name in FFN_TYPES]
-NORMED = ("gelu", "swiglu", "kan_act", "kan_grouped", "kan_glu", "kan_product")
-FORMS += [{"ffn_type": name, "hidden_norm": True} for name in NORMED]
+EDGES = ("kan", "kan_mixed")  # which have the norm anyway
+FORMS += [{"ffn_type": name, "hidden_norm": True} for name in FFN_TYPES if name not in EDGES]
 FORMS += [{"ffn_type": name, "kan_basis": "linear"} for name in ("kan_glu", "kan", "kan_mixed")]
 FORMS += [
     {"ffn_type": "kan_grouped", "kan_basis": "rational"},
@@ -33,11 +33,8 @@ FORMS += [
 ]
 TABULATED = [
     {"ffn_type": name, "kan_basis": basis}
-    for name, basis in zip(
-        ("kan_glu", "kan", "kan_act", "kan_mixed", "kan"),
-        ("rbf", "relu_switch", "chebyshev", "fourier", "wavelet"),
-        strict=True,
-    )
+    for name in ("kan_glu", "kan")
+    for basis in ("rbf", "relu_switch", "chebyshev", "fourier", "wavelet")
 ]
 
 
