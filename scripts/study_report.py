@@ -273,13 +273,14 @@ def ladders(rows: dict[str, dict[str, Any]]) -> tuple[list[str], list[dict[str, 
         if "ladder" in phase:
             by_ladder[phase["ladder"]][phase["size"]].append(phase)
     parts, records = [], []
-    for name, by_size in by_ladder.items():
+    for name, phases_by_size in by_ladder.items():
         rungs: list[Rung] = []
+        steps: list[dict[str, Any]] = []
         lines = [
             "| parameters | tokens | rates of the KAN; of the MLP | seeds | KAN | MLP | difference |",
             "|---|---|---|---|---|---|---|",
         ]
-        for phases in by_size.values():
+        for phases in phases_by_size.values():
             own, other = (best_trials(phases, family, rows) for family in ("kan", "mlp"))
             seeds = sorted(set(own) & set(other))
             if not seeds:
@@ -289,12 +290,16 @@ def ladders(rows: dict[str, dict[str, Any]]) -> tuple[list[str], list[dict[str, 
             sizes = [arm[0]["non_embedding_parameters"] for arm in pairs]
             rungs.append(Rung(*map(float, sizes), *losses))
             gap = f"{fmean(losses[0]) - fmean(losses[1]):+.4f}"
+            measured = {"parameters": sizes[0], "tokens": phases[0]["tokens"], "seeds": len(seeds)}
+            measured |= {"rates": [rates_of(arm[0]) for arm in pairs]}
+            measured |= {"arm_nats": fmean(losses[0]), "baseline_nats": fmean(losses[1])}
             if len(seeds) > 1:
                 found = paired_difference(*losses)
                 gap += f" ({found.low:+.4f} to {found.high:+.4f})"
-            rates = "; ".join(rates_of(arm[0]) for arm in pairs)
+                measured |= {"difference_nats": found.mean, "interval_nats": [found.low, found.high]}
+            steps.append(measured)
             lines.append(
-                f"| {sizes[0]:,} | {phases[0]['tokens']:,} | {rates} | "
+                f"| {sizes[0]:,} | {phases[0]['tokens']:,} | {'; '.join(measured['rates'])} | "
                 f"{len(seeds)} | {fmean(losses[0]):.4f} | {fmean(losses[1]):.4f} | {gap} |"
             )
         if not rungs:
@@ -302,7 +307,8 @@ def ladders(rows: dict[str, dict[str, Any]]) -> tuple[list[str], list[dict[str, 
         ratio = size_ratio(rungs) if len(rungs) > 2 else None
         if ratio:
             found_ratio = {"ratio": ratio.ratio, "interval": [ratio.low, ratio.high]}
-            records.append({"name": name, **found_ratio, "by_size": list(ratio.by_size.values())})
+            by_size = list(ratio.by_size.values())
+            records.append({"name": name, "rungs": steps, **found_ratio, "by_size": by_size})
         parts.append(f"## Ladder: {name}\n\n" + "\n".join(lines) + "\n\n" + ladder_sentence(rungs, ratio))
         if ratio:
             drawn = ladder(rungs, (ratio.fit, ratio.other_fit), RESULTS.parent)
