@@ -18,7 +18,7 @@ from torch import nn
 from kanlm import kernels
 from kanlm.bench.train import ARMS, architecture
 from kanlm.model import KanLMForCausalLM
-from kanlm.runs import write_json
+from kanlm.runs import provenance, write_json
 from kanlm.train.muon import BatchedMuon
 from kanlm.train.optimizer import parameter_groups
 
@@ -65,7 +65,7 @@ def main() -> None:
             rows[f"{size} {arm}"] = {"times_tokens_per_second": ratio, "step_seconds": seconds}
             print(f"{size} {arm}: {ratio:.2f} times the tokens/s", flush=True)
     conditions = {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    write_json(Path(arguments.out), {**conditions, "rows": rows})
+    write_json(Path(arguments.out), {**conditions, **provenance(), "rows": rows})
     print(f"written to {arguments.out}")
 
 
