@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kanlm.kernels import operators
-from kanlm.kernels.native import Few, Function, library, pointer
+from kanlm.kernels.native import Few, Plan, library, pointer
 from kanlm.kernels.operators import (
     NO_NORM,
     NORM_A,
@@ -52,8 +52,6 @@ FEW = 16
 """Up to so many rows (decoding) a full-edge layer without gradients is one call, its base branch included."""
 FUNCTION_ORDER = 3
 """Highest order of the splines of a learned function."""
-POWERS = FUNCTION_ORDER + 1
-"""Coefficients of a cell in their tables, whatever the order."""
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -246,169 +244,127 @@ class Cached:
         return Cached, ()
 
 
-def cache_on(layer: nn.Module, sources: list[Tensor], made: Callable[..., tuple], *about: Any) -> tuple:
-    """`made(layer, *about)`, kept between calls without gradients as long as `sources` do not change.
+def cache_on(layer: nn.Module, sources: list[Tensor], made: Callable[[Any], tuple]) -> tuple:
+    """`made(layer)`, kept between calls without gradients as long as `sources` do not change.
 
     It is made again when a source is another tensor or was written in place. A write through `.data` moves no
     version counter: call the layer once with gradients enabled, or `kernels.select` again, after one.
     """
-    mark: list[Any] = [about]
+    mark: list[Any] = []
     for tensor in sources:
         if tensor.is_inference():  # without a version counter
-            return made(layer, *about)
+            return made(layer)
         mark.append((id(tensor), tensor.data_ptr(), tensor._version))
     if layer.training:
-        return made(layer, *about)
+        return made(layer)
     found = layer.__dict__.get("_packed")
     if found is None or found.mark != mark:
-        found = layer.__dict__["_packed"] = Cached(mark, made(layer, *about))
+        found = layer.__dict__["_packed"] = Cached(mark, made(layer))
     return found.value
 
 
-class _Plan:
-    """What the elementwise kernel needs to know of a function beside its coefficients."""
-
-    def __init__(
-        self,
-        kind: int,
-        channels: int,
-        groups: int = 1,
-        basis: Basis | None = None,
-        silu: bool = False,
-        normed: int = 0,
-        eps: float = 0.0,
-    ):
-        self.channels, self.groups, self.basis = channels, groups, basis
-        order, cells, low, inverse = (0, 0, 0.0, 0.0)
-        if basis is not None:
-            order, cells, low, inverse = basis.order, basis.grid_size, basis.grid_min, 1 / basis.step
-        self.arguments = (channels, groups, kind, order, cells, low, inverse, int(silu), normed, eps)
-
-    def tables(self, coefficients: Tensor) -> Tensor:
-        """coefficients [groups, K] as the kernel reads them, fp32."""
-        wide = _wide(coefficients)
-        if self.basis is None:
-            return wide
-        order, cells = self.basis.order, self.basis.grid_size
-        tables = wide.new_empty(self.groups, POWERS, _rounded(cells))
-        library().kanlm_tables(wide.data_ptr(), tables.data_ptr(), self.groups, order, cells)
-        return tables
-
-    def call_for(self, coefficients: Tensor | None) -> KernelCall:
-        """What the kernels need beside a and u."""
-        tables = None if coefficients is None else self.tables(coefficients)
-        needed = Function(pointer(tables), *self.arguments)
-        return ctypes.addressof(needed), self.channels, needed, tables
+@cache
+def _plan(
+    kind: int,
+    channels: int,
+    groups: int = 1,
+    basis: Basis | None = None,
+    silu: bool = False,
+    normed: int = 0,
+    eps: float = 0.0,
+) -> Plan:
+    """What the elementwise kernels need to know of a function beside its coefficients."""
+    order, cells, low, inverse = (0, 0, 0.0, 0.0)
+    if basis is not None:
+        order, cells, low, inverse = basis.order, basis.grid_size, basis.grid_min, 1 / basis.step
+    return Plan(channels, groups, kind, order, cells, low, inverse, int(silu), normed, eps)
 
 
-KernelCall = tuple[int, int, Function, Tensor | None]
-"""Address of a Function, its channels, and what must live as long."""
+def _address(plan: Plan | None) -> int | None:
+    return None if plan is None else ctypes.addressof(plan)
 
 
-def evaluate(call: KernelCall, a: Tensor, u: Tensor | None, psi: KernelCall | None = None) -> Tensor:
-    """phi(a) * u, or phi(a) * psi(u), fp32, of tensors [..., C]."""
-    address, channels, *_ = call
-    second_address = None if psi is None else psi[0]
-    a = _wide(a)
-    second = None
-    if u is not None:
-        u = _wide(u)
-        second = u.data_ptr()
-    y = torch.empty_like(a)
-    rows, threads = a.numel() // channels, torch.get_num_threads()
-    library().kanlm_elementwise(address, second_address, a.data_ptr(), second, y.data_ptr(), rows, threads)
-    return y
+def _wide_or_none(x: Tensor | None) -> Tensor | None:
+    return None if x is None else _wide(x)
 
 
-_plan = cache(_Plan)
+def evaluate(
+    phi: Plan,
+    psi: Plan | None,
+    of_phi: Tensor | None,
+    of_psi: Tensor | None,
+    a: Tensor,
+    u: Tensor | None,
+) -> Tensor:
+    """phi(a) * u, or phi(a) * psi(u), [..., C] in the dtype of a; the coefficients are [groups, K]."""
+    wide = _wide(a)
+    inputs = _wide_or_none(of_phi), _wide_or_none(of_psi), wide, _wide_or_none(u)
+    y = torch.empty_like(wide)
+    library().kanlm_elementwise(
+        *(_address(phi), _address(psi), *(pointer(tensor) for tensor in inputs), y.data_ptr()),
+        *(a.numel() // phi.C, torch.get_num_threads()),
+    )
+    return y if a.dtype is torch.float32 else y.to(a.dtype)
 
 
 class _Elementwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, u, coefficients, function):
-        ctx.save_for_backward(a, u, coefficients)
-        ctx.call = function.call_for(coefficients)
-        return evaluate(ctx.call, a, u).to(a.dtype)
+    def forward(ctx, phi, psi, of_phi, of_psi, a, u):
+        ctx.save_for_backward(of_phi, of_psi, a, u)
+        ctx.plans = phi, psi
+        return evaluate(phi, psi, of_phi, of_psi, a, u)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        a, u, coefficients = ctx.saved_tensors
-        return *_elementwise_gradients(ctx.call, grad, a, u, coefficients, ctx.needs_input_grad[2]), None
+        return None, None, *_gradients(*ctx.plans, *ctx.saved_tensors, grad, ctx.needs_input_grad[2:4])
 
 
-class _Product(torch.autograd.Function):
-    """phi(a) * psi(u) in one pass."""
-
-    @staticmethod
-    def forward(ctx, a, u, of_phi, of_psi, phi, psi):
-        ctx.save_for_backward(a, u, of_phi, of_psi)
-        ctx.calls = phi.call_for(of_phi), psi.call_for(of_psi)
-        first, second = ctx.calls
-        return evaluate(first, a, u, second).to(a.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        a, u, of_phi, of_psi = ctx.saved_tensors
-        phi, psi = ctx.calls
-        grad_psi = torch.empty(of_psi.shape, dtype=torch.float32) if ctx.needs_input_grad[3] else None
-        grad_a, grad_u, grad_phi = _elementwise_gradients(
-            phi, grad, a, u, of_phi, ctx.needs_input_grad[2], psi, grad_psi
-        )
-        return grad_a, grad_u, grad_phi, None if grad_psi is None else grad_psi.to(of_psi.dtype), None, None
-
-
-def _elementwise_gradients(
-    call: KernelCall,
-    grad: Tensor,
+def _gradients(
+    phi: Plan,
+    psi: Plan | None,
+    of_phi: Tensor | None,
+    of_psi: Tensor | None,
     a: Tensor,
     u: Tensor | None,
-    coefficients: Tensor | None,
-    wanted: bool,
-    psi: KernelCall | None = None,
-    grad_psi: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients by a, u and, where they are wanted, phi's coefficients; psi's are put in `grad_psi`."""
-    address, channels, *_ = call
-    second_address = None if psi is None else psi[0]
-    wide_a, wide_u, grad = _wide(a), None if u is None else _wide(u), _wide(grad)
-    grad_a = torch.empty_like(wide_a)
-    grad_u = None if u is None or wide_u is None else torch.empty_like(wide_u)
-    grad_c = None
-    if wanted and coefficients is not None:
-        grad_c = torch.empty(coefficients.shape, dtype=torch.float32)
+    grad: Tensor,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients by the coefficients, which are `wanted`, and by a and u; None for what there is not."""
+    tensors = of_phi, of_psi, a, u
+    inputs = [_wide_or_none(tensor) for tensor in tensors]
+    wide_grad = _wide(grad)
+    found = [
+        torch.empty_like(tensor) if want and tensor is not None else None
+        for tensor, want in zip(inputs, (*wanted, True, True), strict=True)
+    ]
+    of_coefficients, of_inputs = found[:2], found[2:]
     library().kanlm_elementwise_gradient(
-        *(address, second_address, pointer(wide_a), pointer(wide_u), pointer(grad)),
-        *(pointer(grad_a), pointer(grad_u), pointer(grad_c), pointer(grad_psi)),
-        *(grad.numel() // channels, torch.get_num_threads()),
+        *(_address(phi), _address(psi), *(pointer(tensor) for tensor in (*inputs, wide_grad))),
+        *(pointer(tensor) for tensor in (*of_inputs, *of_coefficients)),
+        *(grad.numel() // phi.C, torch.get_num_threads()),
     )
-    return (
-        grad_a.to(a.dtype),
-        None if grad_u is None or u is None else grad_u.to(u.dtype),
-        None if grad_c is None or coefficients is None else grad_c.to(coefficients.dtype),
-    )
+    return [
+        gradient if gradient is None or tensor is None else gradient.to(tensor.dtype)
+        for gradient, tensor in zip(found, tensors, strict=True)
+    ]
 
 
 def learned(layer: LearnedFunction, a: Tensor, u: Tensor | None, normed: int = 0, eps: float = 0.0) -> Tensor:
     """LearnedFunction: phi(a) * u, or phi(a) where u is None; [..., C]; normed inputs are normed first."""
     if torch.compiler.is_compiling():
         return OPERATORS.elementwise(a, u, layer.coefficients, *function_numbers(layer), normed, eps)
-    coefficients: Any = layer._parameters["coefficients"]
-    if torch.is_grad_enabled():
-        layer.__dict__.pop("_packed", None)
-        return _Elementwise.apply(a, u, coefficients, _plan_of(layer, normed, eps))
-    y = evaluate(cache_on(layer, [coefficients], _call_of, normed, eps), a, u)
-    return y if y.dtype is a.dtype else y.to(a.dtype)
+    return _apply(_plan_of(layer, normed, eps), None, layer._parameters["coefficients"], None, a, u)
 
 
-def _plan_of(layer: LearnedFunction, normed: int, eps: float) -> _Plan:
+def _apply(*plans_and_tensors: Any) -> Tensor:
+    """`evaluate`, within autograd where it is on."""
+    return (_Elementwise.apply if torch.is_grad_enabled() else evaluate)(*plans_and_tensors)
+
+
+def _plan_of(layer: LearnedFunction, normed: int, eps: float) -> Plan:
     kind, basis = (RATIONAL, None) if layer.is_rational else (SPLINE, layer.basis)
     return _plan(kind, layer.channels, layer.groups, basis, layer.base is not None, normed, eps)
-
-
-def _call_of(layer: LearnedFunction, normed: int, eps: float) -> KernelCall:
-    return _plan_of(layer, normed, eps).call_for(layer.coefficients)
 
 
 def apply_normed(function: LearnedFunction, a: Tensor, u: Tensor | None, eps: float) -> Tensor:
@@ -427,15 +383,8 @@ def learned_product(block: Any, a: Tensor, u: Tensor) -> Tensor:
         return learned(phi, a, factor, NORM_A if normed else 0, eps)
     require_plain_function(phi)
     require_plain_function(psi)
-    both = NORM_A | NORM_U if normed else 0
-    if torch.is_grad_enabled():
-        plans = _plan_of(phi, both, eps), _plan_of(psi, 0, 0.0)
-        return _Product.apply(a, u, phi.coefficients, psi.coefficients, *plans)
-    first, second = (
-        cache_on(function, [function.coefficients], _call_of, number, number and eps)
-        for function, number in ((phi, both), (psi, 0))
-    )
-    return evaluate(first, a, u, second).to(a.dtype)
+    plans = _plan_of(phi, NORM_A | NORM_U if normed else 0, eps), _plan_of(psi, 0, 0.0)
+    return _apply(*plans, phi._parameters["coefficients"], psi._parameters["coefficients"], a, u)
 
 
 def norm(x: Tensor, eps: float) -> Tensor:
@@ -463,30 +412,23 @@ def _fixed(kind: int, a: Tensor, u: Tensor | None, normed: int, eps: float) -> T
     channels = a.shape[-1]
     if torch.compiler.is_compiling():
         return OPERATORS.elementwise(a, u, None, *activation_numbers(kind, channels), normed, eps)
-    if torch.is_grad_enabled():
-        return _Elementwise.apply(a, u, None, _plan(kind, channels, normed=normed, eps=eps))
-    return evaluate(_without_table(kind, channels, normed, eps), a, u).to(a.dtype)
+    return _apply(_plan(kind, channels, normed=normed, eps=eps), None, None, None, a, u)
 
 
-@cache
-def _without_table(kind: int, channels: int, normed: int, eps: float) -> KernelCall:
-    return _plan(kind, channels, normed=normed, eps=eps).call_for(None)
-
-
-def _plan_from(kind, channels, groups, order, cells, low, high, silu, normed, eps) -> _Plan:
+def _plan_from(kind, channels, groups, order, cells, low, high, silu, normed, eps) -> Plan:
     """Of an operator's numbers."""
     basis = basis_of(order, cells, low, high) if kind == SPLINE else None
     return _plan(kind, channels, groups, basis, silu, normed, eps)
 
 
 def _elementwise_operator(a: Tensor, u: Tensor | None, coefficients: Tensor | None, *numbers) -> Tensor:
-    return evaluate(_plan_from(*numbers).call_for(coefficients), a, u).to(a.dtype)
+    return evaluate(_plan_from(*numbers), None, coefficients, None, a, u)
 
 
 def _elementwise_gradient_operator(grad, a, u, coefficients, *numbers):
     *numbers, wanted = numbers
-    call = _plan_from(*numbers).call_for(coefficients)
-    return _elementwise_gradients(call, grad, a, u, coefficients, wanted)
+    found = _gradients(_plan_from(*numbers), None, coefficients, None, a, u, grad, (wanted, False))
+    return found[2], found[3], found[0]
 
 
 def _edge_operator(x, weight, base, order, cells, low, high, dtype) -> Tensor:

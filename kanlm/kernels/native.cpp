@@ -140,9 +140,8 @@ inline void slope_segments(vec r, vec* q) {
 // Elementwise: y = phi(a) * u, or phi(a) * psi(u); with norm(a) and norm(u) in their place where the function says so,
 // norm(x) = x / sqrt(mean x^2 + eps) over a row's channels. phi and psi have the same channels and groups.
 
-// A function, as native.py's Function. tables [groups, size]: see `size_of_table`. Bit 0 of `normed`: a is; bit 1: u is.
-struct Function {
-    const float* tables;
+// A function but for its coefficients, as native.py's Plan. Bit 0 of `normed`: a is; bit 1: u is.
+struct Plan {
     int64_t C, groups;
     int kind, order, cells;
     float lo, inv_h;
@@ -150,6 +149,7 @@ struct Function {
     float eps;
 };
 enum Kind { SPLINE, RATIONAL, SILU, GELU, RELU2, IDENTITY };
+const Plan NO_FUNCTION{0, 0, IDENTITY};
 
 // Splines: of every cell the coefficients of four powers of r, zero above the order. Where a lookup permutes registers
 // (AVX-512) those of one power lie together, else those of one cell.
@@ -160,9 +160,49 @@ inline int64_t place_in_table(int cells, int power, int cell) { return power * w
 inline int64_t place_in_table(int, int power, int cell) { return POWERS * cell + power; }
 #endif
 inline int64_t size_of_spline(int cells) { return POWERS * whole(cells); }
-inline int64_t size_of_table(const Function& f) {
+inline int64_t size_of_table(const Plan& f) {
     return f.kind == SPLINE ? size_of_spline(f.cells) : f.kind == RATIONAL ? 10 : 0;
 }
+
+// Of spline functions [T], in a cell where none of them is zero, the coefficients [T] of the powers of r.
+template <int T>
+constexpr double pieces[T][T] = {};
+template <>
+constexpr double pieces<2>[2][2] = {{1, -1}, {0, 1}};
+template <>
+constexpr double pieces<3>[3][3] = {{0.5, -1, 0.5}, {0.5, 1, -1}, {0, 0, 0.5}};
+template <>
+constexpr double pieces<4>[4][4] = {
+    {1 / 6., -0.5, 0.5, -1 / 6.}, {4 / 6., 0, -1, 0.5}, {1 / 6., 0.5, 0.5, -0.5}, {0, 0, 0, 1 / 6.}};
+
+// tables [groups, size] of splines with coefficients [groups, cells + T - 1]
+template <int T>
+void make_tables(const Plan& f, const float* coefficients, float* tables) {
+    const int64_t size = size_of_spline(f.cells);
+    std::fill(tables, tables + f.groups * size, 0.0f);
+    for (int64_t group = 0; group < f.groups; ++group, tables += size, coefficients += f.cells + T - 1)
+        for (int cell = 0; cell < f.cells; ++cell)
+            for (int p = 0; p < T; ++p) {
+                float total = 0.0f;
+                for (int j = 0; j < T; ++j) total += float(pieces<T>[j][p]) * coefficients[cell + j];
+                tables[place_in_table(f.cells, p, cell)] = total;
+            }
+}
+
+// A function with its tables [groups, size]: made of a spline's coefficients, a rational function's as they are.
+struct Function : Plan {
+    Scratch<float> made;
+    const float* tables;
+
+    Function(const Plan& plan, const float* coefficients)
+        : Plan(plan), made(kind == SPLINE ? groups * size_of_spline(cells) : 0), tables(coefficients) {
+        if (kind != SPLINE) return;
+        tables = made.data;
+        if (order == 1) make_tables<2>(plan, coefficients, made.data);
+        else if (order == 2) make_tables<3>(plan, coefficients, made.data);
+        else make_tables<4>(plan, coefficients, made.data);
+    }
+};
 
 struct Elementwise {
     const Function &f, &s;  // phi; psi, or phi again where there is none
@@ -209,6 +249,9 @@ inline ivec table_of_lane(const Function& f, int64_t c, int64_t size) {
 }
 
 typedef float quad __attribute__((vector_size(16), may_alias));
+inline const float* floats_at(const float* begin, int64_t bytes) {
+    return reinterpret_cast<const float*>(reinterpret_cast<const char*>(begin) + bytes);
+}
 constexpr int64_t ALL = 1 << 30;  // vectors of a row
 
 // What a function keeps beside the values at hand: nothing.
@@ -381,27 +424,30 @@ inline quad half_of(vec v, int half) { return half ? quad{v[4], v[5], v[6], v[7]
 
 // The splines of whole rows; the lanes of a vector may belong to several groups. A lookup reads a lane's coefficients as one
 // quad. `find` says where inputs lie some vectors before `evaluate` asks: the processor does not look as far ahead.
+// Places count the bytes of tables; those of the sums, of V lanes, are V times as far.
 template <int T, bool WITH_SILU>
 struct Spline {
     static constexpr bool BY_ROW = true;
+    static constexpr int CELL = POWERS * sizeof(float);
     const float* table;
     const vec lo, inv_h, cells, last;
 
     struct Buffer {
         static constexpr int64_t VECTORS = 8;
-        Scratch<int32_t> offsets;  // [vectors, 2, V]: where the table and the sums of each lane's function begin, in floats
-        Local<int32_t, VECTORS * V> rows, totals;  // where its cell's are
+        const bool narrow;
+        Scratch<int32_t> offsets;  // [vectors, 2, V]: where the table and the sums of each lane's function begin
+        Local<int32_t, VECTORS * V> rows, totals;  // where its cell's are; without `totals` the sums lie as the tables do
         Local<float, VECTORS * V> within, beyond;  // r and e
 
-        explicit Buffer(const Function& f) : offsets((f.C + V - 1) / V * 2 * V) {
-            const int64_t size = size_of_spline(f.cells);
+        explicit Buffer(const Function& f) : narrow(f.C / f.groups < V), offsets((f.C + V - 1) / V * 2 * V) {
+            const int64_t size = size_of_spline(f.cells) * sizeof(float);
             for (int64_t v = 0; v * V < f.C; ++v) {
-                const ivec at = table_of_lane(f, first_channel(f, v), size);
                 ivec* to = reinterpret_cast<ivec*>(offsets.data + v * 2 * V);
-                to[0] = at;
-                to[1] = (f.C / f.groups < V ? ivec{} + int32_t(v * size) : at) * V + lane_numbers * POWERS;
+                to[0] = table_of_lane(f, first_channel(f, v), size);
+                to[1] = ivec{} + int32_t(v * size);
             }
         }
+        const int32_t* sums_of(int slot) const { return (narrow ? totals : rows).data + slot * V; }
         static int64_t first_channel(const Function& f, int64_t v) {
             return std::max<int64_t>(0, std::min(v * V, f.C - V));
         }
@@ -416,14 +462,14 @@ struct Spline {
         const ivec cell = to_int(vmin(inside, last));
         store(at.within.data + slot * V, inside - to_float(cell));
         store(at.beyond.data + slot * V, t - inside);
-        *reinterpret_cast<ivec*>(at.rows.data + slot * V) = cell * POWERS + offset[0];
-        if (BACKWARD) *reinterpret_cast<ivec*>(at.totals.data + slot * V) = cell * (POWERS * V) + offset[1];
+        *reinterpret_cast<ivec*>(at.rows.data + slot * V) = cell * CELL + offset[0];
+        if (BACKWARD && at.narrow) *reinterpret_cast<ivec*>(at.totals.data + slot * V) = cell * CELL + offset[1];
     }
     void evaluate(const Buffer& at, int slot, vec a, vec& value, vec& slope) const {
         const int32_t* row = at.rows.data + slot * V;
         const vec r = load(at.within.data + slot * V), e = load(at.beyond.data + slot * V);
         vec two[4], c[4];  // rows of lanes l and l + 4; coefficients of a power
-        for (int l = 0; l < 4; ++l) two[l] = joined(table + row[l], table + row[l + 4]);
+        for (int l = 0; l < 4; ++l) two[l] = joined(floats_at(table, row[l]), floats_at(table, row[l + 4]));
         turn(two, c);
         slope = c[T - 1];
         value = slope * r + c[T - 2];
@@ -450,22 +496,29 @@ struct Spline {
             w *= r;
         }
         turn(part, turned);
-        const int32_t* total = at.totals.data + slot * V;
+        const int32_t* place = at.sums_of(slot);
         for (int l = 0; l < V; ++l) {
-            int64_t at = total[l];
-            const quad sum = *reinterpret_cast<quad*>(sums + at) + half_of(turned[l % 4], l / 4);
+            int64_t at = place[l];
+            char* column = reinterpret_cast<char*>(sums) + l * CELL;
+            const quad sum = *reinterpret_cast<quad*>(column + at * V) + half_of(turned[l % 4], l / 4);
             asm("" : "+r"(at));  // else GCC computes the address first: one instruction more a lane
-            *reinterpret_cast<quad*>(sums + at) = sum;
+            *reinterpret_cast<quad*>(column + at * V) = sum;
         }
     }
     void finish(Buffer&, float*) {}
     static void reduce(const Function& f, const float* sums, int64_t, bool narrow, double* gradient) {
         const int64_t width = f.C / f.groups, size = size_of_spline(f.cells), parts = sums_size(f) / (size * V);
         for (int64_t part = 0; part < parts; ++part)
-            for (int64_t at = 0; at < int64_t(f.cells) * V; ++at) {
-                const int64_t group = narrow ? std::min(Buffer::first_channel(f, part) + at % V, f.C - 1) / width : part;
-                const float* sum = sums + part * size * V + at * POWERS;
-                for (int j = 0; j < T; ++j) gradient[group * size + at / V * POWERS + j] += sum[j];
+            for (int64_t cell = 0; cell < f.cells; ++cell) {
+                const float* sum = sums + (part * size + cell * POWERS) * V;
+                double total[T] = {};
+                for (int l = 0; l < V; ++l) {
+                    for (int j = 0; j < T; ++j) total[j] += sum[l * POWERS + j];
+                    if (!narrow && l < V - 1) continue;
+                    const int64_t group = narrow ? std::min(Buffer::first_channel(f, part) + l, f.C - 1) / width : part;
+                    double* to = gradient + group * size + cell * POWERS;
+                    for (int j = 0; j < T; ++j) to[j] += total[j], total[j] = 0;
+                }
             }
     }
 };
@@ -747,6 +800,8 @@ struct Totals {
         : f(f), size(f.groups * size_of_table(f)), sums(wanted ? threads * size : 0) {}
     double* of(int64_t piece) { return sums.empty() ? nullptr : sums.data() + piece * size; }
     void write(float* dc, int threads);
+    template <int T>
+    void of_tables(float* dc) const;
 };
 
 // psi is the identity where S is.
@@ -807,32 +862,29 @@ void elementwise(const Elementwise& k, Totals& of_phi, Totals& of_psi, int threa
     }
 }
 
-// The coefficients of the powers of r of the order + 1 functions that are not zero in a cell.
-const double* pieces_of(int order) {
-    static const double linear[] = {1, -1, 0, 1}, square[] = {0.5, -1, 0.5, 0.5, 1, -1, 0, 0, 0.5};
-    static const double cubic[] = {1 / 6., -0.5, 0.5, -1 / 6., 4 / 6., 0, -1, 0.5, 1 / 6., 0.5, 0.5, -0.5, 0, 0, 0, 1 / 6.};
-    return order == 1 ? linear : order == 2 ? square : cubic;
-}
-
 // The gradient of the coefficients [groups, K].
 void Totals::write(float* dc, int threads) {
     if (!dc) return;
     for (int piece = 1; piece < threads; ++piece)
         for (int64_t at = 0; at < size; ++at) sums[at] += sums[piece * size + at];
-    if (f.kind == RATIONAL) {
-        std::copy(sums.begin(), sums.begin() + size, dc);
-        return;
-    }
-    const int T = f.order + 1;
-    const int64_t K = f.cells + f.order, table = size_of_table(f);
-    const double* pieces = pieces_of(f.order);
+    if (f.kind == RATIONAL) std::copy(sums.begin(), sums.begin() + size, dc);
+    else if (f.order == 1) of_tables<2>(dc);
+    else if (f.order == 2) of_tables<3>(dc);
+    else of_tables<4>(dc);
+}
+
+template <int T>
+void Totals::of_tables(float* dc) const {
+    const int64_t K = f.cells + T - 1, table = size_of_table(f);
     for (int64_t group = 0; group < f.groups; ++group)
         for (int64_t m = 0; m < K; ++m) {
             double total = 0;
-            for (int j = 0; j < T; ++j)
+            for (int64_t j = std::max<int64_t>(0, m - f.cells + 1); j < std::min<int64_t>(T, m + 1); ++j) {
+                double of_cell = 0;
                 for (int p = 0; p < T; ++p)
-                    if (m >= j && m - j < f.cells)
-                        total += pieces[j * T + p] * sums[group * table + place_in_table(f.cells, p, m - j)];
+                    of_cell += pieces<T>[j][p] * sums[group * table + place_in_table(f.cells, p, int(m - j))];
+                total += of_cell;
+            }
             dc[group * K + m] = float(total);
         }
 }
@@ -1183,34 +1235,21 @@ void kanlm_edge_unpack(float* weight, const float* packed, int64_t O, int64_t I,
     repack<true>(weight, const_cast<float*>(packed), O, I, K, P, threads);
 }
 
-// The tables [groups, size] of splines with coefficients [groups, cells + order].
-void kanlm_tables(const float* coefficients, float* tables, int64_t groups, int order, int cells) {
-    const int T = order + 1;
-    const int64_t size = size_of_spline(cells);
-    const double* pieces = pieces_of(order);
-    std::fill(tables, tables + groups * size, 0.0f);
-    for (int64_t group = 0; group < groups; ++group)
-        for (int p = 0; p < T; ++p)
-            for (int j = 0; j < T; ++j) {
-                const float piece = float(pieces[j * T + p]), *c = coefficients + group * (cells + order) + j;
-                float* table = tables + group * size;
-                for (int cell = 0; cell < cells; ++cell) table[place_in_table(cells, p, cell)] += piece * c[cell];
-            }
-}
-
-// y = phi(a) * u, or phi(a) * psi(u) where psi is no null
-void kanlm_elementwise(const Function* phi, const Function* psi, const float* a, const float* u, float* y, int64_t N,
-                       int threads) {
-    Totals none(*phi, false, threads);
-    elementwise(Elementwise{*phi, psi ? *psi : *phi, a, u, nullptr, y, nullptr, nullptr, N}, none, none, threads);
+// y = phi(a) * u, or phi(a) * psi(u) where psi is no null; c and c_of_psi are their coefficients
+void kanlm_elementwise(const Plan* phi, const Plan* psi, const float* c, const float* c_of_psi, const float* a,
+                       const float* u, float* y, int64_t N, int threads) {
+    const Function first(*phi, c), second(psi ? *psi : NO_FUNCTION, c_of_psi);
+    Totals none(first, false, threads);
+    elementwise(Elementwise{first, psi ? second : first, a, u, nullptr, y, nullptr, nullptr, N}, none, none, threads);
 }
 
 // The gradients of the sum of g times that by a, u and the functions' coefficients; du and the coefficients' may be null.
-void kanlm_elementwise_gradient(const Function* phi, const Function* psi, const float* a, const float* u, const float* g,
-                                float* da, float* du, float* dc, float* dc_of_psi, int64_t N, int threads) {
-    const Function& second = psi ? *psi : *phi;
-    Totals of_phi(*phi, dc, threads), of_psi(second, dc_of_psi, threads);
-    elementwise(Elementwise{*phi, second, a, u, g, nullptr, da, du, N}, of_phi, of_psi, threads);
+void kanlm_elementwise_gradient(const Plan* phi, const Plan* psi, const float* c, const float* c_of_psi, const float* a,
+                                const float* u, const float* g, float* da, float* du, float* dc, float* dc_of_psi,
+                                int64_t N, int threads) {
+    const Function first(*phi, c), second(psi ? *psi : NO_FUNCTION, c_of_psi);
+    Totals of_phi(first, dc, threads), of_psi(second, dc_of_psi, threads);
+    elementwise(Elementwise{first, psi ? second : first, a, u, g, nullptr, da, du, N}, of_phi, of_psi, threads);
     of_phi.write(dc, threads);
     of_psi.write(dc_of_psi, threads);
 }

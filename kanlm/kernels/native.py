@@ -25,9 +25,8 @@ FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
     "kanlm_poison": "i",
-    "kanlm_tables": "pp l ii",
-    "kanlm_elementwise": "ppppp l i",
-    "kanlm_elementwise_gradient": "ppppppppp l i",
+    "kanlm_elementwise": "ppppppp l i",
+    "kanlm_elementwise_gradient": "ppppppppppp l i",
     "kanlm_edge_few": "ppp l i",
     "kanlm_edge_pack": "pp llll i",
     "kanlm_edge_unpack": "pp llll i",
@@ -49,11 +48,10 @@ class Few(ctypes.Structure):
     ]
 
 
-class Function(ctypes.Structure):
-    """struct Function of native.cpp."""
+class Plan(ctypes.Structure):
+    """struct Plan of native.cpp."""
 
     _fields_ = [
-        ("tables", _POINTER),
         *((name, _INT64) for name in ("C", "groups")),
         *((name, _INT) for name in ("kind", "order", "cells")),
         *((name, _FLOAT) for name in ("lo", "inv_h")),
