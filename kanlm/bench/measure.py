@@ -75,7 +75,7 @@ def machine_floor(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Fl
 
 
 def rounds(
-    arms: list[Arm], seconds: float, device: str = "cpu", least: int = 5, most: int = 60
+    arms: list[Arm], seconds: float, device: str = "cpu", least: int = 5, most: int = 1000
 ) -> dict[str, list]:
     """Seconds of each arm in each round, by name; all together takes about `seconds`."""
     for arm in arms:
