@@ -33,7 +33,7 @@ def forest(judged: Sequence[dict[str, Any]], arm: str, folder: Path) -> str:
     return written(folder / "differences.svg", output)
 
 
-def ladder(rungs: Sequence[Rung], laws: tuple[ScalingFit, ScalingFit], folder: Path) -> str:
+def ladder(rungs: Sequence[Rung], laws: tuple[ScalingFit, ScalingFit], path: Path) -> str:
     """Losses at each size, a dot for each seed, and the fitted power laws; the file's name."""
     with figure_svg("study-ladder", 3.3) as (figure, output):
         axes = figure.add_subplot()
@@ -48,7 +48,7 @@ def ladder(rungs: Sequence[Rung], laws: tuple[ScalingFit, ScalingFit], folder: P
         axes.set_xlabel("parameters without embeddings")
         axes.set_ylabel("test loss, nats a token")
         axes.legend()
-    return written(folder / "ladder.svg", output)
+    return written(path, output)
 
 
 def written(path: Path, output: list[str]) -> str:

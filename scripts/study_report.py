@@ -311,7 +311,8 @@ def ladders(rows: dict[str, dict[str, Any]]) -> tuple[list[str], list[dict[str, 
             records.append({"name": name, "rungs": steps, **found_ratio, "by_size": by_size})
         parts.append(f"## Ladder: {name}\n\n" + "\n".join(lines) + "\n\n" + ladder_sentence(rungs, ratio))
         if ratio:
-            drawn = ladder(rungs, (ratio.fit, ratio.other_fit), RESULTS.parent)
+            stem = "ladder" if len(records) == 1 else f"ladder-{len(records)}"
+            drawn = ladder(rungs, (ratio.fit, ratio.other_fit), RESULTS.with_name(f"{stem}.svg"))
             parts.append(f"![losses by size and the fitted power laws]({drawn})")
     return parts, records
 
@@ -323,7 +324,8 @@ def best_trials(
     found = []
     for phase in phases:
         trials = [rows.get(key_of(trial), {}) for trial in trials_of((phase["name"],))]
-        found.append({r["seed"]: r for r in trials if "test" in r and find_arm(r["arm"]).family == family})
+        tested = (row for row in trials if "test" in row and "frozen" not in row)
+        found.append({row["seed"]: row for row in tested if find_arm(row["arm"]).family == family})
     return min(
         found, key=lambda own: (-len(own), fmean(row["valid"] for row in own.values()) if own else math.inf)
     )

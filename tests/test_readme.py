@@ -190,7 +190,12 @@ LADDER_ROWS = (
     "WikiText-2, 6 tokens a parameter, coefficients at that third: 98k",
     *("319k", "591k", "1.23M parameters"),
 )
-"""The rows below, the sizes of the study's ladder."""
+"""The rows below, the sizes of the study's first ladder."""
+WAVE_ROWS = (
+    ("begun at the wave (below), coefficients at a tenth: 98k", "wave-0.1m-wikitext-2"),
+    ("319k", "wave-0.3m-wikitext-2-long"),
+)
+"""The last rows, and the phase of each."""
 
 
 def study_report() -> dict[str, Any]:
@@ -207,19 +212,20 @@ def verdict_row(words: str, one: dict[str, Any]) -> str:
 def test_the_verdicts_rows_are_what_the_study_judged():
     report = study_report()
     judged = {
-        one["phase"]: one
+        (one["phase"], one["arm"]): one
         for one in report["verdict"]["judgements"]
-        if one["arm"] == "kan_act, normed" and one["baseline"] == "gelu, normed"
+        if one["baseline"] == "gelu, normed"
     }
-    (ladder,) = report["ladders"]
-    expected = [verdict_row(words, judged[phase]) for words, phase in VERDICT_ROWS]
-    expected += [verdict_row(*row) for row in zip(LADDER_ROWS, ladder["rungs"], strict=True)]
+    expected = [verdict_row(words, judged[phase, "kan_act, normed"]) for words, phase in VERDICT_ROWS]
+    expected += [verdict_row(*row) for row in zip(LADDER_ROWS, report["ladders"][0]["rungs"], strict=True)]
+    begun_at_the_wave = "kan_act, normed, kan_initial=gelu_wave"
+    expected += [verdict_row(words, judged[phase, begun_at_the_wave]) for words, phase in WAVE_ROWS]
     start = README.index("| test text, nats/token")
     assert README[start : README.index("\n\n", start)].splitlines()[2:] == expected
 
 
 def test_the_parameters_for_equal_loss_are_the_ladders():
-    (ladder,) = study_report()["ladders"]
+    ladder, *_ = study_report()["ladders"]
     by_size = [f"{value:.2f}" for value in ladder["by_size"]]
     listed = f"{', '.join(by_size[:-1])} and {by_size[-1]}"
     low, high = ladder["interval"]
