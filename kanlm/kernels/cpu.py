@@ -43,7 +43,7 @@ from kanlm.kernels.support import (
     require_plain_function,
     require_unchanged,
 )
-from kanlm.model.basis import Basis
+from kanlm.model.basis import Basis, BSpline
 from kanlm.model.ffn import relu2
 from kanlm.model.kan import KANLinear, LearnedFunction
 
@@ -273,9 +273,17 @@ def _plan(
     normed: int = 0,
     eps: float = 0.0,
 ) -> Plan:
-    """What the elementwise kernels need to know of a function beside its coefficients."""
+    """What the elementwise kernels need to know of a function beside its coefficients.
+
+    Raises:
+        RuntimeError: a function that they are not written for, put in place after `kernels.select`.
+    """
     order, cells, low, inverse = (0, 0, 0.0, 0.0)
     if basis is not None:
+        if not (isinstance(basis, BSpline) and 1 <= basis.order <= FUNCTION_ORDER):
+            raise RuntimeError(
+                f"the cpu kernel got a function of {basis}, which it does not know; call kernels.select again"
+            )
         order, cells, low, inverse = basis.order, basis.grid_size, basis.grid_min, 1 / basis.step
     return Plan(channels, groups, kind, order, cells, low, inverse, int(silu), normed, eps)
 
@@ -378,13 +386,20 @@ def learned_product(block: Any, a: Tensor, u: Tensor) -> Tensor:
     phi, psi = block.phi, block.psi
     normed = block.hidden_norm
     eps = block.norm_eps if normed else 0.0
-    if torch.compiler.is_compiling():
-        factor = learned(psi, u, None, NORM_A if normed else 0, eps)
-        return learned(phi, a, factor, NORM_A if normed else 0, eps)
-    require_plain_function(phi)
-    require_plain_function(psi)
-    plans = _plan_of(phi, NORM_A | NORM_U if normed else 0, eps), _plan_of(psi, 0, 0.0)
-    return _apply(*plans, phi._parameters["coefficients"], psi._parameters["coefficients"], a, u)
+    if not torch.compiler.is_compiling():
+        require_plain_function(phi)
+        require_plain_function(psi)
+        plans = _plan_of(phi, NORM_A | NORM_U if normed else 0, eps), _plan_of(psi, 0, 0.0)
+        if _in_one_sweep(*plans):
+            return _apply(*plans, phi._parameters["coefficients"], psi._parameters["coefficients"], a, u)
+    factor = learned(psi, u, None, NORM_A if normed else 0, eps)
+    return learned(phi, a, factor, NORM_A if normed else 0, eps)
+
+
+def _in_one_sweep(phi: Plan, psi: Plan) -> bool:
+    """Whether the kernel serves their product: it is written for two functions of one form without a base."""
+    form, other = ((plan.kind, plan.order, plan.C, plan.groups) for plan in (phi, psi))
+    return form == other and not (phi.silu or psi.silu)
 
 
 def norm(x: Tensor, eps: float) -> Tensor:

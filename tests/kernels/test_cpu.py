@@ -182,6 +182,41 @@ def test_a_product_of_two_functions_is_one_call(nan_scratch, fields, width, dtyp
     assert not calls
 
 
+UNLIKE = {
+    "a rational function": {"basis": "rational"},
+    "a base": {"base": "silu"},
+    "another order": {"order": 2},
+    "narrow groups": {"groups": 24},
+}
+
+
+@pytest.mark.parametrize("swapped", ["phi", "psi"])
+@pytest.mark.parametrize("unlike", UNLIKE)
+def test_a_product_of_unlike_functions_is_computed_too(nan_scratch, unlike, swapped):
+    block = build_ffn(
+        KanLMConfig(
+            hidden_size=16, intermediate_size=24, num_attention_heads=2, ffn_type="kan_product",
+            kan_num_groups=3,
+        )
+    )  # fmt: skip
+    function = LearnedFunction(24, **{"groups": 3, "initial": "silu", **UNLIKE[unlike]})
+    with torch.no_grad():
+        function.coefficients += 0.1 * torch.randn(function.coefficients.shape)
+    setattr(block, swapped, function)
+    a, u = (points(5, 61, 24, dtype=torch.float32, seed=seed, spread=2.5) for seed in (0, 1))
+    compared(Gated(block), [a, u], TOLERANCE[torch.float32])
+
+
+def test_a_function_put_in_place_later_that_no_kernel_serves_is_refused():
+    block = build_ffn(
+        KanLMConfig(hidden_size=16, intermediate_size=24, num_attention_heads=2, ffn_type="kan_product")
+    )
+    kernels.select(block, "cpu")
+    block.psi = LearnedFunction(24, 8, order=4)
+    with pytest.raises(RuntimeError, match="call kernels.select again"):
+        block(torch.ones(2, 16))
+
+
 class Gated(nn.Module):
     """What a product arm computes between its matrices."""
 
