@@ -349,7 +349,7 @@ def ladder_sentence(rungs: list[Rung], found: SizeRatio | None) -> str:
     crossing = crosses(found.fit, found.other_fit, max(rung.size for rung in rungs))
     beyond = (
         f" These laws cross near {crossing:,.0f} parameters, beyond which the MLP's is lower: an "
-        "extrapolation, for which four sizes are too few."
+        f"extrapolation, for which {len(rungs)} sizes are too few."
         if crossing
         else ""
     )

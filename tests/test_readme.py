@@ -194,6 +194,7 @@ LADDER_ROWS = (
 WAVE_ROWS = (
     ("begun at the wave (below), coefficients at a tenth: 98k", "wave-0.1m-wikitext-2"),
     ("319k", "wave-0.3m-wikitext-2-long"),
+    ("591k", "wave-0.6m-wikitext-2"),
 )
 """The last rows, and the phase of each."""
 
