@@ -29,7 +29,7 @@ def forest(judged: Sequence[dict[str, Any]], arm: str, folder: Path) -> str:
         axes.set_yticks(range(len(rows)), [f"{one['phase']} ({one['seeds']})" for one in reversed(rows)])
         axes.tick_params(axis="y", labelsize=7)
         axes.set_xlim(-0.07, 0.07)
-        axes.set_xlabel("test loss less the MLP's, nats a token; left: the KAN is better")
+        axes.set_xlabel("test loss less the MLP's, nats a token; left: the KAN is better", loc="right")
     return written(folder / "differences.svg", output)
 
 
