@@ -83,7 +83,7 @@ def test_the_committed_report_is_what_the_committed_trials_give(tmp_path):
     subprocess.run(
         [sys.executable, ROOT / "scripts/study.py", "report"], cwd=tmp_path, check=True, capture_output=True
     )
-    for name in ("report.md", "report.json", "differences.svg", "ladder.svg"):
+    for name in ("report.md", "report.json", "differences.svg", "ladder.svg", "ladder-2.svg"):
         assert (tmp_path / STUDY / name).read_text() == (ROOT / STUDY / name).read_text(), name
 
 
