@@ -12,23 +12,27 @@ from kanlm.interpret.pictures import figure_svg
 from kanlm.stats import Rung, ScalingFit
 
 KAN, MLP = "#c2410c", "#374151"
+EDGE = 0.07
+"""Of the differences' axis, in nats a token."""
 
 
-def forest(judged: Sequence[dict[str, Any]], arm: str, folder: Path) -> str:
-    """Differences of `arm` to its baseline, a line for each phase, with their intervals; the file's name."""
-    rows = [one for one in judged if one["arm"] == arm and one["interval_nats"]]
+def forest(judged: Sequence[dict[str, Any]], arms: Sequence[str], folder: Path) -> str:
+    """Differences of `arms` to their baseline with intervals, a line for each phase; the file's name."""
+    rows = [one for one in judged if one["arm"] in arms and one["interval_nats"]]
     with figure_svg("study-differences", 0.8 + 0.24 * len(rows)) as (figure, output):
         axes = figure.add_subplot()
         for place, one in enumerate(reversed(rows)):
             low, high = one["interval_nats"]
             colour = KAN if one["outcome"] == "better" else MLP
-            # A wide interval is cut: its line then goes through the frame.
+            # A wide interval is cut: its line goes through the frame. A mean outside it is an arrow there.
             axes.plot([low, high], [place, place], color=colour, clip_on=True)
-            axes.plot(one["difference_nats"], place, "o", color=colour, markersize=4)
+            inside = min(max(one["difference_nats"], -EDGE), EDGE)
+            marker = {-EDGE: "<", EDGE: ">"}.get(inside, "o")
+            axes.plot(inside, place, marker, color=colour, markersize=4, clip_on=False)
         axes.axvline(0, color=MLP, linewidth=1)
         axes.set_yticks(range(len(rows)), [f"{one['phase']} ({one['seeds']})" for one in reversed(rows)])
         axes.tick_params(axis="y", labelsize=7)
-        axes.set_xlim(-0.07, 0.07)
+        axes.set_xlim(-EDGE, EDGE)
         axes.set_xlabel("test loss less the MLP's, nats a token; left: the KAN is better", loc="right")
     return written(folder / "differences.svg", output)
 

@@ -30,31 +30,37 @@ with a seed that no verdict uses; only final phases read the test text. The twin
 so many seeds find in 80% of studies, "text" what another test text of this kind would change in the
 difference (standard error over 64 parts). "p (Holm)": Student's paired t over the arms of a phase; "tie p":
 of equivalence within 0.01 nats (two one-sided tests; small: a tie). Three seeds have no sign-flip p below
-0.25: there an interval rests on normal differences. Holm runs within a phase, not over phases."""
+0.25: there an interval rests on normal differences. Holm runs within a phase, not over phases.
+
+Below: every final phase with its interval; the ladders, losses by size; then each phase, those judged on
+test text before the search."""
 
 
 @click.command()
 def report() -> None:
     """Write docs/results/study/report.md and report.json from trials.jsonl: every number from there."""
     rows = {row["key"]: row for row in results()}
-    parts, judged = [HEADER], []
+    judged: list[dict[str, Any]] = []
+    final, search = ["## Judged on test text"], ["## The search, on validation text"]
     for phase in plan():
         done = [rows[key] for trial in trials_of((phase["name"],)) if (key := key_of(trial)) in rows]
         if not done:
             continue
-        title = f"## {phase['name']}\n\n{phase.get('about', '')}\n"
+        title = f"### {phase['name']}\n\n{phase.get('about', '')}\n"
         if phase.get("role") == "final":
             if len({row["arm"] for row in done}) < 2:
                 continue  # nothing to judge yet
             found, text = judged_phase(phase, done)
             judged += found
+            final.append(f"{title}\n{text}")
         else:
             text = seeds_table(done) if len(phase["seeds"]) > 1 else rates_table(done)
-        parts.append(f"{title}\n{text}")
-    drawn = forest(judged, "kan_act, normed", RESULTS.parent)
-    parts.insert(1, f"![differences of kan_act, normed to its MLP by phase, with intervals]({drawn})")
+            search.append(f"{title}\n{text}")
+    drawn = forest(judged, ("kan_act, normed", "kan_act, normed, kan_initial=gelu_wave"), RESULTS.parent)
+    picture = f"![differences of kan_act, normed to its MLP by phase, with intervals]({drawn})"
     texts, measured = ladders(rows)
-    RESULTS.with_name("report.md").write_text("\n\n".join(parts + texts) + "\n", encoding="utf-8")
+    parts = [HEADER, picture, "## Ladders", *texts, *final, *search]
+    RESULTS.with_name("report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     write_json(RESULTS.with_name("report.json"), {"verdict": {"judgements": judged}, "ladders": measured})
     print(RESULTS.with_name("report.md"))
 
@@ -309,7 +315,7 @@ def ladders(rows: dict[str, dict[str, Any]]) -> tuple[list[str], list[dict[str, 
             found_ratio = {"ratio": ratio.ratio, "interval": [ratio.low, ratio.high]}
             by_size = list(ratio.by_size.values())
             records.append({"name": name, "rungs": steps, **found_ratio, "by_size": by_size})
-        parts.append(f"## Ladder: {name}\n\n" + "\n".join(lines) + "\n\n" + ladder_sentence(rungs, ratio))
+        parts.append(f"### {name}\n\n" + "\n".join(lines) + "\n\n" + ladder_sentence(rungs, ratio))
         if ratio:
             stem = "ladder" if len(records) == 1 else f"ladder-{len(records)}"
             drawn = ladder(rungs, (ratio.fit, ratio.other_fit), RESULTS.with_name(f"{stem}.svg"))
