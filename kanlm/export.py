@@ -89,8 +89,9 @@ def export_onnx(
     must_be_new(folder / "onnx")
     model, tokenizer = load_causal_lm(folder, device="cpu", trust_remote_code=trust_remote_code)
     LOG.info("%s: tracing the graph; a model of ten layers takes some minutes", folder)
-    title = f"kanlm: {source}" if page else None
-    return write_onnx(model, tokenizer, folder / "onnx", int8, title, tables)
+    place = Path(source).resolve()  # a page is for others to see: the run's name, not its path
+    name = place.parent.name if place.name == "hf" else place.name
+    return write_onnx(model, tokenizer, folder / "onnx", int8, f"kanlm: {name}" if page else None, tables)
 
 
 def export_model(
