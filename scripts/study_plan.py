@@ -13,7 +13,7 @@ import study_ideas  # noqa: F401  registers its arms and starts
 
 from kanlm.config import RunConfig, parse_table
 from kanlm.model import KanLMConfig
-from kanlm.sizing import matched_width, parameter_counts
+from kanlm.sizing import architecture, matched_width, parameter_counts, training_flops_per_token
 
 ROOT = Path("runs/study")
 PLAN = Path("configs/study.toml")
@@ -117,3 +117,14 @@ def results() -> list[dict[str, Any]]:
     if not RESULTS.is_file():
         return []
     return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+
+
+def rates_of(row: dict[str, Any]) -> str:
+    own = f" / {row['kan_learning_rate']:g}" if "kan_learning_rate" in row else ""
+    own = " / 0" if "frozen" in row else own
+    return f"{row['learning_rate']:g}{own}"
+
+
+def megaflops(trial: dict[str, Any]) -> float:
+    """Of a training step, for each token."""
+    return training_flops_per_token(architecture(run_config(trial)), 128) / 1e6

@@ -236,3 +236,4 @@ def test_the_parameters_for_equal_loss_are_the_ladders():
         text = " ".join(page.split())
         assert f"{listed} times the MLP's parameters" in text
         assert f"{ladder['ratio']:.2f} over all ({low:.2f} to {high:.2f})" in text
+        assert f"{ladder['compute_ratio']:.2f} times the" in text
