@@ -47,9 +47,7 @@ def report() -> None:
         if not done:
             continue
         title = f"### {phase['name']}\n\n{phase.get('about', '')}\n"
-        if phase.get("role") == "final":
-            if len({row["arm"] for row in done}) < 2:
-                continue  # nothing to judge yet
+        if phase.get("role") == "final" and len({row["arm"] for row in done}) > 1:
             found, text = judged_phase(phase, done)
             judged += found
             final.append(f"{title}\n{text}")
