@@ -9,6 +9,7 @@ from study_runs import text_cache, trained_model
 
 from kanlm.data import tokenizer_for
 from kanlm.evaluation.perplexity import stream_blocks
+from kanlm.kernels import functions_called
 from kanlm.model.learned_function import LearnedFunction
 
 
@@ -30,7 +31,7 @@ def picture(out: str) -> None:
     functions = {name: m for name, m in model.named_modules() if isinstance(m, LearnedFunction)}
     for name, module in functions.items():
         module.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0].detach()))
-    with torch.no_grad():
+    with torch.no_grad(), functions_called(model):
         model(input_ids=inputs, use_cache=False)
     groups = next(iter(functions.values())).groups
     figure, axes = plt.subplots(len(functions), groups, figsize=(1.5 * groups, 1.6 * len(functions)), dpi=110)
