@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, Literal
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -434,3 +434,26 @@ def arm_runs(
         learned_nothing=bits is not None and learned_nothing(bits, baselines),
         speed=at_place[0] if at_place else None,
     )
+
+
+def step_speeds(speed: Mapping[str, Any] | None, reference: str) -> dict[tuple[str, str, str], float]:
+    """Tokens per second by (rule of widths, size, arm), of speed.json; empty where nothing was measured.
+
+    The reference's follow from its median time; another arm's from that and the median of the rounds' own
+    ratios to the reference, so that a machine that was busy in some rounds shifts no arm against another.
+    """
+    rows = {
+        (MATCHINGS[row["matching"]].width, row["size"], row["arm"]): row
+        for row in (speed["arms"] if speed else [])
+    }
+    found: dict[tuple[str, str, str], float] = {}
+    for (width, size, arm), row in rows.items():
+        if level := rows.get((width, size, reference)):
+            ratio = median(step_time_ratios(level["step_seconds"], row["step_seconds"]))
+            found[width, size, arm] = level["tokens_per_second"] * ratio
+    return found
+
+
+def step_time_ratios(own: Sequence[float], other: Sequence[float]) -> list[float]:
+    """Of the first step time over the second, measured next to each other in each round."""
+    return [a / b for a, b in zip(own, other, strict=True)]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kanlm.compare.artifacts import Artifacts, Result, Table
+from kanlm.compare.artifacts import Artifacts, Result, Table, step_time_ratios
 from kanlm.compare.judgement import Judgement
 from kanlm.compare.schema import MATCHINGS
 from kanlm.stats import PairedDifference, Rung, SizeRatio, median_interval, paired_difference, size_ratio
@@ -41,7 +41,7 @@ def claims(artifacts: Artifacts, judged: Sequence[Judgement]) -> list[dict[str, 
     for arm in [arm for arm, runs in shown.arms.items() if runs.planned.family == "kan"]:
         rungs = ladder(equal, arm, baseline)
         step_rows = step_times(equal[-1] if equal else None, arm, baseline)
-        steps = step_time_ratios(step_rows)
+        steps = sorted(step_time_ratios(*(row["step_seconds"] for row in step_rows))) if step_rows else []
         tokens, slowdown = token_ratios(shown, arm, baseline), step_slowdown(shown, arm, baseline)
         times = [math.log(ratio * slowdown) for ratio in tokens] if slowdown else []
 
@@ -80,14 +80,6 @@ def step_times(table: Table | None, arm: str, baseline: str | None) -> list[dict
         return []
     rows = [table.arms[name].speed for name in (arm, baseline)]
     return [row for row in rows if row is not None] if all(rows) else []
-
-
-def step_time_ratios(rows: Sequence[dict[str, Any]]) -> list[float]:
-    """Of the first step time over the second, measured next to each other in each round; sorted."""
-    if not rows:
-        return []
-    own, other = rows
-    return sorted(a / b for a, b in zip(own["step_seconds"], other["step_seconds"], strict=True))
 
 
 def token_ratios(table: Table, arm: str, baseline: str | None) -> list[float]:
@@ -131,7 +123,7 @@ def step_slowdown(table: Table, arm: str, baseline: str | None) -> float | None:
     if baseline is None or MATCHINGS[table.matching].width != "parameters":
         return None
     own, other = table.arms[arm].speed, table.arms[baseline].speed
-    return other["tokens_per_second"] / own["tokens_per_second"] if own and other else None
+    return median(step_time_ratios(own["step_seconds"], other["step_seconds"])) if own and other else None
 
 
 def parameters_row(

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from kanlm.compare.artifacts import load
+from kanlm.compare.artifacts import load, step_speeds
 from kanlm.compare.findings import judgements
 from kanlm.compare.heldout import held_out_documents
-from kanlm.compare.plan import Study, planned_arms, step_speeds
+from kanlm.compare.plan import Study, planned_arms
 from kanlm.compare.schema import MATCHINGS, CompareConfig, PlannedArm, Trial, load_compare_config
 from kanlm.compare.speed import measured_speed, step_sequences
 from kanlm.compare.sweep import Point
@@ -41,7 +41,7 @@ def estimate(toml_path: str | Path, overrides: Sequence[str] = ()) -> str:
     study = Study(config, len(tokenizer), arms)
     timed = [arm for arm in arms if MATCHINGS[arm.matching].budget == "tokens"]
     speed = measured_speed(study, timed, ROUNDS, WARMUP)
-    speeds = step_speeds(speed)
+    speeds = step_speeds(speed, config.reference)
     sweeping = planned_sweep(study)
     trials = {trial.name: trial for trial in study.final_trials(speed=speed)}
     validation = len(token_cache(study.base, tokenizer, "validation"))

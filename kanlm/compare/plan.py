@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from transformers.utils.logging import disable_progress_bar
 
-from kanlm.compare.artifacts import CompareDir, TrialDir
+from kanlm.compare.artifacts import CompareDir, TrialDir, step_speeds
 from kanlm.compare.schema import (
     MATCHINGS,
     CompareConfig,
@@ -196,7 +196,7 @@ class Study:
             (row["size"], row["arm"]): {key: row[key] for key in RATES if row[key] is not None}
             for row in sweep
         }
-        tokens_per_second = step_speeds(speed)
+        tokens_per_second = step_speeds(speed, config.reference)
         by_key = {arm.key: arm for arm in self.arms}
         names = [arm.name for arm in config.arms]
         found: dict[str, Trial] = {}
@@ -278,11 +278,3 @@ class Study:
         write_json(self.directory.plan, plan)
         for run in {trial.name: trial.run for trial in trials}.values():
             write_json(self.directory.config(run.name), run)
-
-
-def step_speeds(speed: Mapping[str, Any] | None) -> dict[tuple[str, str, str], float]:
-    """Tokens per second by (rule of widths, size, arm), of speed.json; empty where nothing was measured."""
-    return {
-        (MATCHINGS[row["matching"]].width, row["size"], row["arm"]): row["tokens_per_second"]
-        for row in (speed["arms"] if speed else [])
-    }

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from kanlm.compare.artifacts import Artifacts, Result
+from kanlm.compare.artifacts import Artifacts, Result, step_speeds
+from kanlm.compare.schema import MATCHINGS
 from kanlm.interpret.pictures import figure_svg, learned_functions_svg, spread
 
 BASELINE_COLOUR = "#6b7280"
@@ -41,8 +42,11 @@ def report_pictures(artifacts: Artifacts, content: dict[str, Any]) -> dict[str, 
             "neural network.",
         )
     if any(result.curve.loss for result in results):
-        measured = {arm: runs.speed["tokens_per_second"] for arm, runs in shown.arms.items() if runs.speed}
-        measured = measured if len(measured) == len(shown.arms) else {}
+        width = MATCHINGS[shown.matching].width
+        speeds = step_speeds(artifacts.speed, artifacts.config.reference)
+        keys = {arm: (width, shown.size, arm) for arm in shown.arms}
+        measured = {arm: speeds[key] for arm, key in keys.items() if key in speeds}
+        measured = measured if len(measured) == len(keys) else {}
         source = "step times measured in turns" if measured else "the runs' clocks"
         for against, words in (("tokens", "tokens seen"), ("seconds", f"training time, by {source}")):
             add(
