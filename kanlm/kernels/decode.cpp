@@ -36,6 +36,8 @@ constexpr int AHEAD = 2;           // inputs that an edge layer fetches ahead,
 constexpr int LEAD = 1024;         // that many bytes of each: then the processor has seen the stream
 constexpr int LINE = 64;           // bytes of a line of a cache
 constexpr int TERMS = 8;           // the most functions of an input that are not zero
+constexpr int CUBIC = 4;           // coefficients of a cubic piece
+constexpr int SHORT = 16;          // cells of a table that stays in registers
 constexpr int BANKS = BYTES / 16;  // sums of a column that wait for each other: together they hide the latency
 
 typedef float vec __attribute__((vector_size(BYTES)));
@@ -71,10 +73,10 @@ inline V silu(V x) {
     return x / (1.0f + exponential(-x));
 }
 
-inline float gelu(float x) {  // Phi after Abramowitz & Stegun 1964, 7.1.26, error below 1e-7
-    const float z = std::fabs(x) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
-    const float tail = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t +
-                        0.254829592f) * t * exponential(-0.5f * x * x) * 0.5f;
+inline vec gelu(vec x) {  // Phi after Abramowitz & Stegun 1964, 7.1.26, error below 1e-7
+    const vec z = (x < 0 ? -x : x) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
+    const vec tail = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t +
+                      0.254829592f) * t * exponential(-0.5f * x * x) * 0.5f;
     return x * (x < 0 ? tail : 1.0f - tail);
 }
 
@@ -82,7 +84,7 @@ inline float gelu(float x) {  // Phi after Abramowitz & Stegun 1964, 7.1.26, err
 
 extern "C" {
 
-enum Kind { EMBED, NORM, MATRIX, ATTENTION, TABLE, RATIONAL, SILU, GELU, RELU, SQUARE, XIELU, POLYNORM, MULTIPLY, ADD,
+enum Kind { EMBED, NORM, MATRIX, ATTENTION, TABLE, SHORT_TABLE, RATIONAL, SILU, GELU, RELU, SQUARE, XIELU, POLYNORM, MULTIPLY, ADD,
             EDGE, FEATURES };
 
 // As decode.py's Operation. A second input u multiplies what TABLE .. XIELU compute.
@@ -194,24 +196,58 @@ inline void gather(const float* table, ints cell, vec* p) {
 #endif
 }
 
+// A table [4, 16] by power and cell: it stays in registers, and a lookup is a permutation of them.
+struct ShortTable {
+#if defined(__AVX512F__)
+    vec rows[CUBIC];
+    explicit ShortTable(const float* table) {
+        for (int j = 0; j < CUBIC; ++j) rows[j] = load(table + j * SHORT);
+    }
+    vec at(int j, ints cell) const { return (vec)_mm512_permutexvar_ps((__m512i)cell, (__m512)rows[j]); }
+#elif defined(__AVX2__)
+    vec low[CUBIC], high[CUBIC];
+    explicit ShortTable(const float* table) {
+        for (int j = 0; j < CUBIC; ++j) low[j] = load(table + j * SHORT), high[j] = load(table + j * SHORT + L);
+    }
+    vec at(int j, ints cell) const {
+        const __m256i lane = (__m256i)cell;
+        const __m256 in_high = (__m256)(cell << 28);  // a cell from 8 on has a sign
+        return (vec)_mm256_blendv_ps(_mm256_permutevar8x32_ps((__m256)low[j], lane),
+                                     _mm256_permutevar8x32_ps((__m256)high[j], lane), in_high);
+    }
+#else
+    const float* table;
+    explicit ShortTable(const float* table) : table(table) {}
+    vec at(int j, ints cell) const {
+        vec value;
+        for (int l = 0; l < L; ++l) value[l] = table[j * SHORT + cell[l]];
+        return value;
+    }
+#endif
+};
+
 // What `tabulated` gives for L values of one group at once on a grid that does not repeat.
+template <bool IS_CUBIC>
 inline vec tabulated(const Operation& k, const float* table, vec x) {
     const Places at = place(x, k);
     vec p[8];  // of each lane's piece
-    if (k.order == 3) {
+    if (IS_CUBIC) {
         gather(table, at.cell, p);
     } else {
         for (int l = 0; l < L; ++l)
             for (int j = 0; j <= k.order; ++j) p[j][l] = table[at.cell[l] * (k.order + 1) + j];
     }
-    const vec value = k.order == 3 ? piece(p, 4, at) : piece(p, k.order + 1, at);
+    const vec value = piece(p, IS_CUBIC ? CUBIC : k.order + 1, at);
     return k.silu ? value + silu(x) : value;
 }
+inline vec tabulated(const Operation& k, const float* table, vec x) {
+    return k.order == 3 ? tabulated<true>(k, table, x) : tabulated<false>(k, table, x);
+}
 
-inline float rational(const float* c, float x) {
-    float p = c[5];
+inline vec rational(const float* c, vec x) {
+    vec p = vec{} + c[5];
     for (int n = 4; n >= 0; --n) p = p * x + c[n];
-    const float first = (c[6] + c[7] * x) * x, second = (c[8] + c[9] * x) * x;
+    const vec first = (c[6] + c[7] * x) * x, second = (c[8] + c[9] * x) * x;
     return p / (1.0f + first * first + second * second);
 }
 
@@ -405,36 +441,71 @@ void polynorm(const Operation& k) {  // w: a_1, a_2, a_3, a_0
         k.y[i] = ((scale[2] * k.a[i] + scale[1]) * k.a[i] + scale[0]) * k.a[i] + w[3];
 }
 
+// y = phi(a) * u over [begin, end). phi: vec -> vec. y shares nothing with a and u.
 template <typename F>
-inline void each(const Operation& k, int thread, int threads, F function) {
-    const Share own = share_of(k.I, thread, threads);
-    if (k.u)
-        for (int64_t i = own.begin; i < own.end; ++i) k.y[i] = function(i) * k.u[i];
-    else
-        for (int64_t i = own.begin; i < own.end; ++i) k.y[i] = function(i);
+inline void each(const Operation& k, int64_t begin, int64_t end, F phi) {
+    auto at = [&](int64_t i) {
+        const vec value = phi(load(k.a + i));
+        store(k.y + i, k.u ? value * load(k.u + i) : value);
+    };
+    int64_t i = begin;
+    for (; i + L <= end; i += L) at(i);
+    if (i < end && end - begin >= L) {
+        at(end - L);  // repeats some of the vector before
+        return;
+    }
+    for (; i < end; ++i) k.y[i] = phi(vec{} + k.a[i])[0] * (k.u ? k.u[i] : 1.0f);
 }
 
-// y = phi(a) * u, group by group.
-void table(Operation k, int thread, int threads) {  // a copy that no store can reach
-    const Share own = share_of(k.I, thread, threads);
+// The same group by group. phi_of: group -> its function.
+template <typename F>
+inline void each_group(const Operation& k, Share own, F phi_of) {
+    const int64_t width = k.I / k.groups;
+    for (int64_t group = own.begin / width; group * width < own.end; ++group)
+        each(k, std::max(own.begin, group * width), std::min(own.end, (group + 1) * width), phi_of(group));
+}
+
+void table(Operation k, Share own) {  // a copy that no store can reach
+    const float* tables = static_cast<const float*>(k.w);
     const int64_t width = k.I / k.groups, size = int64_t(k.cells) * (k.order + 1);
-    for (int64_t group = own.begin / width; group * width < own.end; ++group) {
-        const float* own_table = static_cast<const float*>(k.w) + group * size;
-        const int64_t end = std::min(own.end, (group + 1) * width);
-        int64_t i = std::max(own.begin, group * width);
-        const bool whole = !k.periodic && i + L <= end;
-        for (; whole && i < end; i += L) {
-            const int64_t at = std::min(i, end - L);  // the last vector repeats some of the one before
-            const vec value = tabulated(k, own_table, load(k.a + at));
-            store(k.y + at, k.u ? value * load(k.u + at) : value);
-        }
-        for (; i < end; ++i) k.y[i] = tabulated(k, own_table, k.a[i]) * (k.u ? k.u[i] : 1.0f);
-    }
+    if (k.periodic || width < L)
+        for (int64_t i = own.begin; i < own.end; ++i)
+            k.y[i] = tabulated(k, tables + i / width * size, k.a[i]) * (k.u ? k.u[i] : 1.0f);
+    else
+        each_group(k, own, [&](int64_t group) {
+            return [&k, own = tables + group * size](vec x) {
+                return k.order == 3 ? tabulated<true>(k, own, x) : tabulated<false>(k, own, x);
+            };
+        });
+}
+
+void short_table(Operation k, Share own) {
+    const float* tables = static_cast<const float*>(k.w);
+    each_group(k, own, [&](int64_t group) {
+        return [&k, rows = ShortTable(tables + group * CUBIC * SHORT)](vec x) {
+            const Places at = place(x, k);
+            vec p[CUBIC];
+            for (int j = 0; j < CUBIC; ++j) p[j] = rows.at(j, at.cell);
+            const vec value = piece(p, CUBIC, at);
+            return k.silu ? value + silu(x) : value;
+        };
+    });
+}
+
+void rational(Operation k, Share own) {
+    const float* coefficients = static_cast<const float*>(k.w);
+    each_group(k, own, [&](int64_t group) {
+        return [&k, own = coefficients + group * 10](vec x) {
+            const vec value = rational(own, x);
+            return k.silu ? value + silu(x) : value;
+        };
+    });
 }
 
 void run(const Decoder& d, const Operation& k, int64_t token, int64_t position, int thread, int threads) {
     const float *a = k.a, *w = static_cast<const float*>(k.w);
-    const int64_t width = k.groups ? k.I / k.groups : k.I;
+    const Share own = share_of(k.I, thread, threads);
+    auto each = [&](auto phi) { ::each(k, own.begin, own.end, phi); };
     switch (k.kind) {
         case EMBED:
             if (!thread) std::memcpy(k.y, d.embedding + token * k.I, k.I * sizeof(float));
@@ -444,31 +515,26 @@ void run(const Decoder& d, const Operation& k, int64_t token, int64_t position, 
             break;
         case MATRIX: k.int8 ? matrix<int8_t>(k, thread, threads) : matrix<float>(k, thread, threads); break;
         case ATTENTION: attention(d, k, position, thread, threads); break;
-        case TABLE: table(k, thread, threads); break;
-        case RATIONAL:
-            each(k, thread, threads, [&](int64_t i) {
-                return rational(w + i / width * 10, a[i]) + (k.silu ? silu(a[i]) : 0.0f);
-            });
-            break;
-        case SILU: each(k, thread, threads, [&](int64_t i) { return silu(a[i]); }); break;
-        case GELU: each(k, thread, threads, [&](int64_t i) { return gelu(a[i]); }); break;
-        case RELU: each(k, thread, threads, [&](int64_t i) { return a[i] < 0 ? 0.0f : a[i]; }); break;
-        case SQUARE: each(k, thread, threads, [&](int64_t i) { return a[i] * a[i]; }); break;
+        case TABLE: table(k, own); break;
+        case SHORT_TABLE: short_table(k, own); break;
+        case RATIONAL: rational(k, own); break;
+        case SILU: each([](vec x) { return silu(x); }); break;
+        case GELU: each([](vec x) { return gelu(x); }); break;
+        case RELU: each([](vec x) { return x < 0 ? vec{} : x; }); break;
+        case SQUARE: each([](vec x) { return x * x; }); break;
         case XIELU:  // w: a_p, a_n, b
-            each(k, thread, threads, [&](int64_t i) {
-                const float x = a[i], below = exponential(std::min(x, 0.0f)) - 1.0f - x;
+            each([&](vec x) {
+                const vec below = exponential(x > 0 ? vec{} : x) - 1.0f - x;
                 return (x > 0 ? w[0] * x * x : w[1] * below) + w[2] * x;
             });
             break;
         case POLYNORM:
             if (!thread) polynorm(k);
             break;
-        case MULTIPLY: each(k, thread, threads, [&](int64_t i) { return a[i]; }); break;
-        case ADD: {
-            const Share own = share_of(k.I, thread, threads);
+        case MULTIPLY: each([](vec x) { return x; }); break;
+        case ADD:
             for (int64_t i = own.begin; i < own.end; ++i) k.y[i] = a[i] + k.u[i];
             break;
-        }
         case EDGE: k.int8 ? edge<int8_t>(k, thread, threads) : edge<float>(k, thread, threads); break;
         case FEATURES: features(k, thread, threads); break;
     }

@@ -46,12 +46,14 @@ from kanlm.model.modeling_kanlm import (
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 KINDS = (
-    "embed norm matrix attention table rational silu gelu relu square xielu polynorm multiply add edge "
-    "features"
+    "embed norm matrix attention table short_table rational silu gelu relu square xielu polynorm multiply "
+    "add edge features"
 ).split()
 """As the Kind of decode.cpp."""
-PRODUCTS = ("table", "rational", "silu", "gelu", "relu", "square", "xielu")
+PRODUCTS = ("table", "short_table", "rational", "silu", "gelu", "relu", "square", "xielu")
 """Those that multiply what they compute by a second input."""
+CUBIC, SHORT = 4, 16
+"""Coefficients of a piece, and cells, of a table that stays in registers."""
 ALIGNMENT = 64
 """Bytes of a line of a cache."""
 TABLE_ERROR = 1e-6
@@ -521,9 +523,10 @@ class Program:
         else:
             table = hermite_table(layer.basis, layer.coefficients)
         grid = grid_fields(layer.basis, table)
-        return self.elementwise(
-            "table", a, u, w=self.keep_alive(table), groups=layer.groups, silu=silu, **grid
-        )
+        kind = "table"
+        if is_short(table, a.size // layer.groups) and not grid["periodic"]:
+            kind, table = "short_table", by_power(table)
+        return self.elementwise(kind, a, u, w=self.keep_alive(table), groups=layer.groups, silu=silu, **grid)
 
     def edges(self, layer: KANLinear, a: Value) -> Value:
         if not isinstance(layer.basis, Basis):
@@ -598,6 +601,18 @@ def grid_fields(basis: Basis, table: Tensor) -> dict[str, Any]:
         "inv_h": cells / span,
         "periodic": isinstance(basis, Fourier),
     }
+
+
+def is_short(table: Tensor, width: int) -> bool:
+    """Whether tables [groups, cells, k + 1] fit registers, for groups so wide that loading them pays."""
+    cells, terms = table.shape[-2:]
+    return cells <= SHORT and terms <= CUBIC and width >= SHORT
+
+
+def by_power(table: Tensor) -> Tensor:
+    """A table [groups, cells, k + 1] as [groups, 4, 16], filled up with zeros."""
+    cells, terms = table.shape[-2:]
+    return F.pad(table, (0, CUBIC - terms, 0, SHORT - cells)).transpose(-1, -2)
 
 
 def hermite_table(basis: Basis, coefficients: Tensor) -> Tensor:

@@ -31,6 +31,16 @@ FORMS += [
     {"ffn_type": "kan", "kan_base": "none", "kan_order": 0},
     {"ffn_type": "kan", "kan_conditioning": "whitened"},
 ]
+FORMS += [  # groups so wide that a short table stays in registers, and a longer one beside them
+    {"ffn_type": name, "kan_num_groups": groups, "kan_grid_size": cells, "kan_order": order}
+    for name, groups, cells, order in (
+        ("kan_act", 1, 8, 3),
+        ("kan_glu", 2, 9, 1),
+        ("kan_grouped", 1, 3, 2),
+        ("kan_product", 2, 16, 3),
+        ("kan_product", 2, 17, 3),
+    )
+]
 TABULATED = [
     {"ffn_type": name, "kan_basis": basis}
     for name in ("kan_glu", "kan")
@@ -73,8 +83,22 @@ def test_the_same_greedy_tokens_and_logits_as_the_reference(fields):
     assert tokens == expected.argmax(-1).tolist()
 
 
-def test_logits_do_not_depend_on_the_number_of_threads():
-    made = model(ffn_type="kan")
+@pytest.mark.parametrize(
+    ("cells", "groups", "kind"), [(16, 2, "short_table"), (17, 2, "table"), (16, 4, "table")]
+)
+def test_a_short_table_of_a_wide_group_stays_in_registers(cells, groups, kind):
+    decoder = NativeDecoder(model(ffn_type="kan_act", kan_grid_size=cells, kan_num_groups=groups))
+    found = {decode.KINDS[operation.kind] for operation in decoder._program.operations}
+    assert found & {"table", "short_table"} == {kind}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"ffn_type": "kan"}, {"ffn_type": "gelu"}, {"ffn_type": "kan_product", "kan_num_groups": 2}],
+    ids=lambda fields: fields["ffn_type"],
+)
+def test_logits_do_not_depend_on_the_number_of_threads(fields):
+    made = model(**fields)
     one, three = NativeDecoder(made, threads=1), NativeDecoder(made, threads=3)
     one.prefill([1, 2]), three.prefill([1, 2])
     for token in (5, 6, 7):
