@@ -202,7 +202,7 @@ OTHER_TEXT = (
 ).split()
 
 
-@pytest.mark.parametrize("path", ["demo.toml", "wikitext-2.toml"])
+@pytest.mark.parametrize("path", ["demo.toml", "verdict.toml", "wikitext-2.toml"])
 def test_a_comparison_runs_on_other_text_by_overrides(path):
     config = load_compare_config(CONFIGS / path, OTHER_TEXT)
     assert config.directory == Path("runs/other") and config.seeds == (0, 1, 2)

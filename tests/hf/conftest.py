@@ -11,7 +11,7 @@ from kanlm.export import export_model
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 
 torch.set_num_threads(1)
-ARMS = ("swiglu", "kan_glu", "kan")
+ARMS = ("swiglu", "kan_glu", "kan", "kan_act")  # kan_act with the hidden norm, as it ships
 TEXTS = [f"{age} cats see {count} birds, été ☃.\n" for age in ("old", "new") for count in range(200)]
 
 
@@ -35,6 +35,7 @@ def build():
             max_position_embeddings=64,
             kan_grid_size=5,
             kan_num_groups=4,
+            hidden_norm=ffn_type == "kan_act",
             bos_token_id=0,
             eos_token_id=0,
             pad_token_id=0,
