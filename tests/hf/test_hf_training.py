@@ -14,6 +14,7 @@ peft = pytest.importorskip("peft")
 FFN_TARGETS = {
     "swiglu": ["gate_proj", "up_proj", "down_proj"],
     "kan_glu": ["gate_proj", "up_proj", "down_proj"],
+    "kan_act": ["up_proj", "down_proj"],
     "kan": ["spline", "base"],
 }
 
