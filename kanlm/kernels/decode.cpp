@@ -473,9 +473,7 @@ void table(Operation k, Share own) {  // a copy that no store can reach
             k.y[i] = tabulated(k, tables + i / width * size, k.a[i]) * (k.u ? k.u[i] : 1.0f);
     else
         each_group(k, own, [&](int64_t group) {
-            return [&k, own = tables + group * size](vec x) {
-                return k.order == 3 ? tabulated<true>(k, own, x) : tabulated<false>(k, own, x);
-            };
+            return [&k, own = tables + group * size](vec x) { return tabulated(k, own, x); };
         });
 }
 

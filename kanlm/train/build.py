@@ -58,6 +58,8 @@ def build(
         # Layer by layer: all layers of one shape share a compiled graph, and FSDP2 shards at the same places.
         for layer in decoder_layers(model):
             layer.compile()
+        # A process keeps 8 compiled forms of a layer and runs others eagerly: one more for each model's own.
+        torch._dynamo.config.recompile_limit += 1
     # Optimisers come after the move: FSDP2 replaces the parameters by shards.
     place = placement or partial(plain_placement, device)
     placed, made = place(model, partial(optimizers, config=settings, device=device))
