@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 THREADS ?= 2
 
-.PHONY: demo smoke test test-slow test-long test-hf test-transformers check lint types docs clean
+.PHONY: demo smoke study corpora test test-slow test-long test-hf test-transformers check lint types docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,16 @@ demo: $(VENV)/installed
 # smoke       the demo shrunk: every stage, in under two minutes
 smoke: $(VENV)/installed
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m kanlm compare configs/smoke.toml
+
+# study       the study behind the verdict again, from nothing, into runs/study/results: make study CORPORA=FOLDER
+study: corpora $(VENV)/installed
+	$(BIN)/python -m kanlm study prepare $(CORPORA)
+	$(BIN)/python -m kanlm study run --jobs $(THREADS) --folder runs/study/results
+	$(BIN)/python -m kanlm study baselines --folder runs/study/results
+	$(BIN)/python -m kanlm report runs/study/results
+
+corpora:
+	@test -d "$(CORPORA)" || { echo "make study: CORPORA: no folder '$(CORPORA)'; docs/comparison.md says what it holds"; exit 2; }
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not gpu and not network' -n 2 --dist worksteal --durations 20

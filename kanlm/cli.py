@@ -309,7 +309,7 @@ def compare_verb(config: str, overrides: tuple[str, ...], dry_run: bool) -> None
     "--bundle", type=click.Path(), help="Folder for bundle.json: what the report is made of, to commit."
 )
 def report_verb(directory: str, other: str | None, bundle: str | None) -> None:
-    """Rebuild the report of a comparison from its artifacts, or its bundle.json, alone.
+    """Rebuild the report of a comparison from its artifacts, or its bundle.json, alone; or that of a study.
 
     With OTHER, a second comparison: both side by side.
     """
@@ -319,8 +319,82 @@ def report_verb(directory: str, other: str | None, bundle: str | None) -> None:
         click.echo(beside.side_by_side(directory, other))
     elif bundle is not None:
         click.echo(artifacts.write_bundle(directory, bundle))
+    elif (Path(directory) / "trials.jsonl").is_file():
+        from kanlm.study.report import report as study_report
+
+        click.echo(study_report(directory))
     else:
         click.echo(report.report(directory))
+
+
+@cli.group("study", short_help="Many short trainings in phases, judged by paired seeds.")
+def study_group() -> None:
+    """The study behind the verdict, or one of your own.
+
+    A study is a folder: its plan.toml (without it the shipped `study`), a line for each trial in
+    trials.jsonl, and what `kanlm report FOLDER` makes of them.
+    """
+
+
+def study_command(name: str, example: str):
+    """A subcommand for one folder, and the phases of its plan."""
+
+    def decorated(function):
+        for option in (
+            click.option(
+                "--folder",
+                type=click.Path(file_okay=False, path_type=Path),
+                default="docs/results/study",
+                show_default=True,
+            ),
+            click.argument("phases", metavar="[PHASE]...", nargs=-1),
+        ):
+            function = option(function)
+        return study_group.command(name, epilog=f"\b\nExample:\n  {example}")(function)
+
+    return decorated
+
+
+@study_group.command("prepare", epilog="\b\nExample:\n  kanlm study prepare ~/corpora")
+@click.argument("data_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def study_prepare_verb(data_dir: Path) -> None:
+    """Write the shipped study's texts from DATA_DIR into runs/study/data."""
+    from kanlm.study.texts import prepare
+
+    prepare(data_dir)
+
+
+@study_command("run", "kanlm study run --jobs 2 --folder runs/again final-0.3m-wikitext-2")
+@click.option("--jobs", type=click.IntRange(1), default=1, help="Trials at once, each on one thread.")
+def study_run_verb(folder: Path, phases: tuple[str, ...], jobs: int) -> None:
+    """Train what each PHASE, or the plan, asks for and the folder has not yet; goes on where it stopped."""
+    from kanlm.study.plan import StudyFolder
+    from kanlm.study.runs import run, run_at_once
+
+    if jobs > 1:
+        run_at_once(jobs, StudyFolder(folder), phases)
+    else:
+        run(StudyFolder(folder), phases)
+
+
+@study_command("baselines", "kanlm study baselines final-0.3m-wikitext-2")
+def study_baselines_verb(folder: Path, phases: tuple[str, ...]) -> None:
+    """Add n-grams and xz on the same test texts to the folder's baselines.json."""
+    from kanlm.study.plan import StudyFolder
+    from kanlm.study.texts import count
+
+    count(StudyFolder(folder), phases)
+
+
+@study_group.command("picture", epilog="\b\nExample:\n  kanlm study picture docs/images/functions.png")
+@click.argument("out", type=click.Path(dir_okay=False))
+def study_picture_verb(out: str) -> None:
+    """Draw the functions that the run of the shipped study's phase `picture` learned into the file OUT."""
+    from kanlm.study.picture import draw
+    from kanlm.study.plan import StudyFolder
+
+    draw(StudyFolder(Path("docs/results/study")), out)
+    click.echo(out)
 
 
 @verb("status", "kanlm status runs/tiny-kan_glu")

@@ -337,8 +337,7 @@ def toml_table(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: expected a table of settings, got a {type(table).__name__}")
     if "phase" in table:
         raise UserError(
-            f"{path}: the plan of a study, neither a run nor a comparison; in a checkout `python "
-            "scripts/study.py run` trains it"
+            f"{path}: the plan of a study, neither a run nor a comparison; `kanlm study run` trains it"
         )
     return with_found_paths(table, path.parent) if path.suffix == ".json" else table
 

@@ -17,7 +17,7 @@ def listing(width: int = 110) -> str:
     for name, path in configs.items():
         text = path.read_text(encoding="utf-8")
         table = tomllib.loads(text)
-        verb = "script" if "phase" in table else "compare" if "arms" in table else "train"
+        verb = "study" if "phase" in table else "compare" if "arms" in table else "train"
         line = f"{name:{longest}}  {verb:7}  {first_sentence(text)}"
         lines.append(line if len(line) <= width else line[: width - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}")
     lines += ["", f"for accelerate launch --config_file: {', '.join(launch_configs())}"]

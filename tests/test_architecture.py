@@ -33,6 +33,7 @@ FLOORS = {
     "prune": 6,
     "convert": 6,
     "hub": 8,
+    "study": 8,
     "cli": 9,
     "__main__": 10,
     "auto_classes": 10,

@@ -25,7 +25,7 @@ def test_every_configuration_is_listed_in_one_line_that_fits():
     assert all(20 < len(line) <= 110 for line in lines[: lines.index("")])
     assert "accelerate/8-gpus-ddp" in lines[-1]
     verbs = {name: line.split()[1] for name, line in zip(names, lines, strict=False)}
-    assert verbs["study"] == "script" and verbs["demo"] == "compare" and verbs["tiny-kan"] == "train"
+    assert verbs["study"] == "study" and verbs["demo"] == "compare" and verbs["tiny-kan"] == "train"
 
 
 def test_names_serve_as_paths_do():
@@ -45,7 +45,7 @@ def test_a_file_comes_before_a_shipped_name(tmp_path):
         ("configs/tiny-kan.toml", ["'tiny-kan' alone"]),
         ("qqqq.toml", ["`kanlm configs` lists"]),
         ("demo", ["a comparison, not one run", "kanlm compare demo"]),
-        ("study", ["the plan of a study", "scripts/study.py run"]),
+        ("study", ["the plan of a study", "kanlm study run"]),
     ],
 )
 def test_an_unknown_name_is_told_in_one_line(name, words):

@@ -136,10 +136,46 @@ def test_the_ratio_of_sizes_at_equal_loss_is_recovered_with_its_interval():
 def test_a_crossover_is_seen_by_size():
     rungs = [
         stats.Rung(r.size, r.other_size, r.losses + 0.03 * math.log2(r.size / 4e5), r.other_losses)
-        for r in ladder(noise=1e-4)
+        for r in ladder(noise=1e-3)
     ]
-    ratios = list(stats.size_ratio(rungs).by_size.values())
+    found = stats.size_ratio(rungs)
+    ratios = list(found.by_size.values())
     assert ratios == sorted(ratios) and ratios[0] < 0.95 and ratios[-1] > 1.05
+    assert all(low <= found.by_size[size] <= high for size, (low, high) in found.by_size_interval.items())
+    assert len(found.by_size_interval) == 5
+    assert found.crossing == 1.6e6 and found.crossing_interval == (1.6e6, 1.6e6)  # behind there already
+
+
+def test_laws_that_cross_beyond_the_sizes_are_said():
+    law = stats.ScalingFit(2.0, 1e5, 0.5, 0.0, 4)
+    lower_floor = stats.ScalingFit(1.9, 2e5, 0.5, 0.0, 4)  # 2 + (1e5 / N)^0.5 = 1.9 + (2e5 / N)^0.5
+    expected = 1e5 * ((2**0.5 - 1) / 0.1) ** 2
+    assert stats.crossing_size(law, lower_floor, 1e6) == pytest.approx(expected, rel=0.01)
+    assert stats.crossing_size(law, lower_floor, 1e7) == 1e7  # behind at the largest size already
+    assert stats.crossing_size(law, stats.ScalingFit(2.1, 1e5, 0.5, 0.0, 4), 1e6) == math.inf
+
+
+def test_the_interval_of_a_crossing_and_of_an_exponent_hold_the_truth():
+    """Laws with floors 2.00 and 1.98 that cross at 1e7, from sizes to 1.6e6."""
+    crossing, covered, exponents = 1e7, 0, 0
+    scale = (0.02 + (3e5 / crossing) ** 0.4) ** 2.5 * crossing
+    for rng_seed in range(30):
+        rungs = ladder(noise=2e-3, seeds=8, rng_seed=rng_seed)
+        rungs = [
+            stats.Rung(
+                r.size,
+                r.size,
+                r.losses,
+                r.other_losses - 0.02 + (scale / r.size) ** 0.4 - (3e5 / r.size) ** 0.4,
+            )
+            for r in rungs
+        ]
+        found = stats.size_ratio(rungs, resamples=200)
+        low, high = found.crossing_interval
+        covered += low <= crossing <= high
+        (low, high), _ = found.exponents_interval
+        exponents += low <= 0.4 <= high
+    assert covered >= 24 and exponents >= 24
 
 
 @pytest.mark.parametrize(

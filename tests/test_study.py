@@ -1,39 +1,46 @@
 """The study's report follows from the committed trials alone; a ladder takes the better of several rates."""
 
+import json
+import random
 import shutil
-import subprocess
+import statistics
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from kanlm.cli import cli
+from kanlm.config import UserError
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.model.basis import INITIAL_FUNCTIONS
 from kanlm.model.ffn import ARMS
 
 ROOT = Path(__file__).parents[1]
-STUDY = Path("docs/results/study")
+STUDY = ROOT / "docs/results/study"
 
 
 @pytest.fixture(autouse=True)
-def scripts(monkeypatch):
-    """The study's scripts can be imported; what they register is gone after a test."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+def as_shipped():
+    """What the study registers is gone after a test."""
     registers = [(register, dict(register)) for register in (ARMS, INITIAL_FUNCTIONS)]
     yield
     for register, before in registers:
         register.clear()
         register.update(before)
-    for name in [name for name in sys.modules if name.startswith("study_")]:
+    for name in [name for name in sys.modules if name.startswith("kanlm.study")]:
         del sys.modules[name]
 
 
 @pytest.fixture
-def ladders(scripts):
-    import study_ladders
+def ladders():
+    import kanlm.study.ladders
 
-    return study_ladders
+    return kanlm.study.ladders
+
+
+DIVERGED = -1.0
 
 
 def rungs(ladders, monkeypatch, valid_of):
@@ -42,11 +49,16 @@ def rungs(ladders, monkeypatch, valid_of):
         name: [{"arm": "gelu", "seed": seed, "rate": name} for seed in losses]
         for name, losses in valid_of.items()
     }
-    monkeypatch.setattr(ladders, "trials_of", lambda names: trials[names[0]])
+    monkeypatch.setattr(ladders, "trials_of", lambda phase: trials[phase["name"]])
     monkeypatch.setattr(ladders, "key_of", lambda trial: f"{trial['rate']} {trial['seed']}")
     # Test losses in the opposite order: a choice that looked at them would be seen.
     rows = {
-        f"{name} {seed}": {"arm": "gelu", "seed": seed, "rate": name, "valid": loss, "test": 9 - loss}
+        f"{name} {seed}": {"arm": "gelu", "seed": seed, "rate": name}
+        | (
+            {"state": "diverged"}
+            if loss == DIVERGED
+            else {"state": "finished", "valid": loss, "test": 9 - loss}
+        )
         for name, losses in valid_of.items()
         for seed, loss in losses.items()
         if loss is not None
@@ -66,32 +78,103 @@ def test_a_rate_with_fewer_seeds_waits(ladders, monkeypatch):
     assert rungs(ladders, monkeypatch, losses) == {0: "full", 1: "full"}
 
 
-def test_laws_that_cross_beyond_the_sizes_are_said(ladders):
-    law = ladders.ScalingFit(2.0, 1e5, 0.5, 0.0, 4)
-    lower_floor = ladders.ScalingFit(1.9, 2e5, 0.5, 0.0, 4)  # 2 + (1e5 / N)^0.5 = 1.9 + (2e5 / N)^0.5
-    expected = 1e5 * ((2**0.5 - 1) / 0.1) ** 2
-    assert ladders.crosses(law, lower_floor, 1e6) == pytest.approx(expected, rel=0.01)
-    assert ladders.crosses(law, lower_floor, 1e7) is None  # behind at the largest size already
-    assert ladders.crosses(law, ladders.ScalingFit(2.1, 1e5, 0.5, 0.0, 4), 1e6) is None
+def test_a_rate_at_which_a_seed_diverged_is_the_worst(ladders, monkeypatch):
+    losses = {"full": {0: 2.0, 1: DIVERGED}, "half": {0: 3.1, 1: 3.0}}
+    assert rungs(ladders, monkeypatch, losses) == {0: "half", 1: "half"}
+
+
+@pytest.fixture
+def own_study(tmp_path, monkeypatch):
+    """A study of two seeds of 98k parameters on a text of its own; the working directory is its parent."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KANLM_DEBUG", "")
+    texts = tmp_path / "runs/study/data"
+    texts.mkdir(parents=True)
+    for split, seed in (("train", 0), ("valid", 1), ("test", 2)):
+        words = random.Random(seed).choices(["one", "two", "three", "four"], k=20_000)
+        documents = [" ".join(words[i : i + 500]) for i in range(0, len(words), 500)]
+        (texts / f"mine.{split}.txt").write_text("\n<|endoftext|>\n".join(documents))
+    folder = tmp_path / "study"
+    folder.mkdir()
+    (folder / "plan.toml").write_text(PLAN)
+    return folder
+
+
+PLAN = """
+[[phase]]
+name = "first"
+role = "final"
+corpus = "mine"
+size = "0.1m"
+vocab_size = 300
+tokens = 4096
+seeds = [0, 1]
+arms = [
+    { arm = "gelu", learning_rate = 1e-2 },
+    { arm = "kan_act", learning_rate = 1e-2, kan_learning_rate = 1e-3 },
+]
+"""
+
+
+def kanlm(*arguments):
+    return CliRunner().invoke(cli, arguments, catch_exceptions=False).output
+
+
+@pytest.mark.slow
+def test_a_study_of_ones_own_from_its_plan_to_its_report(own_study):
+    for command in ("run", "baselines", "run"):  # the second time there is nothing to do
+        jobs = ("--jobs", "2") if command == "run" else ()
+        kanlm("study", command, *jobs, "--folder", str(own_study), "first")
+    rows = [json.loads(line) for line in (own_study / "trials.jsonl").read_text().splitlines()]
+    rows.sort(key=lambda row: (row["seed"], row["arm"]))
+    assert [(row["arm"], row["seed"]) for row in rows] == [
+        (a, s) for s in (0, 1) for a in ("gelu", "kan_act")
+    ]
+    assert kanlm("report", str(own_study)).strip() == str(own_study / "report.md")
+    judged = json.loads((own_study / "report.json").read_text())["verdict"]["judgements"]
+    expected = statistics.fmean(rows[i + 1]["test"] - rows[i]["test"] for i in (0, 2))
+    assert [one["arm"] for one in judged] == ["kan_act"]
+    assert judged[0]["difference_nats"] == pytest.approx(expected, abs=1e-12)
+    text = (own_study / "report.md").read_text()
+    assert "Kneser-Ney of order" in text and f"{judged[0]['difference_nats']:+.4f}" in text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "arguments", "words"),
+    [
+        ("", "", ["frist"], ["plan.toml", "no phase 'frist'", "did you mean 'first'"]),
+        ("tokens = 4096", "", [], ["phase first", "tokens", "required"]),
+        ('"0.1m"', '"0.2m"', [], ["phase first", "size", "'0.2m'", "did you mean"]),
+        ('"mine"', '"other"', [], ["other.train.txt", "no such file", "kanlm study prepare"]),
+        ("[[phase]]", "[phase", [], ["plan.toml", "not valid TOML"]),
+        (PLAN, "", [], ["plan.toml", "no [[phase]]"]),
+        ("learning_rate = 1e-2 }", "learning_rate = -1 }", [], ["train.learning_rate", "-1"]),
+    ],
+)
+def test_a_mistake_in_a_plan_is_told_in_one_line(own_study, old, new, arguments, words):
+    plan = own_study / "plan.toml"
+    plan.write_text(plan.read_text().replace(old, new))
+    with pytest.raises(UserError) as error:
+        kanlm("study", "run", "--folder", str(own_study), *arguments)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+    assert not (own_study / "trials.jsonl").exists()
 
 
 @pytest.mark.slow
 def test_the_committed_report_is_what_the_committed_trials_give(tmp_path):
-    for path in ("configs/study.toml", *(STUDY / n for n in ("trials.jsonl", "baselines.json"))):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / path, tmp_path / path)
-    subprocess.run(
-        [sys.executable, ROOT / "scripts/study.py", "report"], cwd=tmp_path, check=True, capture_output=True
-    )
+    for name in ("trials.jsonl", "baselines.json"):
+        shutil.copy(STUDY / name, tmp_path / name)
+    done = CliRunner().invoke(cli, ["report", str(tmp_path)], catch_exceptions=False)
+    assert done.output.strip() == str(tmp_path / "report.md")
     for name in ("report.md", "report.json", "differences.svg", "ladder.svg", "ladder-2.svg"):
-        assert (tmp_path / STUDY / name).read_text() == (ROOT / STUDY / name).read_text(), name
+        assert (tmp_path / name).read_text() == (STUDY / name).read_text(), name
 
 
 @pytest.fixture
-def ideas(scripts):
-    import study_ideas
+def ideas():
+    import kanlm.study.ideas
 
-    return study_ideas
+    return kanlm.study.ideas
 
 
 @pytest.mark.parametrize(

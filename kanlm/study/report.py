@@ -1,29 +1,30 @@
-"""The report of the study, every number from docs/results/study/trials.jsonl."""
+"""The report of a study, every number from its trials.jsonl and baselines.json."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import click
 import numpy as np
-from study_figures import forest
-from study_ladders import ladders
-from study_plan import AVERAGED, RESULTS, key_of, megaflops, plan, rates_of, results, trials_of
-from study_runs import SEGMENTS
-from study_texts import counted
 
 from kanlm.compare.judgement import ArmLosses, Judgement, judge, learned_nothing, sentence
 from kanlm.model.ffn import find_arm
-from kanlm.runs import read_json, write_json
+from kanlm.runs import read_json, write_json, write_text
 from kanlm.stats import holm, paired_difference, standard_error
+from kanlm.study.figures import forest
+from kanlm.study.ladders import ladders
+from kanlm.study.plan import AVERAGED, SEGMENTS, StudyFolder, key_of, megaflops, rates_of, trials_of
+from kanlm.study.texts import counted
 
 HEADER = """# The study: learned activations against fixed ones at equal parameters
 
-Written by `python scripts/study.py report` from trials.jsonl (a line for each training) and
+Written by `kanlm report` from trials.jsonl (a line for each training) and
 configs/study.toml (the plan). Loss in nats/token: lower is better. Rates are chosen by the validation text,
 with a seed that no verdict uses or, in the ladders, the judged seeds' own; only final phases read the test
 text. The twin of `kan_act, normed` is
@@ -37,31 +38,37 @@ Below: every final phase with its interval; the ladders, losses by size; then ea
 test text before the search."""
 
 
-@click.command()
-def report() -> None:
-    """Write docs/results/study/report.md and report.json from trials.jsonl: every number from there."""
-    rows = {row["key"]: row for row in results()}
+def is_study(directory: str | Path) -> bool:
+    """Whether the folder holds trials of a study."""
+    return StudyFolder(Path(directory)).trials.is_file()
+
+
+def report(directory: str | Path) -> Path:
+    """Write report.md, report.json and the figures of the study in the folder; the path of the first."""
+    study = StudyFolder(Path(directory))
+    counted_rows = read_json(study.baselines) if study.baselines.is_file() else {}
+    rows = {row["key"]: row for row in study.results()}
     judged: list[dict[str, Any]] = []
     final, search = ["## Judged on test text"], ["## The search, on validation text"]
-    for phase in plan():
-        done = [rows[key] for trial in trials_of((phase["name"],)) if (key := key_of(trial)) in rows]
+    for phase in study.phases():
+        done = [rows[key] for trial in trials_of(phase) if (key := key_of(trial)) in rows]
         if not done:
             continue
         title = f"### {phase['name']}\n\n{phase.get('about', '')}\n"
         if phase.get("role") == "final" and len({row["arm"] for row in done}) > 1:
-            found, text = judged_phase(phase, done)
+            found, text = judged_phase(phase, done, counted_rows)
             judged += found
             final.append(f"{title}\n{text}")
         else:
             text = seeds_table(done) if len(phase["seeds"]) > 1 else rates_table(done)
             search.append(f"{title}\n{text}")
-    drawn = forest(judged, ("kan_act, normed", "kan_act, normed, kan_initial=gelu_wave"), RESULTS.parent)
+    drawn = forest(judged, ("kan_act, normed", "kan_act, normed, kan_initial=gelu_wave"), study.path)
     picture = f"![differences of kan_act, normed to its MLP by phase, with intervals]({drawn})"
-    texts, measured = ladders(rows)
+    texts, measured = ladders(study, rows)
     parts = [HEADER, picture, "## Ladders", *texts, *final, *search]
-    RESULTS.with_name("report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    write_json(RESULTS.with_name("report.json"), {"verdict": {"judgements": judged}, "ladders": measured})
-    print(RESULTS.with_name("report.md"))
+    write_json(study.path / "report.json", {"verdict": {"judgements": judged}, "ladders": measured})
+    write_text(study.path / "report.md", "\n\n".join(parts) + "\n")
+    return study.path / "report.md"
 
 
 LABELS = (
@@ -129,7 +136,9 @@ def seeds_table(done: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def judged_phase(phase: dict[str, Any], done: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+def judged_phase(
+    phase: dict[str, Any], done: list[dict[str, Any]], counted_rows: dict[str, Any]
+) -> tuple[list[dict[str, Any]], str]:
     """The judgements of a final phase and their table; the validation text chooses the baseline."""
     by_arm = defaultdict(list)
     for row in done:
@@ -145,7 +154,7 @@ def judged_phase(phase: dict[str, Any], done: list[dict[str, Any]]) -> tuple[lis
         )
         for label, own in by_arm.items()
     ]
-    size, counts = f"{phase['corpus']} {phase['size']}", counts_of(phase)
+    size, counts = f"{phase['corpus']} {phase['size']}", counts_of(phase, counted_rows)
     idle = [
         arm.name
         for arm in arms
@@ -168,12 +177,17 @@ def judged_phase(phase: dict[str, Any], done: list[dict[str, Any]]) -> tuple[lis
             for values in (arm.validation, arm.test, arm.bits_per_byte)
         ]
         cells.append(f"{np.mean(fixed):.4f}" if fixed else "")
-        size = next((row["non_embedding_parameters"] for row in own if "valid" in row), 0)
+        parameters = next((row["non_embedding_parameters"] for row in own if "valid" in row), 0)
         lines.append(
-            f"| {arm.name} | {rates_of(own[0])} | {size:,} | {megaflops(own[0]):.3f} | {len(arm.test)} | "
-            f"{' | '.join(cells)} |"
+            f"| {arm.name} | {rates_of(own[0])} | {parameters:,} | {megaflops(own[0]):.3f} | "
+            f"{len(arm.test)} | {' | '.join(cells)} |"
         )
-    lines += ["", *(f"- {sentence(one)}{beaten(one, counts)}" for one in judgements), *counting(phase), ""]
+    lines += [
+        "",
+        *(f"- {sentence(one)}{beaten(one, counts)}" for one in judgements),
+        *counting(phase, counted_rows),
+        "",
+    ]
     lines += [
         "| arm against | seeds | difference | interval | bootstrap | p (Holm) | sign flips p | tie p | "
         "detectable | text |",
@@ -193,12 +207,20 @@ def judged_phase(phase: dict[str, Any], done: list[dict[str, Any]]) -> tuple[lis
     return [{**one.as_dict(), "phase": phase["name"]} for one in judgements], "\n".join(lines)
 
 
+def paired_rows(
+    by_arm: dict[str, list[dict[str, Any]]], one: Judgement, key: str
+) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]], list[int]]:
+    """By seed the trials of an arm and of its baseline that have the `key`, and the seeds that both have."""
+    own, other = (
+        {row["seed"]: row for row in by_arm.get(name, []) if key in row}
+        for name in (one.arm, one.baseline or "")
+    )
+    return own, other, sorted(set(own) & set(other))
+
+
 def text_error(by_arm: dict[str, list[dict[str, Any]]], one: Judgement) -> float | None:
     """What another test text of this kind would change in the difference, from its segments, nats/token."""
-    own, other = (
-        {row["seed"]: row for row in by_arm[name] if "test" in row} for name in (one.arm, one.baseline)
-    )
-    seeds = sorted(set(own) & set(other))
+    own, other, seeds = paired_rows(by_arm, one, "test")
     if not seeds:
         return None
     gaps = [np.subtract(own[seed]["test_segments"], other[seed]["test_segments"]) for seed in seeds]
@@ -233,11 +255,7 @@ def averaging(by_arm: dict[str, list[dict[str, Any]]], judgements: list[Judgemen
     """The differences with the last checkpoints averaged, beside those of the same seeds without."""
     lines = []
     for one in judgements:
-        own, other = (
-            {row["seed"]: row for row in by_arm[name] if "test_averaged" in row}
-            for name in (one.arm, one.baseline)
-        )
-        seeds = sorted(set(own) & set(other))
+        own, other, seeds = paired_rows(by_arm, one, "test_averaged")
         if len(seeds) < 2:
             continue
         lines += [
@@ -260,21 +278,16 @@ def zero_shot_table(by_arm: dict[str, list[dict[str, Any]]], judgements: list[Ju
     """BLiMP and LAMBADA of each judged arm beside its baseline, paired by seed, Holm over the lines."""
     lines = []
     for one in judgements:
-        own, other = (
-            {row["seed"]: row for row in by_arm[name] if "blimp" in row} for name in (one.arm, one.baseline)
-        )
-        seeds = sorted(set(own) & set(other))
+        own, other, seeds = paired_rows(by_arm, one, "blimp")
         if len(seeds) < 2:
             continue
-        asked = {
+        asked: dict[str, Callable[[dict[str, Any]], float]] = {
             "LAMBADA, nats a word": lambda row: row["lambada_nats"],
             "LAMBADA, % right": lambda row: 100 * row["lambada_accuracy"],
             "BLiMP, % over paradigms": lambda row: 100 * row["blimp"],
         }
-        asked |= {
-            f"BLiMP, {name.replace('_', ' ')}, %": lambda row, name=name: 100 * row["blimp_phenomena"][name]
-            for name in own[seeds[0]]["blimp_phenomena"]
-        }
+        for name in own[seeds[0]]["blimp_phenomena"]:
+            asked[f"BLiMP, {name.replace('_', ' ')}, %"] = partial(phenomenon, name)
         rows = [
             ([value(own[s]) for s in seeds], [value(other[s]) for s in seeds]) for value in asked.values()
         ]
@@ -295,10 +308,13 @@ def zero_shot_table(by_arm: dict[str, list[dict[str, Any]]], judgements: list[Ju
     return lines
 
 
-def counts_of(phase: dict[str, Any]) -> list[dict[str, Any]]:
+def phenomenon(name: str, row: dict[str, Any]) -> float:
+    return 100 * row["blimp_phenomena"][name]
+
+
+def counts_of(phase: dict[str, Any], counted_rows: dict[str, Any]) -> list[dict[str, Any]]:
     """What n-grams and xz reach from as much text as the phase's models saw; empty before `baselines`."""
-    path = RESULTS.with_name("baselines.json")
-    row = read_json(path).get(counted(phase["corpus"], phase["tokens"])) if path.is_file() else None
+    row = counted_rows.get(counted(phase["corpus"], phase["tokens"]))
     if row is None:
         return []
     orders = row["kneser_ney_bits_per_byte"]
@@ -319,15 +335,14 @@ def beaten(one: Judgement, counts: list[dict[str, Any]]) -> str:
     return f" From as much text, {listed} predict{'s' if len(better) == 1 else ''} better than both."
 
 
-def counting(phase: dict[str, Any]) -> list[str]:
+def counting(phase: dict[str, Any], counted_rows: dict[str, Any]) -> list[str]:
     """What needs no neural network on the phase's test text."""
-    path = RESULTS.with_name("baselines.json")
     lines = []
     for tokens, words in (
         (phase["tokens"], "as much training text as the models saw"),
         (None, "all training text"),
     ):
-        row = read_json(path).get(counted(phase["corpus"], tokens)) if path.is_file() else None
+        row = counted_rows.get(counted(phase["corpus"], tokens))
         if row is None:
             continue
         order, best = min(row["kneser_ney_bits_per_byte"].items(), key=lambda item: item[1])

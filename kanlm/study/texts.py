@@ -1,4 +1,4 @@
-"""The texts of the study, and what counting and compressing reach on them.
+"""The texts of the shipped study, and what counting and compressing reach on them.
 
 Corpora: `wikitext-2`, and `mixed`, equal parts of Python sources, novels, textbooks and stories, each of
 which is a corpus of its own, too. Train, valid and test are cut from different documents.
@@ -11,12 +11,11 @@ import shutil
 from collections import defaultdict
 from pathlib import Path
 
-import click
 import numpy as np
-from study_plan import RESULTS, ROOT, SEPARATOR, plan
 
 from kanlm.evaluation.baselines import kneser_ney_by_order, xz_bits_per_byte
 from kanlm.runs import read_json, write_json
+from kanlm.study.plan import ROOT, SEPARATOR, StudyFolder
 
 BYTES_A_TOKEN = 2.59
 """Of the vocabulary of 1,024, in both corpora within 0.2%."""
@@ -31,8 +30,6 @@ TRAINED_ON, HELD_OUT = 5_800_000, 300_000
 """Bytes of each part of `mixed` in train, and in valid and test."""
 
 
-@click.command()
-@click.argument("data_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def prepare(data_dir: Path) -> None:
     """Write the corpora from the folder with wikitext-2, the parts of `mixed`, BLiMP and LAMBADA."""
     out = ROOT / "data"
@@ -40,7 +37,7 @@ def prepare(data_dir: Path) -> None:
     for split in ("train", "valid", "test"):
         text = lzma.open(data_dir / "wikitext-2" / f"{split}.txt.xz", "rt", encoding="utf-8").read()
         # One document an article; a line " = Title = " begins it.
-        articles = [[]]
+        articles: list[list[str]] = [[]]
         for line in text.splitlines(keepends=True):
             if line.startswith(" = ") and not line.startswith(" = ="):
                 articles.append([])
@@ -96,18 +93,16 @@ def write_documents(path: Path, documents: list[str]) -> None:
     print(f"{path}: {len(documents)} documents, {path.stat().st_size:,} bytes")
 
 
-@click.command()
-@click.argument("phases", nargs=-1)
-def baselines(phases: tuple[str, ...]) -> None:
-    """Add to docs/results/study/baselines.json what counting and compressing reach on the test texts.
+def count(study: StudyFolder, names: tuple[str, ...]) -> None:
+    """Add to baselines.json what counting and compressing reach on the test texts of the phases `names`.
 
     From all of the training text, and from its first documents, as many bytes as the tokens of each final
     phase are (all, where they are more than one pass).
     """
-    path = RESULTS.with_name("baselines.json")
+    path = study.baselines
     found = read_json(path) if path.is_file() else {}
-    final = [phase for phase in plan() if phase.get("role") == "final"]
-    final = [phase for phase in final if not phases or phase["name"] in phases]
+    final = [phase for phase in study.phases() if phase.get("role") == "final"]
+    final = [phase for phase in final if not names or phase["name"] in names]
     wanted = {
         counted(phase["corpus"], tokens): (phase["corpus"], tokens)
         for phase in final

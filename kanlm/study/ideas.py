@@ -34,8 +34,10 @@ class BivariateKAN(ChannelKAN):
 
     def __init__(self, config):
         super().__init__(config)
-        for name, initial in (("phi", "silu"), ("psi", "identity"), ("phi_2", "zero"), ("psi_2", "gelu")):
-            setattr(self, name, self.make_function(config, config.intermediate_size, initial))
+        self.phi = self.make_function(config, config.intermediate_size, "silu")
+        self.psi = self.make_function(config, config.intermediate_size, "identity")
+        self.phi_2 = self.make_function(config, config.intermediate_size, "zero")
+        self.psi_2 = self.make_function(config, config.intermediate_size, "gelu")
 
     def forward(self, u: Tensor) -> Tensor:
         a, b = self.normalize(self.gate_proj(u)), self.normalize(self.up_proj(u))

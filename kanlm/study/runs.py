@@ -1,4 +1,4 @@
-"""Trains the trials of the study and judges them on its texts."""
+"""Trains the trials of a study and judges them on its texts."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from typing import Any
 
-import click
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
-from study_ideas import changed_steps
-from study_plan import AVERAGED, RESULTS, ROOT, key_of, name_of, results, run_config, trials_of
 
 from kanlm import kernels
-from kanlm.config import RunConfig
+from kanlm.config import RunConfig, UserError
 from kanlm.data import tokenizer_for
 from kanlm.data.cache import TokenCache, ensure_cache
 from kanlm.data.corpus import split_sources
@@ -30,26 +29,29 @@ from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.model.learned_function import LearnedFunction
 from kanlm.runs import RunDir
 from kanlm.sizing import architecture, parameter_counts
+from kanlm.study.ideas import changed_steps
+from kanlm.study.plan import AVERAGED, ROOT, SEGMENTS, SEPARATOR, StudyFolder, key_of, name_of, run_config
 from kanlm.train.checkpoint import load_model
 from kanlm.train.loop import train
 
 PAIRS_EACH, LAST_WORDS = 100, 1_000
 """Zero-shot questions: pairs of each of BLiMP's 67 paradigms, passages of LAMBADA."""
-SEGMENTS = 64
-"""The test text is scored in so many equal parts, whose spread is its sampling error."""
 
 
-@click.command()
-@click.argument("phases", nargs=-1)
-def run(phases: tuple[str, ...]) -> None:
-    """Train the planned trials that are not done yet, the plan's first ones first."""
+def run(study: StudyFolder, phases: tuple[str, ...]) -> None:
+    """Train the planned trials that are not done yet, the plan's first ones first.
+
+    May run in several processes at once, one thread each: a trial is taken by one of them. A trial that was
+    interrupted is trained on from its checkpoint.
+    """
+    complain_of_missing_texts(study.trials_of(phases))
     torch.set_num_threads(1)
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     (ROOT / "locks").mkdir(parents=True, exist_ok=True)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    study.path.mkdir(parents=True, exist_ok=True)
     while True:
-        done = {row["key"] for row in results()}
-        for trial in trials_of(phases):  # read anew each time: the plan may have grown
+        done = {row["key"] for row in study.results()}
+        for trial in study.trials_of(phases):  # read anew each time: the plan may have grown
             if key_of(trial) in done:
                 continue
             lock = FileLock(ROOT / "locks" / name_of(trial))
@@ -58,16 +60,36 @@ def run(phases: tuple[str, ...]) -> None:
             except Timeout:
                 continue
             try:
-                if key_of(trial) in {row["key"] for row in results()}:
+                if key_of(trial) in {row["key"] for row in study.results()}:
                     continue
                 result = train_and_judge(trial)
-                with FileLock(f"{ROOT}/results.lock"), RESULTS.open("a", encoding="utf-8") as file:
+                with FileLock(f"{ROOT}/results.lock"), study.trials.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(result) + "\n")
             finally:
                 lock.release()
             break
         else:
             return
+
+
+def run_at_once(jobs: int, study: StudyFolder, phases: tuple[str, ...]) -> None:
+    """`run` in so many processes; raises where one of them ends in an error, once all have ended."""
+    complain_of_missing_texts(study.trials_of(phases))
+    command = [sys.executable, "-m", "kanlm", "study", "run", "--folder", str(study.path), *phases]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    workers = [subprocess.Popen(command, env=environment) for _ in range(jobs)]
+    if failed := sum(worker.wait() != 0 for worker in workers):
+        raise UserError(f"study: {failed} of {jobs} processes failed, each said why; run again to go on")
+
+
+def complain_of_missing_texts(trials: list[dict[str, Any]]) -> None:
+    for corpus in dict.fromkeys(trial["corpus"] for trial in trials):
+        for split in ("train", "valid", "test"):
+            if not (path := ROOT / "data" / f"{corpus}.{split}.txt").is_file():
+                raise UserError(
+                    f"{path}: no such file; `kanlm study prepare` writes the shipped study's texts, a text "
+                    f"of your own is three files, its documents apart by lines {SEPARATOR!r}"
+                )
 
 
 def train_and_judge(trial: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +221,7 @@ def last_train_loss(config: RunConfig) -> float:
 
 
 def text_cache(config: RunConfig, tokenizer: Any, split: str) -> TokenCache:
-    source = config.data.validation_source.replace(".valid.", f".{split}.")
+    source = str(config.data.validation_source).replace(".valid.", f".{split}.")
     other = config.model_copy(update={"data": config.data.model_copy(update={"validation_source": source})})
     return ensure_cache(split_sources(other.data, "validation"), other, tokenizer, "validation")
 

@@ -1,28 +1,25 @@
-"""Draws the functions that a run of the study learned."""
+"""Draws the functions that a run of a study learned."""
 
 from __future__ import annotations
 
-import click
 import torch
-from study_plan import run_config, trials_of
-from study_runs import text_cache, trained_model
 
 from kanlm.data import tokenizer_for
 from kanlm.evaluation.perplexity import stream_blocks
 from kanlm.kernels import functions_called
 from kanlm.model.learned_function import LearnedFunction
+from kanlm.study.plan import StudyFolder, run_config
+from kanlm.study.runs import text_cache, trained_model
 
 
-@click.command()
-@click.option("--out", default="docs/images/functions.png")
-def picture(out: str) -> None:
+def draw(study: StudyFolder, out: str) -> None:
     """Draw the learned functions of the run of the phase `picture`, whose folder is kept."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    [trial] = trials_of(("picture",))
+    [trial] = study.trials_of(("picture",))
     config = run_config(trial)
     model = trained_model(config)
     cache = text_cache(config, tokenizer_for(config), "valid")
@@ -58,4 +55,3 @@ def picture(out: str) -> None:
         row[0].set_ylabel(f"layer {name.split('.')[2]}", fontsize=9)
     figure.tight_layout(pad=0.3)
     figure.savefig(out)
-    print(out)

@@ -1,4 +1,4 @@
-"""The study's figures, from what its report says: docs/results/study/*.svg."""
+"""A study's figures, from what its report says."""
 
 from __future__ import annotations
 

@@ -1,0 +1,177 @@
+"""What a study trains: the trials of its plan, the run of each, and the results so far."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kanlm.study.ideas  # noqa: F401  registers its arms and starts
+from kanlm.config import RunConfig, UserError, config_file, did_you_mean, parse_table
+from kanlm.model import KanLMConfig
+from kanlm.sizing import architecture, matched_width, parameter_counts, training_flops_per_token
+
+ROOT = Path("runs/study")
+"""Corpora, caches and runs."""
+SEPARATOR = "<|endoftext|>"
+FROZEN = 1e-12
+"""A rate at which coefficients of about 1 stay as they are in fp32."""
+AVERAGED, AVERAGED_EVERY = 8, 16
+"""Of a final phase's run, the mean weights of the last 8 checkpoints, 16 steps apart, are judged, too."""
+SEGMENTS = 64
+"""The test text is scored in so many equal parts, whose spread is its sampling error."""
+SIZES = {
+    "0.1m": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256},
+    "0.3m": {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 360},
+    "0.6m": {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 512},
+    "1.2m": {"hidden_size": 160, "num_hidden_layers": 4, "num_attention_heads": 5, "intermediate_size": 640},
+}
+"""GELU models; every other arm gets the width with as many parameters."""
+OF_TRAINING = ("kan_learning_rate", "kan_betas", "weight_decay", "schedule", "max_grad_norm")
+"""Keys of a trial that are keys of the run's [train], where it has them."""
+REQUIRED = ("name", "corpus", "size", "vocab_size", "tokens", "seeds", "arms")
+"""Keys that a phase must have."""
+OF_A_PHASE = ("name", "about", "arms", "seeds", "ladder", "matching")
+"""Keys of a phase that change none of its trials."""
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """The folder of a study.
+
+    plan.toml: its phases; without it, those of the shipped `study`. trials.jsonl: a line for each trial that
+    is done. baselines.json: counting. report.md, report.json and figures: what `kanlm report` makes of them.
+    """
+
+    path: Path
+
+    @property
+    def plan(self) -> Path:
+        own = self.path / "plan.toml"
+        return own if own.is_file() else config_file("study")
+
+    @property
+    def trials(self) -> Path:
+        return self.path / "trials.jsonl"
+
+    @property
+    def baselines(self) -> Path:
+        return self.path / "baselines.json"
+
+    def phases(self) -> list[dict[str, Any]]:
+        """The plan's phases; `UserError` where one says too little."""
+        path = self.plan
+        try:
+            found = tomllib.loads(path.read_text(encoding="utf-8")).get("phase", [])
+        except tomllib.TOMLDecodeError as error:
+            raise UserError(f"{path}: not valid TOML: {error}") from None
+        if not found:
+            raise UserError(f"{path}: no [[phase]]; configs/study.toml is a plan of many")
+        for i, phase in enumerate(found):
+            name = phase.get("name", f"number {i + 1}")
+            if missing := [key for key in REQUIRED if key not in phase]:
+                raise UserError(f"{path}: phase {name}: {missing[0]}: required, but absent; add it there")
+            if phase["size"] not in SIZES:
+                raise UserError(
+                    f"{path}: phase {name}: size: no size {phase['size']!r}; "
+                    f"{did_you_mean(phase['size'], list(SIZES))}"
+                )
+        return found
+
+    def trials_of(self, names: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+        """The planned trials of the phases `names` in their order, of all where there are none."""
+        phases = self.phases()
+        known = [phase["name"] for phase in phases]
+        for name in names:
+            if name not in known:
+                raise UserError(f"{self.plan}: no phase {name!r}; {did_you_mean(name, known)}")
+        chosen = (phase for phase in phases if not names or phase["name"] in names)
+        return [trial for phase in chosen for trial in trials_of(phase)]
+
+    def results(self) -> list[dict[str, Any]]:
+        """The trials that are done, as they came."""
+        if not self.trials.is_file():
+            return []
+        return [json.loads(line) for line in self.trials.read_text(encoding="utf-8").splitlines()]
+
+
+def trials_of(phase: dict[str, Any]) -> list[dict[str, Any]]:
+    """A phase's trials; lists in the plan are tried in every combination."""
+    common = {key: value for key, value in phase.items() if key not in OF_A_PHASE}
+    rows = []
+    for arm in phase["arms"]:
+        table = {**common, **arm}
+        keys = [key for key, value in table.items() if isinstance(value, list)]
+        for values in itertools.product(*(table[key] for key in keys)):
+            rows.append({**table, **dict(zip(keys, values, strict=True))})
+    # Seed after seed, so that a phase that is cut short still has paired seeds.
+    return [{**row, "seed": seed} for seed in phase["seeds"] for row in rows]
+
+
+def key_of(trial: dict[str, Any]) -> str:
+    """A name from everything that decides the trial's result."""
+    fields = [f"{key}={trial[key]}" for key in sorted(trial) if key != "role"]
+    return ",".join(fields)
+
+
+def name_of(trial: dict[str, Any]) -> str:
+    return f"{trial['arm']}-{hashlib.sha256(key_of(trial).encode()).hexdigest()[:12]}"
+
+
+def run_config(trial: dict[str, Any]) -> RunConfig:
+    """The run of a trial, its width solved to the parameters of the GELU model of its size."""
+    corpus = ROOT / "data" / trial["corpus"]
+    sizes = SIZES[trial["size"]]
+    shape: dict[str, Any] = {"vocab_size": trial["vocab_size"], "max_position_embeddings": 128, **sizes}
+    base = KanLMConfig(**{**shape, "ffn_type": "gelu"})
+    own = {key: value for key, value in trial.items() if key.startswith("kan_") and key not in OF_TRAINING}
+    own["hidden_norm"] = trial.get("hidden_norm", False)
+    own_base = KanLMConfig(**{**shape, **own, "ffn_type": "gelu"})
+    sized, _ = matched_width(own_base, trial["arm"], parameter_counts(base).non_embedding)
+    train_table = {
+        "max_tokens": trial["tokens"],
+        "batch_size": 8,
+        "optimizer": trial.get("optimizer", "muon"),
+        "learning_rate": trial["learning_rate"],
+        "eval_every": 0,
+        "save_minutes": 60.0,
+        "save_every": AVERAGED_EVERY if trial.get("role") == "final" else 0,
+        "keep_last": AVERAGED,
+        "min_lr_ratio": trial.get("min_lr_ratio", 0.1),
+    }
+    if trial.get("frozen"):
+        train_table["kan_learning_rate"] = FROZEN
+    for name in OF_TRAINING:
+        if name in trial:
+            train_table[name] = trial[name]
+    table = {
+        "name": name_of(trial),
+        "output_dir": str(ROOT / "runs"),
+        "seed": trial["seed"],
+        "model": {**sizes, **own, "ffn_type": trial["arm"], "intermediate_size": sized.intermediate_size},
+        "tokenizer": {"vocab_size": trial["vocab_size"]},
+        "data": {
+            "source": f"{corpus}.train.txt",
+            "validation_source": f"{corpus}.valid.txt",
+            "document_separator": SEPARATOR,
+            "block_size": 128,
+            "cache_dir": str(ROOT / "cache"),
+        },
+        "train": train_table,
+    }
+    return parse_table(RunConfig, table, "study")
+
+
+def rates_of(row: dict[str, Any]) -> str:
+    own = f" / {row['kan_learning_rate']:g}" if "kan_learning_rate" in row else ""
+    own = " / 0" if "frozen" in row else own
+    return f"{row['learning_rate']:g}{own}"
+
+
+def megaflops(trial: dict[str, Any]) -> float:
+    """Of a training step, for each token."""
+    return training_flops_per_token(architecture(run_config(trial)), 128) / 1e6
