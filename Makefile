@@ -29,6 +29,7 @@ study: corpora $(VENV)/installed
 	$(BIN)/python -m kanlm study prepare $(CORPORA)
 	$(BIN)/python -m kanlm study run --jobs $(THREADS) --folder runs/study/results
 	$(BIN)/python -m kanlm study baselines --folder runs/study/results
+	$(BIN)/python -m kanlm study functions --folder runs/study/results
 	$(BIN)/python -m kanlm report runs/study/results
 
 corpora:

@@ -336,20 +336,20 @@ def study_group() -> None:
     """
 
 
+folder_option = click.option(
+    "--folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="docs/results/study",
+    show_default=True,
+    help="Of the study.",
+)
+
+
 def study_command(name: str, example: str):
     """A subcommand for one folder, and the phases of its plan."""
 
     def decorated(function):
-        for option in (
-            click.option(
-                "--folder",
-                type=click.Path(file_okay=False, path_type=Path),
-                default="docs/results/study",
-                show_default=True,
-            ),
-            click.argument("phases", metavar="[PHASE]...", nargs=-1),
-        ):
-            function = option(function)
+        function = click.argument("phases", metavar="[PHASE]...", nargs=-1)(folder_option(function))
         return study_group.command(name, epilog=f"\b\nExample:\n  {example}")(function)
 
     return decorated
@@ -386,15 +386,14 @@ def study_baselines_verb(folder: Path, phases: tuple[str, ...]) -> None:
     count(StudyFolder(folder), phases)
 
 
-@study_group.command("picture", epilog="\b\nExample:\n  kanlm study picture docs/images/functions.png")
-@click.argument("out", type=click.Path(dir_okay=False))
-def study_picture_verb(out: str) -> None:
-    """Draw the functions that the run of the shipped study's phase `picture` learned into the file OUT."""
-    from kanlm.study.picture import draw
+@study_group.command("functions", epilog="\b\nExample:\n  kanlm study functions")
+@folder_option
+def study_functions_verb(folder: Path) -> None:
+    """Write what the run of the plan's phase `picture` learned into the folder's functions.json."""
+    from kanlm.study.picture import write_functions
     from kanlm.study.plan import StudyFolder
 
-    draw(StudyFolder(Path("docs/results/study")), out)
-    click.echo(out)
+    click.echo(write_functions(StudyFolder(folder)))
 
 
 @verb("status", "kanlm status runs/tiny-kan_glu")

@@ -162,11 +162,13 @@ def test_a_mistake_in_a_plan_is_told_in_one_line(own_study, old, new, arguments,
 
 @pytest.mark.slow
 def test_the_committed_report_is_what_the_committed_trials_give(tmp_path):
-    for name in ("trials.jsonl", "baselines.json"):
+    for name in ("trials.jsonl", "baselines.json", "functions.json"):
         shutil.copy(STUDY / name, tmp_path / name)
     done = CliRunner().invoke(cli, ["report", str(tmp_path)], catch_exceptions=False)
     assert done.output.strip() == str(tmp_path / "report.md")
-    for name in ("report.md", "report.json", "differences.svg", "ladder.svg", "ladder-2.svg"):
+    made, committed = ({path.name for path in folder.iterdir()} for folder in (tmp_path, STUDY))
+    assert made == committed
+    for name in committed:
         assert (tmp_path / name).read_text() == (STUDY / name).read_text(), name
 
 

@@ -55,6 +55,24 @@ def ladder(rungs: Sequence[Rung], laws: tuple[ScalingFit, ScalingFit], path: Pat
     return written(path, output)
 
 
+def functions(measured: dict[str, Any], path: Path) -> str:
+    """Learned functions by layer and group, where they began, and their inputs; the file's name."""
+    layers, x = measured["layers"], measured["x"]
+    groups = max(len(layer["groups"]) for layer in layers)
+    with figure_svg("study-functions", 0.7 * len(layers)) as (figure, output):
+        grid = figure.subplots(len(layers), groups, squeeze=False)
+        for place, (row, layer) in enumerate(zip(grid, layers, strict=True)):
+            for axes, group in zip(row, layer["groups"], strict=True):
+                bins = np.linspace(x[0], x[-1], len(group["density"]) + 1)
+                axes.stairs(group["density"], bins, fill=True, color="#d4d4dc")
+                axes.plot(x, group["start"], ":", color=MLP, linewidth=0.8)
+                axes.plot(x, group["learned"], color=KAN, linewidth=1.1)
+                axes.set(xlim=(x[0], x[-1]), ylim=(-1.2, 3.2), xticks=[], yticks=[])
+                axes.spines[:].set(visible=True, color="#e5e7eb")
+            row[0].set_ylabel(f"layer {place}", fontsize=7)
+    return written(path, output)
+
+
 def written(path: Path, output: list[str]) -> str:
     """Writes the figure on white, so that a dark page shows it too."""
     (svg,) = output

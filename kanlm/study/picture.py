@@ -1,6 +1,9 @@
-"""Draws the functions that a run of a study learned."""
+"""The functions that a run of a study learned, as numbers that the report draws."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -8,50 +11,61 @@ from kanlm.data import tokenizer_for
 from kanlm.evaluation.perplexity import stream_blocks
 from kanlm.kernels import functions_called
 from kanlm.model.learned_function import LearnedFunction
-from kanlm.study.plan import StudyFolder, run_config
+from kanlm.runs import write_json
+from kanlm.study.plan import StudyFolder, key_of, run_config
 from kanlm.study.runs import text_cache, trained_model
 
+FROM, TO, POINTS, BINS = -4.0, 4.0, 81, 40
+BLOCKS = 32
+"""Of validation text, whose inputs of the functions are counted."""
 
-def draw(study: StudyFolder, out: str) -> None:
-    """Draw the learned functions of the run of the phase `picture`, whose folder is kept."""
-    import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def write_functions(study: StudyFolder) -> Path:
+    """functions.json of the study: the learned functions of the run of its phase `picture`, which is kept.
 
+    `x` [POINTS]; for each layer and group `start` and `learned`, the function there before and after
+    training, and `density` [BINS], the share of its inputs by their value over a bin's width.
+    """
     [trial] = study.trials_of(("picture",))
     config = run_config(trial)
     model = trained_model(config)
     cache = text_cache(config, tokenizer_for(config), "valid")
-    inputs, *_ = stream_blocks(cache, range(0, 32 * 128, 128), 128, 32 * 128, True)
+    tokens = BLOCKS * 128
+    inputs, *_ = stream_blocks(cache, range(0, tokens, 128), 128, tokens, True)
     seen: dict[str, torch.Tensor] = {}
     functions = {name: m for name, m in model.named_modules() if isinstance(m, LearnedFunction)}
     for name, module in functions.items():
         module.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0].detach()))
     with torch.no_grad(), functions_called(model):
         model(input_ids=inputs, use_cache=False)
-    groups = next(iter(functions.values())).groups
-    figure, axes = plt.subplots(len(functions), groups, figsize=(1.5 * groups, 1.6 * len(functions)), dpi=110)
-    x = torch.linspace(-4, 4, 400)
-    for row, (name, module) in zip(axes, functions.items(), strict=True):
-        start = LearnedFunction(
-            groups, groups=groups, grid_size=module.basis.grid_size, initial=module.initial
-        )
-        learned = LearnedFunction(groups, groups=groups, grid_size=module.basis.grid_size)
-        learned.load_state_dict(module.state_dict())
-        points = x[:, None].expand(-1, groups)
-        with torch.no_grad():
-            curves, begun = learned(points), start(points)
-        values = seen[name].reshape(-1, groups, module.channels // groups)
-        for group, axis in enumerate(row):
-            axis.hist(
-                values[:, group].flatten().numpy(), bins=60, range=(-4, 4), density=True, color="#d4d4dc"
-            )
-            axis.plot(x, begun[:, group], ":", color="#374151", linewidth=1)
-            axis.plot(x, curves[:, group], color="#c2410c", linewidth=1.6)
-            axis.set(xlim=(-4, 4), ylim=(-1.2, 3.2), xticks=[], yticks=[])
-            for side in axis.spines.values():
-                side.set_color("#e5e7eb")
-        row[0].set_ylabel(f"layer {name.split('.')[2]}", fontsize=9)
-    figure.tight_layout(pad=0.3)
-    figure.savefig(out)
+    x = torch.linspace(FROM, TO, POINTS)
+    layers = [{"name": name, "groups": curves(module, x, seen[name])} for name, module in functions.items()]
+    path = study.path / "functions.json"
+    write_json(path, {"trial": key_of(trial), "x": rounded(x), "layers": layers})
+    return path
+
+
+@torch.no_grad()
+def curves(module: LearnedFunction, x: torch.Tensor, inputs: torch.Tensor) -> list[dict[str, Any]]:
+    """For each group of the function."""
+    groups, grid_size = module.groups, module.basis.grid_size
+    start = LearnedFunction(groups, groups=groups, grid_size=grid_size, initial=module.initial)
+    learned = LearnedFunction(groups, groups=groups, grid_size=grid_size)
+    learned.load_state_dict(module.state_dict())
+    points = x[:, None].expand(-1, groups)
+    values = inputs.reshape(-1, groups, module.channels // groups)
+    width = (TO - FROM) / BINS
+    return [
+        {
+            "start": rounded(start(points)[:, group]),
+            "learned": rounded(learned(points)[:, group]),
+            "density": rounded(
+                torch.histc(values[:, group].float(), BINS, FROM, TO) / values[:, group].numel() / width
+            ),
+        }
+        for group in range(groups)
+    ]
+
+
+def rounded(values: torch.Tensor) -> list[float]:
+    return [round(value, 4) for value in values.tolist()]

@@ -44,7 +44,8 @@ class StudyFolder:
     """The folder of a study.
 
     plan.toml: its phases; without it, those of the shipped `study`. trials.jsonl: a line for each trial that
-    is done. baselines.json: counting. report.md, report.json and figures: what `kanlm report` makes of them.
+    is done. baselines.json: counting. functions.json: learned functions. report.md, report.json and figures:
+    what `kanlm report` makes of them.
     """
 
     path: Path
@@ -61,6 +62,10 @@ class StudyFolder:
     @property
     def baselines(self) -> Path:
         return self.path / "baselines.json"
+
+    @property
+    def functions(self) -> Path:
+        return self.path / "functions.json"
 
     def phases(self) -> list[dict[str, Any]]:
         """The plan's phases; `UserError` where one says too little."""

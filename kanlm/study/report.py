@@ -17,7 +17,7 @@ from kanlm.compare.judgement import ArmLosses, Judgement, judge, learned_nothing
 from kanlm.model.ffn import find_arm
 from kanlm.runs import read_json, write_json, write_text
 from kanlm.stats import holm, paired_difference, standard_error
-from kanlm.study.figures import forest
+from kanlm.study.figures import forest, functions
 from kanlm.study.ladders import ladders
 from kanlm.study.plan import AVERAGED, SEGMENTS, StudyFolder, key_of, megaflops, rates_of, trials_of
 from kanlm.study.texts import counted
@@ -64,8 +64,9 @@ def report(directory: str | Path) -> Path:
             search.append(f"{title}\n{text}")
     drawn = forest(judged, ("kan_act, normed", "kan_act, normed, kan_initial=gelu_wave"), study.path)
     picture = f"![differences of kan_act, normed to its MLP by phase, with intervals]({drawn})"
+    learned = [learned_functions(study)] if study.functions.is_file() else []
     texts, measured = ladders(study, rows)
-    parts = [HEADER, picture, "## Ladders", *texts, *final, *search]
+    parts = [HEADER, picture, *learned, "## Ladders", *texts, *final, *search]
     write_json(study.path / "report.json", {"verdict": {"judgements": judged}, "ladders": measured})
     write_text(study.path / "report.md", "\n\n".join(parts) + "\n")
     return study.path / "report.md"
@@ -84,6 +85,15 @@ LABELS = (
     "min_lr_ratio",
     "weight_decay",
 )
+
+
+def learned_functions(study: StudyFolder) -> str:
+    drawn = functions(read_json(study.functions), study.path / "functions.svg")
+    return (
+        f"![learned functions by layer and group, dotted where they began, in grey their inputs]({drawn})\n\n"
+        "The run of the phase `picture` (functions.json): a row for each layer, a column for each group of "
+        "its channels, from -4 to 4; dotted the start; in grey the density of the inputs."
+    )
 
 
 def label_of(row: dict[str, Any]) -> str:
