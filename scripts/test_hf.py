@@ -1,13 +1,13 @@
 """transformers' own tests of a model, run on kanlm's classes: `make test-hf`.
 
 Gets the source distribution of the installed transformers from the package registry into .cache/, puts its
-test files beside our model test (scripts/hf_suite/), runs them for three arms, and prints what passed and
+test files beside our model test (scripts/hf_suite/), runs them for some arms, and prints what passed and
 why the rest was skipped. The source distribution holds the common tests, but not tests/generation,
 tests/exporters and tests/utils: those mixins are empty here, and tests/hf covers generation and export.
 torchao, which prints to stderr whenever transformers is imported, is not in the environment: it is put into
 .cache/ too, for the suite's test of it and for ours.
 
-    python scripts/test_hf.py [--arms kan kan_glu swiglu] [--no-distributed] [PYTEST ARGUMENTS]
+    python scripts/test_hf.py [--arms kan kan_glu swiglu kan_act_norm] [--no-distributed] [PYTEST ARGUMENTS]
 """
 
 import argparse
@@ -24,7 +24,7 @@ import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ROOT / "scripts" / "hf_suite"
-ARMS = ("kan", "kan_glu", "swiglu")
+ARMS = ("kan", "kan_glu", "swiglu", "kan_act_norm", "kan_product_norm")
 DISTRIBUTED = "fsdp or hsdp or test_tp_"
 LEFT_OUT = {
     "generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",

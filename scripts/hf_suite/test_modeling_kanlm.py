@@ -1,6 +1,6 @@
 """transformers' model tests on kanlm's classes; scripts/test_hf.py copies this into a tree of its test files.
 
-KANLM_SUITE_ARM names the feed-forward block.
+KANLM_SUITE_ARM names the feed-forward block, with `_norm` at its end one with the hidden norm.
 """
 
 import os
@@ -55,7 +55,8 @@ class KanLMModelTester:
             pad_token_id=0,
             bos_token_id=1,
             eos_token_id=2,
-            ffn_type=os.environ["KANLM_SUITE_ARM"],
+            ffn_type=os.environ["KANLM_SUITE_ARM"].removesuffix("_norm"),
+            hidden_norm=os.environ["KANLM_SUITE_ARM"].endswith("_norm"),
             kan_grid_size=5,
             kan_num_groups=4,
         )

@@ -140,6 +140,19 @@ def test_swiglu_equals_the_reference():
 
 
 @here
+@pytest.mark.parametrize("hidden_norm", [False, True], ids=["plain", "normed"])
+@pytest.mark.parametrize("arm", ["kan_act", "kan_glu", "kan_product"])
+def test_blocks_of_learned_functions_equal_the_reference(arm, hidden_norm):
+    from kanlm.model.configuration_kanlm import KanLMConfig
+    from kanlm.model.ffn import build_ffn
+
+    settings = {"hidden_size": 16, "intermediate_size": 40, "num_attention_heads": 2, "kan_num_groups": 4}
+    torch.manual_seed(0)
+    block = build_ffn(KanLMConfig(ffn_type=arm, hidden_norm=hidden_norm, **settings))
+    compared(block, [points(2, 9, 16)], TOLERANCE[torch.float32])
+
+
+@here
 def test_uninitialised_scratch_does_not_reach_the_result(monkeypatch):
     from kanlm.model.kan import KANLinear, LearnedFunction
 
