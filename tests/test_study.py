@@ -144,7 +144,18 @@ def test_a_study_of_ones_own_from_its_plan_to_its_report(own_study):
     [
         ("", "", ["frist"], ["plan.toml", "no phase 'frist'", "did you mean 'first'"]),
         ("tokens = 4096", "", [], ["phase first", "tokens", "required"]),
-        ('"0.1m"', '"0.2m"', [], ["phase first", "size", "'0.2m'", "did you mean"]),
+        ("tokens = 4096", 'tokens = "4k"', [], ["phase first", "tokens", "'4k'"]),
+        ("seeds = [0, 1]", "seeds = []", [], ["phase first", "seeds", "at least 1"]),
+        (
+            "tokens = 4096",
+            "tokens = 4096\nlader = 'x'",
+            [],
+            ["phase first", "lader", "did you mean 'ladder'"],
+        ),
+        ("learning_rate = 1e-2 }", "hiden_norm = true }", [], ["arm gelu", "did you mean 'hidden_norm'"]),
+        ('"kan_act"', '"kan_atc"', [], ["kan_atc", "kan_act"]),
+        ("kan_learning_rate", "kan_grid_sise", [], ["kan_grid_sise", "kan_grid_size"]),
+        ('"0.1m"', '"0.2m"', [], ["phase first", "size", "'0.2m'", "'0.1m'"]),
         ('"mine"', '"other"', [], ["other.train.txt", "no such file", "kanlm study prepare"]),
         ("[[phase]]", "[phase", [], ["plan.toml", "not valid TOML"]),
         (PLAN, "", [], ["plan.toml", "no [[phase]]"]),
@@ -158,6 +169,12 @@ def test_a_mistake_in_a_plan_is_told_in_one_line(own_study, old, new, arguments,
         kanlm("study", "run", "--folder", str(own_study), *arguments)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
     assert not (own_study / "trials.jsonl").exists()
+
+
+def test_a_line_that_was_cut_off_is_named(own_study):
+    (own_study / "trials.jsonl").write_text('{"key": "a"}\n{"key": ')
+    with pytest.raises(UserError, match=r"trials.jsonl: line 2: not valid JSON.*delete the line"):
+        kanlm("study", "run", "--folder", str(own_study))
 
 
 @pytest.mark.slow

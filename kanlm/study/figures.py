@@ -16,9 +16,9 @@ EDGE = 0.07
 """Of the differences' axis, in nats a token."""
 
 
-def forest(judged: Sequence[dict[str, Any]], arms: Sequence[str], folder: Path) -> str:
-    """Differences of `arms` to their baseline with intervals, a line for each phase; the file's name."""
-    rows = [one for one in judged if one["arm"] in arms and one["interval_nats"]]
+def forest(judged: Sequence[dict[str, Any]], folder: Path) -> str:
+    """Differences of arms to their baseline with intervals, a line for each phase; the file's name."""
+    rows = [one for one in judged if one["interval_nats"]]
     with figure_svg("study-differences", 0.8 + 0.24 * len(rows)) as (figure, output):
         axes = figure.add_subplot()
         for place, one in enumerate(reversed(rows)):

@@ -8,10 +8,12 @@ import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field, PositiveInt
 
 import kanlm.study.ideas  # noqa: F401  registers its arms and starts
-from kanlm.config import RunConfig, UserError, config_file, did_you_mean, parse_table
+from kanlm.config import RunConfig, Section, UserError, config_file, did_you_mean, parse_table
 from kanlm.model import KanLMConfig
 from kanlm.sizing import architecture, matched_width, parameter_counts, training_flops_per_token
 
@@ -33,10 +35,63 @@ SIZES = {
 """GELU models; every other arm gets the width with as many parameters."""
 OF_TRAINING = ("kan_learning_rate", "kan_betas", "weight_decay", "schedule", "max_grad_norm")
 """Keys of a trial that are keys of the run's [train], where it has them."""
-REQUIRED = ("name", "corpus", "size", "vocab_size", "tokens", "seeds", "arms")
-"""Keys that a phase must have."""
 OF_A_PHASE = ("name", "about", "arms", "seeds", "ladder", "matching")
 """Keys of a phase that change none of its trials."""
+
+
+class Settings(Section):
+    """What an arm and its phase may say of a trial, each a value or a list of values that are tried."""
+
+    tokens: Any = None
+    learning_rate: Any = None
+    kan_learning_rate: Any = None
+    kan_betas: Any = None
+    weight_decay: Any = None
+    schedule: Any = None
+    max_grad_norm: Any = None
+    min_lr_ratio: Any = None
+    optimizer: Any = None
+    hidden_norm: Any = None
+    frozen: Any = None
+    """True: the functions stay as they begin. With `functions_of`: the rate at which those were learned."""
+    functions_of: Any = None
+    """The seed of a kept run whose final shapes the functions begin as."""
+    waves: Any = None
+    """So many functions of each layer begin as `gelu_wave`."""
+    start: Any = None
+    shared: Any = None
+    curvature: Any = None
+    repeat: Any = None
+    """A trial again, under a name of its own."""
+    keep: bool = False
+    """The run's folder stays."""
+    zero_shot: bool = False
+
+
+class Arm(Settings):
+    """An entry of a phase's `arms`; keys `kan_...` of the architecture are checked with it."""
+
+    arm: str
+
+
+class Phase(Settings):
+    """A phase of a plan."""
+
+    name: str
+    about: str = ""
+    role: Literal["final"] | None = None
+    ladder: str | None = None
+    matching: str | None = None
+    corpus: str
+    size: Literal["0.1m", "0.3m", "0.6m", "1.2m"]
+    vocab_size: PositiveInt
+    tokens: PositiveInt
+    seeds: list[int] = Field(min_length=1)
+    arms: list[dict[str, Any]] = Field(min_length=1)
+
+
+def without_architecture(table: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in table.items() if not k.startswith("kan_") or k in OF_TRAINING}
 
 
 @dataclass(frozen=True)
@@ -77,14 +132,10 @@ class StudyFolder:
         if not found:
             raise UserError(f"{path}: no [[phase]]; configs/study.toml is a plan of many")
         for i, phase in enumerate(found):
-            name = phase.get("name", f"number {i + 1}")
-            if missing := [key for key in REQUIRED if key not in phase]:
-                raise UserError(f"{path}: phase {name}: {missing[0]}: required, but absent; add it there")
-            if phase["size"] not in SIZES:
-                raise UserError(
-                    f"{path}: phase {name}: size: no size {phase['size']!r}; "
-                    f"{did_you_mean(phase['size'], list(SIZES))}"
-                )
+            where = f"{path}: phase {phase.get('name', f'number {i + 1}')}"
+            parse_table(Phase, without_architecture(phase), where)
+            for arm in phase["arms"]:
+                parse_table(Arm, without_architecture(arm), f"{where}: arm {arm.get('arm', '')}")
         return found
 
     def trials_of(self, names: tuple[str, ...] = ()) -> list[dict[str, Any]]:
@@ -101,7 +152,16 @@ class StudyFolder:
         """The trials that are done, as they came."""
         if not self.trials.is_file():
             return []
-        return [json.loads(line) for line in self.trials.read_text(encoding="utf-8").splitlines()]
+        found = []
+        for i, line in enumerate(self.trials.read_text(encoding="utf-8").splitlines()):
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{self.trials}: line {i + 1}: not valid JSON: {error}; delete the line, and its trial "
+                    "is trained again"
+                ) from None
+        return found
 
 
 def trials_of(phase: dict[str, Any]) -> list[dict[str, Any]]:

@@ -24,8 +24,8 @@ from kanlm.study.texts import counted
 
 HEADER = """# The study: learned activations against fixed ones at equal parameters
 
-Written by `kanlm report` from trials.jsonl (a line for each training) and
-configs/study.toml (the plan). Loss in nats/token: lower is better. Rates are chosen by the validation text,
+Written by `kanlm report` from trials.jsonl (a line for each training) and the
+plan (plan.toml, or configs/study.toml). Loss in nats/token: lower is better. Rates are chosen by the validation text,
 with a seed that no verdict uses or, in the ladders, the judged seeds' own; only final phases read the test
 text. The twin of `kan_act, normed` is
 `gelu, normed`: the same block with the function fixed at its start. "Detectable" is the true difference that
@@ -62,11 +62,11 @@ def report(directory: str | Path) -> Path:
         else:
             text = seeds_table(done) if len(phase["seeds"]) > 1 else rates_table(done)
             search.append(f"{title}\n{text}")
-    drawn = forest(judged, ("kan_act, normed", "kan_act, normed, kan_initial=gelu_wave"), study.path)
-    picture = f"![differences of kan_act, normed to its MLP by phase, with intervals]({drawn})"
+    drawn = forest([one for one in judged if one["family"] == "kan"], study.path)
+    picture = f"![differences of the KANs to their MLP by phase, with intervals]({drawn})"
     learned = [learned_functions(study)] if study.functions.is_file() else []
     texts, measured = ladders(study, rows)
-    parts = [HEADER, picture, *learned, "## Ladders", *texts, *final, *search]
+    parts = [HEADER, picture, *learned, *(["## Ladders"] if texts else []), *texts, *final, *search]
     write_json(study.path / "report.json", {"verdict": {"judgements": judged}, "ladders": measured})
     write_text(study.path / "report.md", "\n\n".join(parts) + "\n")
     return study.path / "report.md"

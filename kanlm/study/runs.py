@@ -44,7 +44,7 @@ def run(study: StudyFolder, phases: tuple[str, ...]) -> None:
     May run in several processes at once, one thread each: a trial is taken by one of them. A trial that was
     interrupted is trained on from its checkpoint.
     """
-    complain_of_missing_texts(study.trials_of(phases))
+    check(study, phases)
     torch.set_num_threads(1)
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     (ROOT / "locks").mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def run(study: StudyFolder, phases: tuple[str, ...]) -> None:
 
 def run_at_once(jobs: int, study: StudyFolder, phases: tuple[str, ...]) -> None:
     """`run` in so many processes; raises where one of them ends in an error, once all have ended."""
-    complain_of_missing_texts(study.trials_of(phases))
+    check(study, phases)
     command = [sys.executable, "-m", "kanlm", "study", "run", "--folder", str(study.path), *phases]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     workers = [subprocess.Popen(command, env=environment) for _ in range(jobs)]
@@ -82,7 +82,15 @@ def run_at_once(jobs: int, study: StudyFolder, phases: tuple[str, ...]) -> None:
         raise UserError(f"study: {failed} of {jobs} processes failed, each said why; run again to go on")
 
 
-def complain_of_missing_texts(trials: list[dict[str, Any]]) -> None:
+def check(study: StudyFolder, phases: tuple[str, ...]) -> None:
+    """Raises `UserError` for a mistake in a trial that is left to do, before any is trained."""
+    done = {row["key"] for row in study.results()}
+    trials = [trial for trial in study.trials_of(phases) if key_of(trial) not in done]
+    for trial in trials:
+        try:
+            run_config(trial)
+        except ValueError as error:  # of the architecture
+            raise UserError(f"{study.plan}: trial {key_of(trial)}: {error}") from None
     for corpus in dict.fromkeys(trial["corpus"] for trial in trials):
         for split in ("train", "valid", "test"):
             if not (path := ROOT / "data" / f"{corpus}.{split}.txt").is_file():
