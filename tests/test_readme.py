@@ -18,7 +18,6 @@ from kanlm.cli import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-VERDICT = (ROOT / "docs/verdict.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -178,62 +177,3 @@ def test_a_number_of_a_table_that_no_json_has_is_found():
 
 def test_every_number_of_readmes_tables_is_in_committed_json():
     assert not unbacked(README, committed_numbers())
-
-
-VERDICT_ROWS = (
-    ("319k, 1M tokens, coefficients 0.0036: mixed", "final-0.3m-mixed"),
-    ("WikiText-2", "final-0.3m-wikitext-2"),
-    ("the same, coefficients 0.0012: mixed", "steady-0.3m-mixed"),
-    ("WikiText-2", "steady-0.3m-wikitext-2"),
-)
-"""The first rows of README's first table, and the phase of the study that each is."""
-LADDER_ROWS = (
-    "WikiText-2, 6 tokens a parameter, coefficients 0.0012: 98k",
-    *("319k", "591k", "1.23M"),
-)
-"""The rows below, the sizes of the study's first ladder."""
-WAVE_ROWS = (
-    ("the same, begun at the wave (below), coefficients 0.00036: 98k", "wave-0.1m-wikitext-2"),
-    ("319k", "wave-0.3m-wikitext-2-long"),
-    ("591k", "wave-0.6m-wikitext-2"),
-)
-"""The last rows, and the phase of each."""
-
-
-def study_report() -> dict[str, Any]:
-    return json.loads((ROOT / "docs/results/study/report.json").read_text(encoding="utf-8"))
-
-
-def verdict_row(words: str, one: dict[str, Any]) -> str:
-    low, high = one["interval_nats"]
-    difference = f"{one['difference_nats']:+.4f} ({low:+.4f} to {high:+.4f})"
-    losses = f"**{one['arm_nats']:.4f}** | {one['baseline_nats']:.4f}"
-    return f"| {words} | {one['seeds']} | {losses} | {difference} |"
-
-
-def test_the_verdicts_rows_are_what_the_study_judged():
-    report = study_report()
-    judged = {
-        (one["phase"], one["arm"]): one
-        for one in report["verdict"]["judgements"]
-        if one["baseline"] == "gelu, normed"
-    }
-    expected = [verdict_row(words, judged[phase, "kan_act, normed"]) for words, phase in VERDICT_ROWS]
-    expected += [verdict_row(*row) for row in zip(LADDER_ROWS, report["ladders"][0]["rungs"], strict=True)]
-    begun_at_the_wave = "kan_act, normed, kan_initial=gelu_wave"
-    expected += [verdict_row(words, judged[phase, begun_at_the_wave]) for words, phase in WAVE_ROWS]
-    for page in (README, VERDICT):
-        start = page.index("| test text, nats/token")
-        assert page[start : page.index("\n\n", start)].splitlines()[2:] == expected
-
-
-def test_the_parameters_for_equal_loss_are_the_ladders():
-    ladder, *_ = study_report()["ladders"]
-    by_size = [f"{value:.2f}" for value in ladder["by_size"]]
-    listed = f"{', '.join(by_size[:-1])} and {by_size[-1]}"
-    low, high = ladder["interval"]
-    for page in (README, VERDICT):
-        text = " ".join(page.split())
-        assert f"{listed} times the MLP's parameters" in text
-        assert f"{ladder['ratio']:.2f} over all ({low:.2f} to {high:.2f})" in text
-        assert f"{ladder['compute_ratio']:.2f} times the" in text
