@@ -1,0 +1,217 @@
+"""The verdict in README and docs/verdict.md: each number is that of its own key in the committed JSON."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kanlm.stats import holm, paired_difference
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+VERDICT = (ROOT / "docs/verdict.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "docs/results"
+KAN, WAVE = "kan_act, normed", "kan_act, normed, kan_initial=gelu_wave"
+FROZEN_WAVE = "kan_act, normed, frozen, kan_initial=gelu_wave"
+
+VERDICT_ROWS = (
+    ("319k, 1M tokens, coefficients 0.0036: mixed", "final-0.3m-mixed"),
+    ("WikiText-2", "final-0.3m-wikitext-2"),
+    ("the same, coefficients 0.0012: mixed", "steady-0.3m-mixed"),
+    ("WikiText-2", "steady-0.3m-wikitext-2"),
+)
+"""The first rows of README's first table, and the phase of the study that each is."""
+LADDER_ROWS = (
+    "WikiText-2, 6 tokens a parameter, coefficients 0.0012: 98k",
+    *("319k", "591k", "1.23M"),
+)
+"""The rows below, the sizes of the study's first ladder."""
+WAVE_ROWS = (
+    ("the same, begun at the wave (below), coefficients 0.00036: 98k", "wave-0.1m-wikitext-2"),
+    ("319k", "wave-0.3m-wikitext-2-long"),
+    ("591k", "wave-0.6m-wikitext-2"),
+)
+"""The last rows, and the phase of each."""
+
+
+def study_report() -> dict[str, Any]:
+    return json.loads((ROOT / "docs/results/study/report.json").read_text(encoding="utf-8"))
+
+
+def verdict_row(words: str, one: dict[str, Any]) -> str:
+    low, high = one["interval_nats"]
+    difference = f"{one['difference_nats']:+.4f} ({low:+.4f} to {high:+.4f})"
+    losses = f"**{one['arm_nats']:.4f}** | {one['baseline_nats']:.4f}"
+    return f"| {words} | {one['seeds']} | {losses} | {difference} |"
+
+
+def test_the_verdicts_rows_are_what_the_study_judged():
+    words = [words for words, _ in VERDICT_ROWS] + [*LADDER_ROWS] + [words for words, _ in WAVE_ROWS]
+    expected = [verdict_row(*row) for row in zip(words, rows_of_the_table(), strict=True)]
+    for page in (README, VERDICT):
+        start = page.index("| test text, nats/token")
+        assert page[start : page.index("\n\n", start)].splitlines()[2:] == expected
+
+
+def judgements(path: str = "study") -> list[dict[str, Any]]:
+    return json.loads((RESULTS / path / "report.json").read_text(encoding="utf-8"))["verdict"]["judgements"]
+
+
+COUNTS = {2: "two", 3: "three", 6: "six", 8: "eight"}
+
+
+def filled(words: str, one: dict[str, Any]) -> str:
+    """`words` with a judgement's numbers; `lead` is how far the arm is ahead."""
+    low, high = one["interval_nats"] or (math.nan, math.nan)
+    numbers = {"difference": one["difference_nats"], "low": low, "high": high, "p": one["p_value"]}
+    numbers |= {"lead": -one["difference_nats"], "lead_low": -high, "lead_high": -low}
+    numbers |= {"arm_bits": one["arm_bits_per_byte"], "baseline_bits": one["baseline_bits_per_byte"]}
+    return words.format(detectable=one["detectable_nats"], seeds=COUNTS.get(one["seeds"]), **numbers)
+
+
+JUDGED = (
+    ("wave-0.6m-wikitext-2", WAVE, "undecided at 591k, where {detectable:.3f} would have been seen"),
+    (
+        "wallclock-0.3m-wikitext-2",
+        KAN,
+        "ahead by {lead:.4f} ({lead_low:.4f} to {lead_high:.4f}, WikiText-2, 319k, {seeds} seeds;",
+    ),
+    ("wave-0.1m-wikitext-2", FROZEN_WAVE, "gives as much at 98k ({lead:.4f}, WikiText-2)"),
+    ("wave-0.3m-wikitext-2-long", FROZEN_WAVE, "At 319k it gives {lead:.4f}"),
+    ("half-rate-0.3m-wikitext-2", KAN, "where a KAN begun as GELU has {lead:.4f}"),
+    ("wave-0.3m-wikitext-2-long", WAVE, "one that learns on from the wave {lead:.4f}"),
+    ("wave-0.3m-mixed", FROZEN_WAVE, "On mixed text fixed has {lead:.4f}"),
+    ("wave-0.3m-mixed", WAVE, "and learned on {lead:.4f} ({seeds} of eight planned seeds)"),
+    ("texts-0.3m-textbooks", KAN, "textbooks alone are ahead by {lead:.4f} (p {p:.3f};"),
+    (
+        "steady-0.3m-python",
+        KAN,
+        "({difference:+.4f}, {low:+.4f} to {high:+.4f}, {seeds} seeds, Python 3.11.7)",
+    ),
+    ("half-rate-1.2m-wikitext-2", KAN, "ahead by {lead:.4f} at 0.012"),
+    ("eighth-rate-1.2m-wikitext-2", KAN, "by {lead:.4f} at 0.003"),
+    (
+        "best-rates-1.2m-wikitext-2",
+        KAN,
+        "it was undecided ({difference:+.4f}, {low:+.4f} to {high:+.4f})",
+    ),
+    ("texts-0.3m-textbooks", KAN, "against {arm_bits:.3f} and {baseline_bits:.3f})"),
+)
+"""Phase, arm, and what README says of it; the numbers are the judgement's."""
+
+
+def sentences_of_judgements() -> Iterator[str]:
+    judged = {(one["phase"], one["arm"]): one for one in judgements() if one["baseline"] == "gelu, normed"}
+    for phase, arm, words in JUDGED:
+        yield filled(words, judged[phase, arm])
+    (equal_time,) = (
+        one
+        for one in judgements("verdict")
+        if one["matching"] == "wallclock" and one["arm"] == "kan_act_normed"
+    )
+    yield filled("timed anew, {lead:.4f}, {lead_low:.4f} to {lead_high:.4f})", equal_time)
+    texts = [f"texts-0.3m-{name}" for name in ("python", "stories", "novels", "textbooks")]
+    adjusted = holm([judged[text, KAN]["p_value"] for text in texts])
+    yield f"{adjusted[-1]:.2f} as one of four texts)"
+    decided = [
+        row["difference_nats"] / row["baseline_nats"]
+        for row in rows_of_the_table()
+        if row["interval_nats"][1] < 0
+    ]
+    yield f"by {-100 * max(decided):.1f} to {-100 * min(decided):.1f}% of the loss"
+
+
+def other_sentences() -> Iterator[str]:
+    """Of the ladder, of single trials, of steps and of counting."""
+    ladder, *_ = study_report()["ladders"]
+    by_size = [f"{value:.2f}" for value in ladder["by_size"]]
+    low, high = ladder["interval"]
+    yield f"{', '.join(by_size[:-1])} and {by_size[-1]} times the MLP's parameters"
+    yield f"{ladder['ratio']:.2f} over all ({low:.2f} to {high:.2f})"
+    low, high = ladder["compute_interval"]
+    yield f"{ladder['compute_ratio']:.2f} times the training FLOPs ({low:.2f} to {high:.2f})"
+    yield crossing_words(ladder)
+    claims = json.loads((RESULTS / "verdict/report.json").read_text(encoding="utf-8"))["claims"]
+    (steps,) = (one for one in claims if one["claim"] == "step_time" and one["arm"] == "kan_act_normed")
+    low, high = steps["interval"]
+    yield f"{steps['ratio']:.2f} times as long ({low:.2f} to {high:.2f}, 319k, CPU)"
+    gap = learned_on_less_fixed()
+    yield f"({-gap.mean:.4f} more than the fixed one, {-gap.high:.4f} to {-gap.low:.4f})"
+    counted = json.loads((RESULTS / "study/baselines.json").read_text(encoding="utf-8"))
+    orders = counted["textbooks, 1000000 tokens"]["kneser_ney_bits_per_byte"]
+    yield f"the textbooks ({min(orders.values()):.3f} bits per byte against"
+    yield f"equal within {math.ceil(1000 * largest_mismatch()) / 10:.1f}%"
+
+
+def largest_mismatch() -> float:
+    """Of the pair's parameters, over the sizes."""
+    found: dict[str, set[int]] = {}
+    for row in trials():
+        if (
+            row["arm"] in ("gelu", "kan_act")
+            and row.get("hidden_norm")
+            and not {"kan_num_groups", "kan_grid_size"} & set(row)
+        ):
+            found.setdefault(row["size"], set()).add(row.get("non_embedding_parameters", 0))
+    counts = [sizes - {0} for sizes in found.values()]
+    return max(max(sizes) / min(sizes) - 1 for sizes in counts)
+
+
+def crossing_words(ladder: dict[str, Any]) -> str:
+    low, high = (f"{size / 1e6:.1f}" if size else "over 1,000" for size in ladder["crossing_interval"])
+    return f"cross near {ladder['crossing'] / 1e6:.1f} million parameters ({low} to {high} by seeds)"
+
+
+def trials() -> list[dict[str, Any]]:
+    text = (RESULTS / "study/trials.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def learned_on_less_fixed() -> Any:
+    """Of the wave at 319k and 6 tokens a parameter, test loss by seed."""
+    losses: dict[bool, dict[int, float]] = {False: {}, True: {}}
+    for row in trials():
+        if row.get("kan_initial") == "gelu_wave" and row["tokens"] == 1_912_000:
+            losses["frozen" in row][row["seed"]] = row["test"]
+    seeds = sorted(losses[True])
+    return paired_difference(*([losses[frozen][seed] for seed in seeds] for frozen in (False, True)))
+
+
+def rows_of_the_table() -> list[dict[str, Any]]:
+    judged = {(one["phase"], one["arm"]): one for one in judgements() if one["baseline"] == "gelu, normed"}
+    found = [judged[phase, KAN] for _, phase in VERDICT_ROWS]
+    found += study_report()["ladders"][0]["rungs"]
+    return found + [judged[phase, WAVE] for _, phase in WAVE_ROWS]
+
+
+def verdict_of(page: str) -> str:
+    """README's words between the headings, without its table, on one line."""
+    section = page[page.index("## Is a learned") : page.index("## Use it")]
+    return " ".join(line.strip() for line in section.splitlines() if not line.startswith("|"))
+
+
+SETTINGS = {"0.0036", "0.0012", "0.00036", "0.012", "0.006", "0.003", "0.05"}
+"""Learning rates and the like, which README names and nobody measured."""
+
+
+def test_every_number_of_readmes_verdict_is_that_of_its_own_key():
+    text = verdict_of(README)
+    for words in (*sentences_of_judgements(), *other_sentences()):
+        assert words in text, words
+        text = text.replace(words, "")
+    left = {number for number in re.findall(r"\d+\.\d+(?!\.?\d)", text)} - SETTINGS
+    assert not left - {"1.23", "2404.19756"}  # a size, a paper
+
+
+def test_the_parameters_for_equal_loss_are_the_ladders():
+    ladder, *_ = study_report()["ladders"]
+    by_size = [f"{value:.2f}" for value in ladder["by_size"]]
+    listed = f"{', '.join(by_size[:-1])} and {by_size[-1]}"
+    low, high = ladder["interval"]
+    for page in (README, VERDICT):
+        text = " ".join(page.split())
+        assert f"{listed} times the MLP's parameters" in text
+        assert f"{ladder['ratio']:.2f} over all ({low:.2f} to {high:.2f})" in text
+        assert f"{ladder['compute_ratio']:.2f} times the" in text
