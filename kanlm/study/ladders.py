@@ -110,7 +110,7 @@ def best_trials(
     found = []
     for phase in phases:
         done = (rows[key] for trial in trials_of(phase) if (key := key_of(trial)) in rows)
-        own = (row for row in done if "frozen" not in row and find_arm(row["arm"]).family == family)
+        own = (row for row in done if not row.get("frozen") and find_arm(row["arm"]).family == family)
         found.append({row["seed"]: row for row in own if "test" in row or row["state"] == "diverged"})
 
     def badness(own: dict[int, dict[str, Any]]) -> tuple[int, float]:

@@ -8,7 +8,7 @@ import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, PositiveInt
 
@@ -39,29 +39,33 @@ OF_A_PHASE = ("name", "about", "arms", "seeds", "ladder", "matching")
 """Keys of a phase that change none of its trials."""
 
 
+T = TypeVar("T")
+Tried = Annotated[list[T], Field(min_length=1)]
+
+
 class Settings(Section):
     """What an arm and its phase may say of a trial, each a value or a list of values that are tried."""
 
-    tokens: Any = None
-    learning_rate: Any = None
-    kan_learning_rate: Any = None
-    kan_betas: Any = None
-    weight_decay: Any = None
-    schedule: Any = None
-    max_grad_norm: Any = None
-    min_lr_ratio: Any = None
-    optimizer: Any = None
-    hidden_norm: Any = None
-    frozen: Any = None
+    tokens: PositiveInt | list[PositiveInt] | None = None
+    learning_rate: float | Tried[float] | None = None
+    kan_learning_rate: float | Tried[float] | None = None
+    kan_betas: Tried[list[float]] | None = None
+    weight_decay: float | Tried[float] | None = None
+    schedule: str | Tried[str] | None = None
+    max_grad_norm: float | Tried[float] | None = None
+    min_lr_ratio: float | Tried[float] | None = None
+    optimizer: str | Tried[str] | None = None
+    hidden_norm: bool | Tried[bool] = False
+    frozen: bool | float = False
     """True: the functions stay as they begin. With `functions_of`: the rate at which those were learned."""
-    functions_of: Any = None
+    functions_of: int | None = None
     """The seed of a kept run whose final shapes the functions begin as."""
-    waves: Any = None
+    waves: PositiveInt | None = None
     """So many functions of each layer begin as `gelu_wave`."""
-    start: Any = None
-    shared: Any = None
-    curvature: Any = None
-    repeat: Any = None
+    start: str | None = None
+    shared: bool = False
+    curvature: float | None = None
+    repeat: int | None = None
     """A trial again, under a name of its own."""
     keep: bool = False
     """The run's folder stays."""
@@ -127,15 +131,18 @@ class StudyFolder:
         path = self.plan
         try:
             found = tomllib.loads(path.read_text(encoding="utf-8")).get("phase", [])
-        except tomllib.TOMLDecodeError as error:
+        except ValueError as error:
             raise UserError(f"{path}: not valid TOML: {error}") from None
-        if not found:
-            raise UserError(f"{path}: no [[phase]]; configs/study.toml is a plan of many")
+        if not found or not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+            raise UserError(f"{path}: no [[phase]] tables; configs/study.toml is a plan of many")
         for i, phase in enumerate(found):
             where = f"{path}: phase {phase.get('name', f'number {i + 1}')}"
             parse_table(Phase, without_architecture(phase), where)
             for arm in phase["arms"]:
-                parse_table(Arm, without_architecture(arm), f"{where}: arm {arm.get('arm', '')}")
+                parse_table(Arm, without_architecture(arm), f"{where}: an arm, {arm.get('arm', 'no name')}")
+            if len({one["name"] for one in found[: i + 1]}) <= i:
+                raise UserError(f"{where}: name: another phase has it, too; give each its own")
+            refuse_unequal(phase, where)
         return found
 
     def trials_of(self, names: tuple[str, ...] = ()) -> list[dict[str, Any]]:
@@ -148,19 +155,28 @@ class StudyFolder:
         chosen = (phase for phase in phases if not names or phase["name"] in names)
         return [trial for phase in chosen for trial in trials_of(phase)]
 
+    def done(self) -> dict[str, dict[str, Any]]:
+        """By its key, each trial that is done."""
+        return {row["key"]: row for row in self.results()}
+
     def results(self) -> list[dict[str, Any]]:
         """The trials that are done, as they came."""
         if not self.trials.is_file():
             return []
         found = []
         for i, line in enumerate(self.trials.read_text(encoding="utf-8").splitlines()):
+            if not line.strip():
+                continue
             try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError as error:
+                row = json.loads(line)
+                if missing := [key for key in ("key", "state", "arm", "seed") if key not in row]:
+                    raise ValueError(f"no {missing[0]!r}")
+            except (ValueError, TypeError) as error:
                 raise UserError(
-                    f"{self.trials}: line {i + 1}: not valid JSON: {error}; delete the line, and its trial "
-                    "is trained again"
+                    f"{self.trials}: line {i + 1}: not the JSON of a trial: {error}; delete the line, and "
+                    "its trial is trained again"
                 ) from None
+            found.append(row)
         return found
 
 
@@ -175,6 +191,23 @@ def trials_of(phase: dict[str, Any]) -> list[dict[str, Any]]:
             rows.append({**table, **dict(zip(keys, values, strict=True))})
     # Seed after seed, so that a phase that is cut short still has paired seeds.
     return [{**row, "seed": seed} for seed in phase["seeds"] for row in rows]
+
+
+def refuse_unequal(phase: dict[str, Any], where: str) -> None:
+    """A phase that is judged has one trial of each arm and seed, and, but for equal time, equal tokens."""
+    if phase.get("role") != "final":
+        return
+    trials = trials_of(phase)
+    labels = [(label_of(trial), trial["seed"]) for trial in trials]
+    if repeated := next((one for one in labels if labels.count(one) > 1), None):
+        raise UserError(
+            f"{where}: two trials of {repeated[0]} with seed {repeated[1]}, where a phase that is judged has "
+            "one; leave role out to search"
+        )
+    if len({trial["tokens"] for trial in trials}) > 1 and phase.get("matching") != "wallclock":
+        raise UserError(
+            f"{where}: tokens: they differ between arms; matching = 'wallclock' is for equal time"
+        )
 
 
 def key_of(trial: dict[str, Any]) -> str:
@@ -231,9 +264,40 @@ def run_config(trial: dict[str, Any]) -> RunConfig:
     return parse_table(RunConfig, table, "study")
 
 
+LABELS = (
+    "arm",
+    "hidden_norm",
+    "kan_num_groups",
+    "kan_grid_size",
+    "kan_initial",
+    "kan_basis",
+    "kan_betas",
+    "curvature",
+    "start",
+    "min_lr_ratio",
+    "weight_decay",
+)
+"""Keys that make another arm of a trial."""
+
+
+def label_of(row: dict[str, Any]) -> str:
+    """The arm of a trial for a reader, e.g. `gelu, normed`."""
+    parts = [row["arm"]] + (["normed"] if row.get("hidden_norm") else [])
+    if "functions_of" in row:
+        shapes = "frozen at shapes" if row.get("frozen") else "from shapes"
+        parts.append(f"{shapes} of seed {row['functions_of']}")
+    elif row.get("frozen"):
+        parts.append("frozen")
+    if "waves" in row:
+        parts.append(f"{row['waves']} functions of a layer from gelu_wave")
+    if row.get("shared"):
+        parts.append("one function for all layers")
+    return ", ".join(parts + [f"{key}={row[key]}" for key in LABELS[2:] if key in row])
+
+
 def rates_of(row: dict[str, Any]) -> str:
     own = f" / {row['kan_learning_rate']:g}" if "kan_learning_rate" in row else ""
-    own = " / 0" if "frozen" in row else own
+    own = " / 0" if row.get("frozen") else own
     return f"{row['learning_rate']:g}{own}"
 
 

@@ -19,7 +19,7 @@ from kanlm.runs import read_json, write_json, write_text
 from kanlm.stats import holm, paired_difference, standard_error
 from kanlm.study.figures import forest, functions
 from kanlm.study.ladders import ladders
-from kanlm.study.plan import AVERAGED, SEGMENTS, StudyFolder, key_of, megaflops, rates_of, trials_of
+from kanlm.study.plan import AVERAGED, SEGMENTS, StudyFolder, key_of, label_of, megaflops, rates_of, trials_of
 from kanlm.study.texts import counted
 
 HEADER = """# The study: learned activations against fixed ones at equal parameters
@@ -47,7 +47,7 @@ def report(directory: str | Path) -> Path:
     """Write report.md, report.json and the figures of the study in the folder; the path of the first."""
     study = StudyFolder(Path(directory))
     counted_rows = read_json(study.baselines) if study.baselines.is_file() else {}
-    rows = {row["key"]: row for row in study.results()}
+    rows = study.done()
     judged: list[dict[str, Any]] = []
     final, search = ["## Judged on test text"], ["## The search, on validation text"]
     for phase in study.phases():
@@ -72,21 +72,6 @@ def report(directory: str | Path) -> Path:
     return study.path / "report.md"
 
 
-LABELS = (
-    "arm",
-    "hidden_norm",
-    "kan_num_groups",
-    "kan_grid_size",
-    "kan_initial",
-    "kan_basis",
-    "kan_betas",
-    "curvature",
-    "start",
-    "min_lr_ratio",
-    "weight_decay",
-)
-
-
 def learned_functions(study: StudyFolder) -> str:
     drawn = functions(read_json(study.functions), study.path / "functions.svg")
     return (
@@ -94,21 +79,6 @@ def learned_functions(study: StudyFolder) -> str:
         "The run of the phase `picture` (functions.json): a row for each layer, a column for each group of "
         "its channels, from -4 to 4; dotted the start; in grey the density of the inputs."
     )
-
-
-def label_of(row: dict[str, Any]) -> str:
-    """The arm of a trial for a reader, e.g. `gelu, normed`."""
-    parts = [row["arm"]] + (["normed"] if row.get("hidden_norm") else [])
-    if "functions_of" in row:
-        shapes = "frozen at shapes" if "frozen" in row else "from shapes"
-        parts.append(f"{shapes} of seed {row['functions_of']}")
-    elif "frozen" in row:
-        parts.append("frozen")
-    if "waves" in row:
-        parts.append(f"{row['waves']} functions of a layer from gelu_wave")
-    if "shared" in row:
-        parts.append("one function for all layers")
-    return ", ".join(parts + [f"{key}={row[key]}" for key in LABELS[2:] if key in row])
 
 
 def rates_table(done: list[dict[str, Any]]) -> str:
@@ -137,7 +107,8 @@ def seeds_table(done: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     for (label, rates), own in sorted(by_trial.items(), key=lambda item: fmean([*item[1].values()])):
-        seeds = sorted(set(own) & set(twin)) if own is not twin else []
+        seeds = [s for s in sorted(set(own) & set(twin)) if math.isfinite(own[s] + twin[s])]
+        seeds = seeds if own is not twin else []
         gap = ""
         if len(seeds) > 1:
             found = paired_difference([own[s] for s in seeds], [twin[s] for s in seeds])
@@ -156,7 +127,7 @@ def judged_phase(
     arms = [
         ArmLosses(
             label,
-            "control" if "frozen" in own[0] else find_arm(own[0]["arm"]).family,
+            "control" if own[0].get("frozen") else find_arm(own[0]["arm"]).family,
             validation={row["seed"]: row["valid"] for row in own if "valid" in row},
             test={row["seed"]: row["test"] for row in own if "test" in row},
             diverged=[row["seed"] for row in own if row["state"] == "diverged"],
@@ -242,7 +213,8 @@ def spreads(arms: list[ArmLosses], judgements: list[Judgement]) -> list[str]:
     """What pairing by seed (equal draws by name, equal order of data) does to the spread of differences."""
     lines = []
     for one in judgements:
-        own, other = (next(arm.test for arm in arms if arm.name == name) for name in (one.arm, one.baseline))
+        test = {arm.name: arm.test for arm in arms}
+        own, other = test[one.arm], test.get(one.baseline or "", {})
         seeds = sorted(set(own) & set(other))
         if len(seeds) < 3:
             continue

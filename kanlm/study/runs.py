@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 
 from kanlm import kernels
-from kanlm.config import RunConfig, UserError
+from kanlm.config import RunConfig, UserError, did_you_mean
 from kanlm.data import tokenizer_for
 from kanlm.data.cache import TokenCache, ensure_cache
 from kanlm.data.corpus import split_sources
@@ -26,6 +27,7 @@ from kanlm.evaluation.minimal_pairs import read_pairs, score_pairs
 from kanlm.evaluation.perplexity import stream_blocks, token_nll
 from kanlm.export import export_model, model_of
 from kanlm.model import KanLMConfig, KanLMForCausalLM
+from kanlm.model.basis import INITIAL_FUNCTIONS
 from kanlm.model.learned_function import LearnedFunction
 from kanlm.runs import RunDir
 from kanlm.sizing import architecture, parameter_counts
@@ -50,9 +52,9 @@ def run(study: StudyFolder, phases: tuple[str, ...]) -> None:
     (ROOT / "locks").mkdir(parents=True, exist_ok=True)
     study.path.mkdir(parents=True, exist_ok=True)
     while True:
-        done = {row["key"] for row in study.results()}
+        done = study.done()
         for trial in study.trials_of(phases):  # read anew each time: the plan may have grown
-            if key_of(trial) in done:
+            if is_done(trial, done):
                 continue
             lock = FileLock(ROOT / "locks" / name_of(trial))
             try:
@@ -60,11 +62,11 @@ def run(study: StudyFolder, phases: tuple[str, ...]) -> None:
             except Timeout:
                 continue
             try:
-                if key_of(trial) in {row["key"] for row in study.results()}:
+                if is_done(trial, study.done()):
                     continue
                 result = train_and_judge(trial)
-                with FileLock(f"{ROOT}/results.lock"), study.trials.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(result) + "\n")
+                with FileLock(f"{ROOT}/results.lock"):
+                    add_line(study.trials, json.dumps(result))
             finally:
                 lock.release()
             break
@@ -82,15 +84,26 @@ def run_at_once(jobs: int, study: StudyFolder, phases: tuple[str, ...]) -> None:
         raise UserError(f"study: {failed} of {jobs} processes failed, each said why; run again to go on")
 
 
+def is_done(trial: dict[str, Any], done: dict[str, dict[str, Any]]) -> bool:
+    """A trial that a search left is done for a phase that is judged once it has a test loss."""
+    row = done.get(key_of(trial))
+    return row is not None and (trial.get("role") != "final" or "test" in row or row["state"] == "diverged")
+
+
+def add_line(path: Path, line: str) -> None:
+    """After a line that was cut off, too, which would make one of both."""
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else f"\n{line}"
+        file.write(f"{line}\n".encode())
+
+
 def check(study: StudyFolder, phases: tuple[str, ...]) -> None:
     """Raises `UserError` for a mistake in a trial that is left to do, before any is trained."""
-    done = {row["key"] for row in study.results()}
-    trials = [trial for trial in study.trials_of(phases) if key_of(trial) not in done]
-    for trial in trials:
-        try:
-            run_config(trial)
-        except ValueError as error:  # of the architecture
-            raise UserError(f"{study.plan}: trial {key_of(trial)}: {error}") from None
+    done = study.done()
+    trials = [trial for trial in study.trials_of(phases) if not is_done(trial, done)]
+    print(f"{study.plan}: {len(trials)} trials to do, results in {study.trials}", file=sys.stderr)
     for corpus in dict.fromkeys(trial["corpus"] for trial in trials):
         for split in ("train", "valid", "test"):
             if not (path := ROOT / "data" / f"{corpus}.{split}.txt").is_file():
@@ -98,6 +111,25 @@ def check(study: StudyFolder, phases: tuple[str, ...]) -> None:
                     f"{path}: no such file; `kanlm study prepare` writes the shipped study's texts, a text "
                     f"of your own is three files, its documents apart by lines {SEPARATOR!r}"
                 )
+    for trial in trials:
+        if "learning_rate" not in trial:
+            raise UserError(f"{study.plan}: arm {trial['arm']}: learning_rate: required, but absent; add it")
+        if trial.get("start", "gelu") not in INITIAL_FUNCTIONS:
+            known = did_you_mean(trial["start"], list(INITIAL_FUNCTIONS))
+            raise UserError(
+                f"{study.plan}: arm {trial['arm']}: start: no function {trial['start']!r}; {known}"
+            )
+        try:
+            run_config(trial)
+        except Exception as error:  # what the architecture refuses, by whichever type of error
+            reason = " ".join(str(error).split())
+            raise UserError(f"{study.plan}: trial {key_of(trial)}: {reason}") from None
+        if trial.get("zero_shot"):
+            for name in ("blimp", "lambada"):
+                if not (path := ROOT / "data" / f"{name}.jsonl.xz").is_file():
+                    raise UserError(
+                        f"{path}: no such file, which zero_shot needs; `kanlm study prepare` writes it"
+                    )
 
 
 def train_and_judge(trial: dict[str, Any]) -> dict[str, Any]:

@@ -101,6 +101,7 @@ def count(study: StudyFolder, names: tuple[str, ...]) -> None:
     """
     path = study.baselines
     found = read_json(path) if path.is_file() else {}
+    study.trials_of(names)  # complains of an unknown name
     final = [phase for phase in study.phases() if phase.get("role") == "final"]
     final = [phase for phase in final if not names or phase["name"] in names]
     wanted = {
