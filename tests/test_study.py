@@ -152,12 +152,25 @@ def test_a_study_of_ones_own_from_its_plan_to_its_report(own_study):
             [],
             ["phase first", "lader", "did you mean 'ladder'"],
         ),
-        ("learning_rate = 1e-2 }", "hiden_norm = true }", [], ["arm gelu", "did you mean 'hidden_norm'"]),
+        ("learning_rate = 1e-2 }", "hiden_norm = true }", [], ["an arm, gelu", "did you mean 'hidden_norm'"]),
         ('"kan_act"', '"kan_atc"', [], ["kan_atc", "kan_act"]),
         ("kan_learning_rate", "kan_grid_sise", [], ["kan_grid_sise", "kan_grid_size"]),
         ('"0.1m"', '"0.2m"', [], ["phase first", "size", "'0.2m'", "'0.1m'"]),
         ('"mine"', '"other"', [], ["other.train.txt", "no such file", "kanlm study prepare"]),
         ("[[phase]]", "[phase", [], ["plan.toml", "not valid TOML"]),
+        ("[[phase]]", "[phase]", [], ["plan.toml", "no [[phase]] tables"]),
+        ("learning_rate = 1e-2 }", "learning_rate = [1e-2, 2e-2] }", [], ["two trials of gelu with seed 0"]),
+        ("learning_rate = 1e-2 }", "learning_rate = 1e-2, tokens = 500 }", [], ["tokens", "wallclock"]),
+        ("learning_rate = 1e-2 }", "learning_rate = [] }", [], ["an arm, gelu", "learning_rate"]),
+        (
+            "learning_rate = 1e-2 }",
+            'learning_rate = 1e-2, hidden_norm = "yes" }',
+            [],
+            ["hidden_norm", "'yes'"],
+        ),
+        ('"kan_act",', '"kan_act", start = "nothing",', [], ["start", "no function 'nothing'"]),
+        ('"gelu", learning_rate = 1e-2', '"gelu"', [], ["arm gelu", "learning_rate", "required"]),
+        ("seeds = [0, 1]", "seeds = [0, 1]\nzero_shot = true", [], ["blimp.jsonl.xz", "zero_shot"]),
         (PLAN, "", [], ["plan.toml", "no [[phase]]"]),
         ("learning_rate = 1e-2 }", "learning_rate = -1 }", [], ["train.learning_rate", "-1"]),
     ],
@@ -173,8 +186,55 @@ def test_a_mistake_in_a_plan_is_told_in_one_line(own_study, old, new, arguments,
 
 def test_a_line_that_was_cut_off_is_named(own_study):
     (own_study / "trials.jsonl").write_text('{"key": "a"}\n{"key": ')
-    with pytest.raises(UserError, match=r"trials.jsonl: line 2: not valid JSON.*delete the line"):
+    with pytest.raises(UserError, match=r"trials.jsonl: line 1: not the JSON of a trial: no 'state'.*delete"):
         kanlm("study", "run", "--folder", str(own_study))
+    (own_study / "trials.jsonl").write_text('\n{"key": ')
+    with pytest.raises(UserError, match=r"trials.jsonl: line 2: not the JSON of a trial"):
+        kanlm("study", "run", "--folder", str(own_study))
+
+
+def test_a_line_is_added_after_one_that_was_cut_off(tmp_path):
+    from kanlm.study.runs import add_line
+
+    path = tmp_path / "trials.jsonl"
+    for line in ("first", "second"):
+        add_line(path, line)
+    with path.open("a") as file:
+        file.write("cut")
+    add_line(path, "third")
+    assert path.read_text() == "first\nsecond\ncut\nthird\n"
+
+
+def test_a_trial_of_a_search_is_trained_again_to_be_judged():
+    from kanlm.study.plan import key_of
+    from kanlm.study.runs import is_done
+
+    trial = {"arm": "gelu", "seed": 0, "role": "final"}
+    row = {"key": key_of(trial), "state": "finished"}
+    assert not is_done(trial, {}) and not is_done(trial, {row["key"]: row})
+    assert is_done({**trial, "role": None}, {row["key"]: row})
+    assert is_done(trial, {row["key"]: {**row, "test": 3.0}})
+    assert is_done(trial, {row["key"]: {**row, "state": "diverged"}})
+
+
+def test_a_report_stands_where_an_arm_diverged_in_every_seed(own_study):
+    from kanlm.study.plan import StudyFolder, key_of
+
+    lines = []
+    for trial in StudyFolder(own_study).trials_of():
+        row = {"key": key_of(trial), **trial, "state": "diverged"}
+        if trial["arm"] == "gelu":
+            row |= {"state": "finished", "valid": 3.0, "test": 3.1, "test_bits_per_byte": 1.5}
+            row |= {"test_segments": [1.0] * 64, "non_embedding_parameters": 98_624, "test_averaged": 3.1}
+        lines.append(json.dumps(row))
+    (own_study / "trials.jsonl").write_text("\n".join(lines))
+    kanlm("report", str(own_study))
+    (judged,) = json.loads((own_study / "report.json").read_text())["verdict"]["judgements"]
+    assert judged["outcome"] == "worse" and judged["diverged"] == [0, 1]
+    plan = own_study / "plan.toml"
+    plan.write_text(plan.read_text().replace('role = "final"', ""))
+    kanlm("report", str(own_study))
+    assert "| kan_act | 0.01 / 0.001 |" in (own_study / "report.md").read_text()
 
 
 @pytest.mark.slow
