@@ -217,6 +217,16 @@ def test_a_trial_of_a_search_is_trained_again_to_be_judged():
     assert is_done(trial, {row["key"]: {**row, "state": "diverged"}})
 
 
+def test_what_a_trial_says_no_to_is_not_in_its_name():
+    from kanlm.study.plan import label_of, rates_of
+
+    trial = {"arm": "kan_act", "learning_rate": 0.01, "kan_learning_rate": 0.001}
+    for extra in ({}, {"frozen": False, "shared": False}):
+        assert label_of(trial | extra) == "kan_act" and rates_of(trial | extra) == "0.01 / 0.001"
+    said = trial | {"frozen": True, "shared": True}
+    assert label_of(said) == "kan_act, frozen, one function for all layers" and rates_of(said) == "0.01 / 0"
+
+
 def test_a_report_stands_where_an_arm_diverged_in_every_seed(own_study):
     from kanlm.study.plan import StudyFolder, key_of
 

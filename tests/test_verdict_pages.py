@@ -59,6 +59,11 @@ def judgements(path: str = "study") -> list[dict[str, Any]]:
     return json.loads((RESULTS / path / "report.json").read_text(encoding="utf-8"))["verdict"]["judgements"]
 
 
+def against_the_twin() -> dict[tuple[str, str], dict[str, Any]]:
+    """The study's judgements by phase and arm."""
+    return {(one["phase"], one["arm"]): one for one in judgements() if one["baseline"] == "gelu, normed"}
+
+
 COUNTS = {2: "two", 3: "three", 6: "six", 8: "eight"}
 
 
@@ -103,7 +108,7 @@ JUDGED = (
 
 
 def sentences_of_judgements() -> Iterator[str]:
-    judged = {(one["phase"], one["arm"]): one for one in judgements() if one["baseline"] == "gelu, normed"}
+    judged = against_the_twin()
     for phase, arm, words in JUDGED:
         yield filled(words, judged[phase, arm])
     (equal_time,) = (
@@ -180,7 +185,7 @@ def learned_on_less_fixed() -> Any:
 
 
 def rows_of_the_table() -> list[dict[str, Any]]:
-    judged = {(one["phase"], one["arm"]): one for one in judgements() if one["baseline"] == "gelu, normed"}
+    judged = against_the_twin()
     found = [judged[phase, KAN] for _, phase in VERDICT_ROWS]
     found += study_report()["ladders"][0]["rungs"]
     return found + [judged[phase, WAVE] for _, phase in WAVE_ROWS]
