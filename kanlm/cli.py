@@ -319,7 +319,7 @@ def report_verb(directory: str, other: str | None, bundle: str | None) -> None:
         click.echo(beside.side_by_side(directory, other))
     elif bundle is not None:
         click.echo(artifacts.write_bundle(directory, bundle))
-    elif (Path(directory) / "trials.jsonl").is_file():
+    elif any((Path(directory) / name).is_file() for name in ("trials.jsonl", "plan.toml")):
         from kanlm.study.report import report as study_report
 
         click.echo(study_report(directory))

@@ -172,6 +172,9 @@ def test_a_study_of_ones_own_from_its_plan_to_its_report(own_study):
         ('"gelu", learning_rate = 1e-2', '"gelu"', [], ["arm gelu", "learning_rate", "required"]),
         ("seeds = [0, 1]", "seeds = [0, 1]\nzero_shot = true", [], ["blimp.jsonl.xz", "zero_shot"]),
         (PLAN, "", [], ["plan.toml", "no [[phase]]"]),
+        ("[[phase]]", "jobs = 2\n[[phase]]", [], ["plan.toml", "jobs", "unknown key"]),
+        ("seeds = [0, 1]", "seeds = [0, 1, 0]", [], ["phase first", "seeds", "seed 0 twice"]),
+        ('"gelu",', '"gelu", kan_num_groups = 4,', [], ["gelu: kan_num_groups", "no learned functions"]),
         ("learning_rate = 1e-2 }", "learning_rate = -1 }", [], ["train.learning_rate", "-1"]),
     ],
 )
@@ -191,6 +194,21 @@ def test_a_line_that_was_cut_off_is_named(own_study):
     (own_study / "trials.jsonl").write_text('\n{"key": ')
     with pytest.raises(UserError, match=r"trials.jsonl: line 2: not the JSON of a trial"):
         kanlm("study", "run", "--folder", str(own_study))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("report",), "trials.jsonl: no trial is done; `kanlm study run"),
+        (("study", "functions", "--folder"), "no checkpoint of the phase `picture`.* trains it"),
+    ],
+)
+def test_what_needs_trials_says_so_before_there_are_any(own_study, arguments, words):
+    (own_study / "plan.toml").write_text(PLAN.replace("first", "picture").replace("[0, 1]", "[0]"))
+    plan = own_study / "plan.toml"
+    plan.write_text(plan.read_text().replace('    { arm = "gelu", learning_rate = 1e-2 },\n', ""))
+    with pytest.raises(UserError, match=words):
+        kanlm(*arguments, str(own_study))
 
 
 def test_a_line_is_added_after_one_that_was_cut_off(tmp_path):

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from kanlm.config import UserError
 from kanlm.data import tokenizer_for
 from kanlm.evaluation.perplexity import stream_blocks
 from kanlm.kernels import functions_called
 from kanlm.model.learned_function import LearnedFunction
-from kanlm.runs import write_json
+from kanlm.runs import RunDir, write_json
 from kanlm.study.plan import StudyFolder, key_of, run_config
 from kanlm.study.runs import text_cache, trained_model
 
@@ -28,6 +29,11 @@ def write_functions(study: StudyFolder) -> Path:
     """
     [trial] = study.trials_of(("picture",))
     config = run_config(trial)
+    if not RunDir(config.run_dir).checkpoint_folders():
+        raise UserError(
+            f"{config.run_dir}: no checkpoint of the phase `picture`, whose functions these are; "
+            f"`kanlm study run --folder {study.path} picture` trains it"
+        )
     model = trained_model(config)
     cache = text_cache(config, tokenizer_for(config), "valid")
     tokens = BLOCKS * 128

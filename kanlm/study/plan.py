@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
 import kanlm.study.ideas  # noqa: F401  registers its arms and starts
 from kanlm.config import RunConfig, Section, UserError, config_file, did_you_mean, parse_table
 from kanlm.model import KanLMConfig
+from kanlm.model.ffn import ARMS
 from kanlm.sizing import architecture, matched_width, parameter_counts, training_flops_per_token
 
 ROOT = Path("runs/study")
@@ -93,6 +94,13 @@ class Phase(Settings):
     seeds: list[int] = Field(min_length=1)
     arms: list[dict[str, Any]] = Field(min_length=1)
 
+    @field_validator("seeds")
+    @classmethod
+    def _once(cls, seeds: list[int]) -> list[int]:
+        if repeated := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
+            raise ValueError(f"seed {repeated[0]} twice; name each once")
+        return seeds
+
 
 def without_architecture(table: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in table.items() if not k.startswith("kan_") or k in OF_TRAINING}
@@ -130,9 +138,12 @@ class StudyFolder:
         """The plan's phases; `UserError` where one says too little."""
         path = self.plan
         try:
-            found = tomllib.loads(path.read_text(encoding="utf-8")).get("phase", [])
+            plan = tomllib.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{path}: not valid TOML: {error}") from None
+        if unknown := [key for key in plan if key != "phase"]:
+            raise UserError(f"{path}: {unknown[0]}: unknown key; a plan has [[phase]] tables, nothing else")
+        found = plan.get("phase", [])
         if not found or not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
             raise UserError(f"{path}: no [[phase]] tables; configs/study.toml is a plan of many")
         for i, phase in enumerate(found):
@@ -140,6 +151,7 @@ class StudyFolder:
             parse_table(Phase, without_architecture(phase), where)
             for arm in phase["arms"]:
                 parse_table(Arm, without_architecture(arm), f"{where}: an arm, {arm.get('arm', 'no name')}")
+                refuse_unused(arm, where)
             if len({one["name"] for one in found[: i + 1]}) <= i:
                 raise UserError(f"{where}: name: another phase has it, too; give each its own")
             refuse_unequal(phase, where)
@@ -191,6 +203,17 @@ def trials_of(phase: dict[str, Any]) -> list[dict[str, Any]]:
             rows.append({**table, **dict(zip(keys, values, strict=True))})
     # Seed after seed, so that a phase that is cut short still has paired seeds.
     return [{**row, "seed": seed} for seed in phase["seeds"] for row in rows]
+
+
+def refuse_unused(arm: dict[str, Any], where: str) -> None:
+    """An arm without learned functions has no key of theirs, which would change its name alone."""
+    block = ARMS.get(arm["arm"])
+    if block is None or block.family == "kan":
+        return
+    if own := next((key for key in arm if key.startswith("kan_")), None):
+        raise UserError(
+            f"{where}: an arm, {arm['arm']}: {own}: it has no learned functions; leave the key out"
+        )
 
 
 def refuse_unequal(phase: dict[str, Any], where: str) -> None:

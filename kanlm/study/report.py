@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from kanlm.compare.judgement import ArmLosses, Judgement, judge, learned_nothing, sentence
+from kanlm.config import UserError
 from kanlm.model.ffn import find_arm
 from kanlm.runs import read_json, write_json, write_text
 from kanlm.stats import holm, paired_difference, standard_error
@@ -48,6 +49,8 @@ def report(directory: str | Path) -> Path:
     study = StudyFolder(Path(directory))
     counted_rows = read_json(study.baselines) if study.baselines.is_file() else {}
     rows = study.done()
+    if not rows:
+        raise UserError(f"{study.trials}: no trial is done; `kanlm study run --folder {study.path}` first")
     judged: list[dict[str, Any]] = []
     final, search = ["## Judged on test text"], ["## The search, on validation text"]
     for phase in study.phases():
@@ -246,7 +249,10 @@ def averaging(by_arm: dict[str, list[dict[str, Any]]], judgements: list[Judgemen
             "spread |",
             "|---|---|---|---|---|---|",
         ]
-        for words, key in (("the last", "test"), (f"mean of {AVERAGED} checkpoints", "test_averaged")):
+        for words, key in (
+            ("the last", "test"),
+            (f"mean of at most {AVERAGED} checkpoints", "test_averaged"),
+        ):
             a, b = ([rows[seed][key] for seed in seeds] for rows in (own, other))
             gap, spread = paired_difference(a, b), np.std(np.subtract(a, b), ddof=1)
             lines.append(
