@@ -174,14 +174,25 @@ def trials() -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def learned_on_less_fixed() -> Any:
-    """Of the wave at 319k and 6 tokens a parameter, test loss by seed."""
-    losses: dict[bool, dict[int, float]] = {False: {}, True: {}}
-    for row in trials():
-        if row.get("kan_initial") == "gelu_wave" and row["tokens"] == 1_912_000:
-            losses["frozen" in row][row["seed"]] = row["test"]
-    seeds = sorted(losses[True])
-    return paired_difference(*([losses[frozen][seed] for seed in seeds] for frozen in (False, True)))
+def learned_on_less_fixed(size: str = "0.3m", tokens: int = 1_912_000) -> Any:
+    """Of the wave, test loss by seed."""
+    both = {"kan_initial": "gelu_wave", "size": size, "tokens": tokens}
+    return difference_of({**both, "kan_learning_rate": 3.6e-4}, {**both, "frozen": True})
+
+
+def difference_of(one: dict[str, Any], other: dict[str, Any]) -> Any:
+    """Of the WikiText-2 trials with these settings, paired by seed, of `kan_act` with the norm."""
+    both = {"arm": "kan_act", "corpus": "wikitext-2", "hidden_norm": True}
+    first, second = (losses_of({**both, **arm}) for arm in (one, other))
+    seeds = sorted(set(first) & set(second))
+    return paired_difference(*([losses[seed] for seed in seeds] for losses in (first, second)))
+
+
+def losses_of(settings: dict[str, Any]) -> dict[int, float]:
+    """Test loss by seed; the trials' other functions begin as GELU."""
+    wanted = {"kan_initial": None, "frozen": None, **settings}
+    rows = [row for row in trials() if all(row.get(key) == value for key, value in wanted.items())]
+    return {row["seed"]: row["test"] for row in rows if "test" in row}
 
 
 def rows_of_the_table() -> list[dict[str, Any]]:
@@ -222,3 +233,35 @@ def test_the_parameters_for_equal_loss_are_the_ladders():
         assert f"{listed} times the MLP's parameters" in text
         assert f"{ladder['ratio']:.2f} over all ({low:.2f} to {high:.2f})" in text
         assert f"{ladder['compute_ratio']:.2f} times the" in text
+
+
+def test_each_interval_of_the_detailed_page_is_one_judgement_with_its_difference():
+    text = " ".join(VERDICT.split())
+    number = r"([-+]?\d\.\d{3,4})"
+    found = re.findall(
+        rf"{number},? ?\({number} to {number}[);,]|\({number}, {number} to {number}[);,]", text
+    )
+    written = [tuple(abs(float(one)) for one in numbers if one) for numbers in found]
+    known = [
+        (one["difference_nats"], *one["interval_nats"])
+        for path in ("study", "verdict")
+        for one in judgements(path)
+        if one["interval_nats"]
+    ]
+    known += [
+        (one["difference_nats"], *one["interval_nats"]) for one in study_report()["ladders"][0]["rungs"]
+    ]
+    known += [(gap.mean, gap.low, gap.high) for gap in worked_out()]
+    rounded = {tuple(sorted(round(abs(value), 4) for value in one)) for one in known}
+    assert len(written) > 20
+    assert [one for one in written if tuple(sorted(one)) not in rounded] == []
+
+
+def worked_out() -> Iterator[Any]:
+    """Differences of arms other than the twin: the wave learned on, or GELU, and the wave fixed."""
+    yield learned_on_less_fixed()
+    yield learned_on_less_fixed("0.6m", 3_546_000)
+    wave, begun = ({"kan_initial": "gelu_wave", "frozen": True}, {"kan_learning_rate": 1.2e-3})
+    yield difference_of(
+        *({**arm, "size": "0.1m", "tokens": 592_000, "learning_rate": 2.4e-2} for arm in (wave, begun))
+    )
