@@ -175,6 +175,7 @@ def test_a_study_of_ones_own_from_its_plan_to_its_report(own_study):
         ("[[phase]]", "jobs = 2\n[[phase]]", [], ["plan.toml", "jobs", "unknown key"]),
         ("seeds = [0, 1]", "seeds = [0, 1, 0]", [], ["phase first", "seeds", "seed 0 twice"]),
         ('"gelu",', '"gelu", kan_num_groups = 4,', [], ["gelu: kan_num_groups", "no learned functions"]),
+        ("tokens = 4096", "tokens = 4096\nkan_num_groups = 4", [], ["kan_num_groups", "its arm gelu"]),
         ("learning_rate = 1e-2 }", "learning_rate = -1 }", [], ["train.learning_rate", "-1"]),
     ],
 )
@@ -209,6 +210,13 @@ def test_what_needs_trials_says_so_before_there_are_any(own_study, arguments, wo
     plan.write_text(plan.read_text().replace('    { arm = "gelu", learning_rate = 1e-2 },\n', ""))
     with pytest.raises(UserError, match=words):
         kanlm(*arguments, str(own_study))
+
+
+def test_of_several_trials_none_is_drawn(own_study):
+    plan = own_study / "plan.toml"
+    plan.write_text(PLAN.replace("first", "picture"))
+    with pytest.raises(UserError, match=r"phase picture: 4 trials, where the functions of one are drawn"):
+        kanlm("study", "functions", "--folder", str(own_study))
 
 
 def test_a_line_is_added_after_one_that_was_cut_off(tmp_path):

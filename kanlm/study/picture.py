@@ -27,7 +27,12 @@ def write_functions(study: StudyFolder) -> Path:
     `x` [POINTS]; for each layer and group `start` and `learned`, the function there before and after
     training, and `density` [BINS], the share of its inputs by their value over a bin's width.
     """
-    [trial] = study.trials_of(("picture",))
+    trial, *others = study.trials_of(("picture",))
+    if others:
+        raise UserError(
+            f"{study.plan}: phase picture: {len(others) + 1} trials, where the functions of one are drawn; "
+            "give it one arm, one seed and one value of each key"
+        )
     config = run_config(trial)
     if not RunDir(config.run_dir).checkpoint_folders():
         raise UserError(
@@ -40,6 +45,10 @@ def write_functions(study: StudyFolder) -> Path:
     inputs, *_ = stream_blocks(cache, range(0, tokens, 128), 128, tokens, True)
     seen: dict[str, torch.Tensor] = {}
     functions = {name: m for name, m in model.named_modules() if isinstance(m, LearnedFunction)}
+    if not functions:
+        raise UserError(
+            f"{study.plan}: phase picture: arm {trial['arm']} has no learned activations; kan_act has"
+        )
     for name, module in functions.items():
         module.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0].detach()))
     with torch.no_grad(), functions_called(model):

@@ -151,7 +151,7 @@ class StudyFolder:
             parse_table(Phase, without_architecture(phase), where)
             for arm in phase["arms"]:
                 parse_table(Arm, without_architecture(arm), f"{where}: an arm, {arm.get('arm', 'no name')}")
-                refuse_unused(arm, where)
+                refuse_unused(phase, arm, where)
             if len({one["name"] for one in found[: i + 1]}) <= i:
                 raise UserError(f"{where}: name: another phase has it, too; give each its own")
             refuse_unequal(phase, where)
@@ -205,14 +205,19 @@ def trials_of(phase: dict[str, Any]) -> list[dict[str, Any]]:
     return [{**row, "seed": seed} for seed in phase["seeds"] for row in rows]
 
 
-def refuse_unused(arm: dict[str, Any], where: str) -> None:
-    """An arm without learned functions has no key of theirs, which would change its name alone."""
+def refuse_unused(phase: dict[str, Any], arm: dict[str, Any], where: str) -> None:
+    """An arm without learned functions has no key of theirs, its own or its phase's, which would change its
+    name alone."""
     block = ARMS.get(arm["arm"])
     if block is None or block.family == "kan":
         return
     if own := next((key for key in arm if key.startswith("kan_")), None):
         raise UserError(
             f"{where}: an arm, {arm['arm']}: {own}: it has no learned functions; leave the key out"
+        )
+    if common := next((key for key in phase if key.startswith("kan_")), None):
+        raise UserError(
+            f"{where}: {common}: its arm {arm['arm']} has no learned functions; say it of the others instead"
         )
 
 

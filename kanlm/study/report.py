@@ -156,11 +156,8 @@ def judged_phase(
     for arm in sorted(arms, key=lambda arm: np.mean(list(arm.validation.values() or [math.inf]))):
         own = by_arm[arm.name]
         fixed = [r["test_with_initial_functions"] for r in own if "test_with_initial_functions" in r]
-        cells = [
-            f"{np.mean(list(values.values())):.4f}"
-            for values in (arm.validation, arm.test, arm.bits_per_byte)
-        ]
-        cells.append(f"{np.mean(fixed):.4f}" if fixed else "")
+        columns = [[*one.values()] for one in (arm.validation, arm.test, arm.bits_per_byte)]
+        cells = [f"{np.mean(values):.4f}" if values else "" for values in [*columns, fixed]]
         parameters = next((row["non_embedding_parameters"] for row in own if "valid" in row), 0)
         lines.append(
             f"| {arm.name} | {rates_of(own[0])} | {parameters:,} | {megaflops(own[0]):.3f} | "
