@@ -24,8 +24,8 @@ VERDICT_ROWS = (
 )
 """The first rows of README's first table, and the phase of the study that each is."""
 LADDER_ROWS = (
-    "WikiText-2, 6 tokens a parameter, coefficients 0.0012: 98k",
-    *("319k", "591k", "1.23M"),
+    "WikiText-2, 6 tokens a parameter: 98k, coefficients 0.0036",
+    *("319k, coefficients 0.0012", "591k", "1.23M"),
 )
 """The rows below, the sizes of the study's first ladder."""
 MIXED_ROW = ("mixed, 6 tokens a parameter, coefficients 0.0012: 591k", "half-rate-0.6m-mixed")
@@ -212,7 +212,7 @@ def verdict_of(page: str) -> str:
     return " ".join(line.strip() for line in section.splitlines() if not line.startswith("|"))
 
 
-SETTINGS = {"0.0036", "0.0012", "0.00036", "0.012", "0.006", "0.0042", "0.003", "0.05"}
+SETTINGS = {"0.0036", "0.0012", "0.00036", "0.012", "0.006", "0.0042", "0.003", "0.024", "0.034", "0.05"}
 """Learning rates and the like, which README names and nobody measured."""
 
 
