@@ -273,6 +273,33 @@ def test_a_report_stands_where_an_arm_diverged_in_every_seed(own_study):
     assert "| kan_act | 0.01 / 0.001 |" in (own_study / "report.md").read_text()
 
 
+def test_a_ladder_with_a_size_that_diverged_has_no_law(own_study):
+    """What would be left of it favours the arm that diverged."""
+    from kanlm.study.plan import StudyFolder, key_of
+
+    plan = own_study / "plan.toml"
+    phase = PLAN.replace('role = "final"', 'role = "final"\nladder = "mine"')
+    sizes = ("0.1m", "0.3m", "0.6m", "1.2m")
+    plan.write_text("".join(phase.replace('"0.1m"', f'"{one}"').replace("first", one) for one in sizes))
+    rows = []
+    for i, trial in enumerate(StudyFolder(own_study).trials_of()):
+        loss = 3.0 - 0.1 * (i // 4)
+        row = {"key": key_of(trial), **trial, "state": "finished", "valid": loss, "test": loss}
+        row |= {"test_bits_per_byte": 1.5, "test_segments": [1.0] * 64, "test_averaged": loss}
+        rows.append(row | {"non_embedding_parameters": 100_000 * 2 ** (i // 4)})
+    for lost, law in ((None, True), ("kan_act", False)):
+        for row in rows:
+            if row["arm"] == lost and row["size"] == "1.2m" and row["seed"] == 0:
+                row["state"] = "diverged"
+                del row["test"], row["valid"]
+        (own_study / "trials.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        kanlm("report", str(own_study))
+        found = json.loads((own_study / "report.json").read_text())["ladders"]
+        assert bool(found) is law
+    said = (own_study / "report.md").read_text()
+    assert "left out, diverged: kan_act seed 0" in said and "Too short to say" in said
+
+
 @pytest.mark.slow
 def test_the_committed_report_is_what_the_committed_trials_give(tmp_path):
     for name in ("trials.jsonl", "baselines.json", "functions.json"):

@@ -54,7 +54,7 @@ def ladders(study: StudyFolder, rows: dict[str, dict[str, Any]]) -> tuple[list[s
 
     As text and as records for report.json. Where phases of a ladder have one size, an arm's rung is its
     trials of the phase with most seeds, of those the one that is best on validation text. A size at which a
-    seed diverged is named and left out.
+    seed diverged is named, and its ladder has no law.
     """
     by_ladder: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for phase in study.phases():
@@ -62,10 +62,11 @@ def ladders(study: StudyFolder, rows: dict[str, dict[str, Any]]) -> tuple[list[s
             by_ladder[phase["ladder"]][phase["size"]].append(phase)
     parts, records = [], []
     for name, phases_by_size in by_ladder.items():
-        steps, lines = [], [HEADING]
+        steps, lines, left_out = [], [HEADING], False
         for phases in phases_by_size.values():
             step, diverged = step_of(phases, rows)
             if diverged:
+                left_out = True
                 place = f"{phases[0]['size']} | {phases[0]['tokens']:,}"
                 lines.append(f"| {place} | | | | | left out, diverged: {diverged} |")
             elif step:
@@ -74,7 +75,9 @@ def ladders(study: StudyFolder, rows: dict[str, dict[str, Any]]) -> tuple[list[s
         if len(lines) == 1:
             continue
         text = f"{len(steps)} of the sizes are trained; a power law needs three."
-        if len(steps) > 2:
+        if left_out:
+            text = "Too short to say: a law without the sizes at which an arm diverged would favour that arm."
+        elif len(steps) > 2:
             rungs = [step.rung() for step in steps]
             ratio, compute = size_ratio(rungs), size_ratio([step.compute_rung() for step in steps])
             records.append(record(name, steps, ratio, compute))

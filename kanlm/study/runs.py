@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from kanlm.export import export_model, model_of
 from kanlm.model import KanLMConfig, KanLMForCausalLM
 from kanlm.model.basis import INITIAL_FUNCTIONS
 from kanlm.model.learned_function import LearnedFunction
-from kanlm.runs import RunDir
+from kanlm.runs import RunDir, provenance
 from kanlm.sizing import architecture, parameter_counts
 from kanlm.study.ideas import changed_steps
 from kanlm.study.plan import AVERAGED, ROOT, SEGMENTS, SEPARATOR, StudyFolder, key_of, name_of, run_config
@@ -132,6 +133,12 @@ def check(study: StudyFolder, phases: tuple[str, ...]) -> None:
                     )
 
 
+@cache
+def made_by() -> dict[str, Any]:
+    """Versions, git state and hardware, as the first trial of this process found them."""
+    return {key: value for key, value in provenance().items() if key != "date"}
+
+
 def train_and_judge(trial: dict[str, Any]) -> dict[str, Any]:
     config = run_config(trial)
     if "functions_of" in trial:
@@ -140,7 +147,7 @@ def train_and_judge(trial: dict[str, Any]) -> dict[str, Any]:
         config = begun_with_waves(trial, config)
     if "start" in trial:
         config = begun_as(trial, config)
-    result: dict[str, Any] = {"key": key_of(trial), **trial}
+    result: dict[str, Any] = {"key": key_of(trial), **trial, "made_by": made_by()}
     print(key_of(trial), flush=True)
     try:
         with changed_steps(trial):

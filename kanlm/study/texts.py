@@ -1,7 +1,8 @@
 """The texts of the shipped study, and what counting and compressing reach on them.
 
 Corpora: `wikitext-2`, and `mixed`, equal parts of Python sources, novels, textbooks and stories, each of
-which is a corpus of its own, too. Train, valid and test are cut from different documents.
+which is a corpus of its own, too. Train has other documents than valid and test. WikiText-2's valid and test
+have different documents, too; those of the other texts are the alternate pieces of the same documents.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def prepare(data_dir: Path) -> None:
             if (path := data_dir / folder / f"{split}.txt.xz").is_file()
             for document in read_documents(path)
         ]
-        # Long documents are cut in pieces, so that valid and test get some of each.
+        # Few and long documents are held out: valid and test get alternate pieces of each.
         pieces = [d[i : i + 20_000] for d in held_out for i in range(0, len(d), 20_000)]
         part = {
             "train": read_documents(data_dir / folder / "train.txt.xz", TRAINED_ON),
