@@ -28,8 +28,11 @@ LADDER_ROWS = (
     *("319k, coefficients 0.0012", "591k", "1.23M"),
 )
 """The rows below, the sizes of the study's first ladder."""
-MIXED_ROW = ("mixed, 6 tokens a parameter, coefficients 0.0012: 591k", "half-rate-0.6m-mixed")
-"""The next, and its phase."""
+MIXED_ROWS = (
+    ("mixed, 6 tokens a parameter, coefficients 0.0012: 591k", "half-rate-0.6m-mixed"),
+    ("1.23M at 0.006", "quarter-rate-1.2m-mixed"),
+)
+"""The next, and the phase of each."""
 WAVE_ROWS = (
     ("WikiText-2, begun at the wave (below), coefficients 0.00036: 98k at 0.024", "wave-0.1m-wikitext-2"),
     ("319k at 0.012", "wave-0.3m-wikitext-2-long"),
@@ -51,7 +54,7 @@ def verdict_row(words: str, one: dict[str, Any]) -> str:
 
 def test_the_verdicts_rows_are_what_the_study_judged():
     words = [words for words, _ in VERDICT_ROWS] + [*LADDER_ROWS]
-    words += [words for words, _ in (MIXED_ROW, *WAVE_ROWS)]
+    words += [words for words, _ in (*MIXED_ROWS, *WAVE_ROWS)]
     expected = [verdict_row(*row) for row in zip(words, rows_of_the_table(), strict=True)]
     for page in (README, VERDICT):
         start = page.index("| test text, nats/token")
@@ -224,7 +227,7 @@ def rows_of_the_table() -> list[dict[str, Any]]:
     judged = against_the_twin()
     found = [judged[phase, KAN] for _, phase in VERDICT_ROWS]
     found += study_report()["ladders"][0]["rungs"]
-    found.append(judged[MIXED_ROW[1], KAN])
+    found += [judged[phase, KAN] for _, phase in MIXED_ROWS]
     return found + [judged[phase, WAVE] for _, phase in WAVE_ROWS]
 
 
