@@ -27,7 +27,7 @@ HEADER = """# The study: learned activations against fixed ones at equal paramet
 
 Written by `kanlm report` from trials.jsonl (a line for each training) and the plan (plan.toml, or
 configs/study.toml). Loss in nats/token: lower is better. Rates are chosen by the validation text, with a seed
-that no verdict uses or, in the ladders, the judged seeds' own; the test text chooses nothing. The twin
+that no verdict uses or, in the ladders, the judged seeds' own; the test text chooses none. The twin
 of `kan_act, normed` is `gelu, normed`: the same block with the function fixed at its start. "Detectable" is
 the true difference that so many seeds find in 80% of studies, "text" what another test text of this kind
 would change in the difference (standard error over 64 parts). "p (Holm)": Student's paired t over the arms of
