@@ -317,3 +317,14 @@ def test_the_sizes_on_wikitext_2_are_decided_together():
     phases = ("tuned-0.1m-", "half-rate-0.3m-", "between-rates-0.6m-", "eighth-rate-1.2m-")
     largest = max(holm([judged[f"{phase}wikitext-2", KAN]["p_value"] for phase in phases]))
     assert f"(Holm) every p is at most {math.ceil(1000 * largest) / 1000:.3f}." in " ".join(VERDICT.split())
+
+
+def test_the_line_of_the_committed_comparison_has_its_number_and_the_studys():
+    (committed,) = (
+        one
+        for one in judgements("verdict")
+        if one["matching"] == "parameters" and one["arm"] == "kan_act_normed"
+    )
+    study = against_the_twin()["steady-0.3m-wikitext-2", KAN]
+    words = f"({committed['difference_nats']:.4f} there; {study['difference_nats']:.4f} above has other seeds)"
+    assert words in README
