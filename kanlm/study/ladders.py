@@ -11,7 +11,7 @@ from typing import Any
 from kanlm.model.ffn import find_arm
 from kanlm.stats import BEYOND, Rung, SizeRatio, paired_difference, size_ratio
 from kanlm.study.figures import ladder
-from kanlm.study.plan import StudyFolder, key_of, megaflops, rates_of, trials_of
+from kanlm.study.plan import SIZES, StudyFolder, key_of, megaflops, rates_of, trials_of
 
 HEADING = """| parameters | tokens | rates of the KAN; of the MLP | seeds | KAN | MLP | difference |
 |---|---|---|---|---|---|---|"""
@@ -63,7 +63,7 @@ def ladders(study: StudyFolder, rows: dict[str, dict[str, Any]]) -> tuple[list[s
     parts, records = [], []
     for name, phases_by_size in by_ladder.items():
         steps, lines, left_out = [], [HEADING], False
-        for phases in phases_by_size.values():
+        for phases in (phases_by_size[size] for size in SIZES if size in phases_by_size):
             step, diverged = step_of(phases, rows)
             if diverged:
                 left_out = True
