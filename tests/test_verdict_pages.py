@@ -366,3 +366,9 @@ def test_the_line_of_the_committed_comparison_has_its_number_and_the_studys():
         f"({committed['difference_nats']:.4f} there; {study['difference_nats']:.4f} above has other seeds)"
     )
     assert words in README
+
+
+def test_the_rungs_of_a_ladder_rise_in_size_whatever_the_order_of_its_phases():
+    for ladder in study_report()["ladders"]:
+        sizes = [rung["parameters"] for rung in ladder["rungs"]]
+        assert len(sizes) > 2 and sizes == sorted(sizes), ladder["name"]
