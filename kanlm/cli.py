@@ -389,7 +389,7 @@ def study_baselines_verb(folder: Path, phases: tuple[str, ...]) -> None:
 @study_group.command("functions", epilog="\b\nExample:\n  kanlm study functions")
 @folder_option
 def study_functions_verb(folder: Path) -> None:
-    """Write what the run of the plan's phase `picture` learned into the folder's functions.json."""
+    """Write what the runs of the plan's phases `picture...` learned into the folder's functions.json."""
     from kanlm.study.picture import write_functions
     from kanlm.study.plan import StudyFolder
 

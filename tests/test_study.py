@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import statistics
 import sys
@@ -201,7 +202,7 @@ def test_a_line_that_was_cut_off_is_named(own_study):
     ("arguments", "words"),
     [
         (("report",), "trials.jsonl: no trial is done; `kanlm study run"),
-        (("study", "functions", "--folder"), "no checkpoint of the phase `picture`.* trains it"),
+        (("study", "functions", "--folder"), "phase picture: keep: absent; set it to true"),
     ],
 )
 def test_what_needs_trials_says_so_before_there_are_any(own_study, arguments, words):
@@ -212,11 +213,56 @@ def test_what_needs_trials_says_so_before_there_are_any(own_study, arguments, wo
         kanlm(*arguments, str(own_study))
 
 
-def test_of_several_trials_none_is_drawn(own_study):
-    plan = own_study / "plan.toml"
-    plan.write_text(PLAN.replace("first", "picture"))
-    with pytest.raises(UserError, match=r"phase picture: 4 trials, where the functions of one are drawn"):
+def picture_of(study, arm):
+    """The study's plan becomes one of this arm alone, whose functions are read."""
+    plan = PLAN.replace("first", "picture").replace('role = "final"', "keep = true")
+    (study / "plan.toml").write_text(re.sub(rf" *\{{ arm = (?!{arm}).*\n", "", plan))
+
+
+def test_functions_of_an_arm_without_any_are_not_drawn(own_study):
+    picture_of(own_study, '"gelu"')
+    with pytest.raises(UserError, match=r"phase picture: arm gelu has no learned activations"):
         kanlm("study", "functions", "--folder", str(own_study))
+    (own_study / "plan.toml").write_text(PLAN)
+    with pytest.raises(UserError, match=r"no phase `picture`"):
+        kanlm("study", "functions", "--folder", str(own_study))
+
+
+def test_functions_are_read_from_runs_that_are_trained_where_they_are_gone(own_study):
+    picture_of(own_study, '"kan_act"')
+    kanlm("study", "run", "--folder", str(own_study))
+    *_, first = kanlm("study", "functions", "--folder", str(own_study)).splitlines()
+    written = json.loads(Path(first).read_text())
+    assert len(written["layers"]) == 2 and len(written["layers"][0]["groups"]) == 8
+    for run, seed in zip(written["runs"], (0, 1), strict=True):
+        assert f"seed={seed}," in run["trial"] and run["corpus"] == "mine"
+    groups = [group["learned"] for group in written["layers"][1]["groups"]]
+    mean = [statistics.fmean(values) for values in zip(*groups, strict=True)]
+    assert mean == pytest.approx(written["runs"][0]["means"][1], abs=2e-4)
+    assert written["runs"][0]["means"] != written["runs"][1]["means"]
+    shutil.rmtree("runs/study/runs")
+    kanlm("study", "functions", "--folder", str(own_study))
+    assert json.loads(Path(first).read_text()) == written
+    kanlm("report", str(own_study))
+    assert "| mine | 0 | 2 |" in (own_study / "report.md").read_text()
+
+
+def test_what_runs_have_in_common():
+    import kanlm.study.shapes as shapes
+
+    x = [i / 10 for i in range(-40, 41)]
+    points = torch.tensor(x, dtype=torch.float64)
+    gelu, wave = (INITIAL_FUNCTIONS[name](points) for name in ("gelu", "gelu_wave"))
+    half = (gelu + wave) / 2
+    runs = [("a", wave - 0.1), ("a", wave + 0.1), ("b", half), ("b", half)]
+    runs = [{"corpus": corpus, "means": [mean.tolist()]} for corpus, mean in runs]
+    of_a, of_b = shapes.in_common(x, runs)
+    assert of_a["spread"] == pytest.approx(0.1 * 2**0.5, abs=1e-6) and of_b["spread"] == 0
+    assert of_a["of_the_wave"] == 1 and of_b["of_the_wave"] == pytest.approx(0)
+    assert of_a["from_first"] == 0
+    assert of_b["from_first"] == pytest.approx(float((wave - half).abs().max()), abs=1e-6)
+    (alone,) = shapes.in_common(x, runs[2:3])
+    assert alone["spread"] is None and alone["runs"] == 1
 
 
 def test_a_line_is_added_after_one_that_was_cut_off(tmp_path):

@@ -18,9 +18,10 @@ from kanlm.config import UserError
 from kanlm.model.ffn import find_arm
 from kanlm.runs import read_json, write_json, write_text
 from kanlm.stats import holm, paired_difference, standard_error
-from kanlm.study.figures import forest, functions
+from kanlm.study.figures import forest
 from kanlm.study.ladders import ladders
 from kanlm.study.plan import AVERAGED, SEGMENTS, StudyFolder, key_of, label_of, megaflops, rates_of, trials_of
+from kanlm.study.shapes import learned_functions
 from kanlm.study.texts import counted
 
 HEADER = """# The study: learned activations against fixed ones at equal parameters
@@ -67,21 +68,13 @@ def report(directory: str | Path) -> Path:
             search.append(f"{title}\n{text}")
     drawn = forest([one for one in judged if one["family"] == "kan"], study.path)
     picture = f"![differences of the KANs to their MLP by phase, with intervals]({drawn})"
-    learned = [learned_functions(study)] if study.functions.is_file() else []
+    shapes, learned = learned_functions(study) if study.functions.is_file() else ([], [])
     texts, measured = ladders(study, rows)
     parts = [HEADER, picture, *learned, *(["## Ladders"] if texts else []), *texts, *final, *search]
-    write_json(study.path / "report.json", {"verdict": {"judgements": judged}, "ladders": measured})
+    found_in_all = {"verdict": {"judgements": judged}, "ladders": measured, "functions": shapes}
+    write_json(study.path / "report.json", found_in_all)
     write_text(study.path / "report.md", "\n\n".join(parts) + "\n")
     return study.path / "report.md"
-
-
-def learned_functions(study: StudyFolder) -> str:
-    drawn = functions(read_json(study.functions), study.path / "functions.svg")
-    return (
-        f"![learned functions by layer and group, dotted where they began, in grey their inputs]({drawn})\n\n"
-        "The run of the phase `picture` (functions.json): a row for each layer, a column for each group of "
-        "its channels, from -4 to 4; dotted the start; in grey the density of the inputs."
-    )
 
 
 def rates_table(done: list[dict[str, Any]]) -> str:
