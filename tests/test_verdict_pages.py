@@ -30,7 +30,8 @@ LADDER_ROWS = (
 """The rows below, the sizes of the study's first ladder."""
 MIXED_ROWS = (
     ("mixed, 6 tokens a parameter: 98k, coefficients 0.0036", "best-0.1m-mixed"),
-    ("591k, coefficients 0.0012", "half-rate-0.6m-mixed"),
+    ("319k, coefficients 0.0012", "ladder-0.3m-mixed"),
+    ("591k", "half-rate-0.6m-mixed"),
     ("1.23M", "eighth-rate-1.2m-mixed"),
 )
 """The next, and the phase of each."""
@@ -145,7 +146,7 @@ def other_sentences() -> Iterator[str]:
     yield f"{', '.join(by_size[:-1])} and {by_size[-1]} times the MLP's parameters"
     mixed = study_report()["ladders"][-1]
     of_mixed = "{:.2f}, {:.2f} to {:.2f}".format(mixed["ratio"], *mixed["interval"])
-    of_mixed = f"on mixed text, of three sizes, {of_mixed}"
+    of_mixed = f"on mixed text {of_mixed}"
     yield f"{ladder['ratio']:.2f} over all ({low:.2f} to {high:.2f}; {of_mixed})"
     low, high = ladder["compute_interval"]
     yield f"{ladder['compute_ratio']:.2f} times the training FLOPs ({low:.2f} to {high:.2f})"
@@ -331,6 +332,23 @@ def test_the_four_sizes_of_a_text_are_decided_together():
     mixed = ("best-0.1m-", "steady-0.3m-", "half-rate-0.6m-", "eighth-rate-1.2m-")
     to_591k, whole = (largest_p([f"{phase}mixed" for phase in mixed], first) for first in (3, 4))
     assert f"it is at most {to_591k} up to 591k, and {whole} at 1.23M." in text
+
+
+def test_the_shape_that_runs_learn_is_that_of_the_studys_functions():
+    shapes = study_report()["functions"]
+    of_the_wave = {
+        corpus: " and ".join(
+            f"{one['of_the_wave']:.2f}" for one in shapes if one["corpus"] == corpus and one["layer"]
+        )
+        for corpus in ("mixed", "wikitext-2")
+    }
+    words = (
+        f"it has {of_the_wave['mixed']}, and {of_the_wave['wikitext-2']}, of the squared difference to GELU"
+    )
+    text = " ".join(VERDICT.split())
+    assert words in text
+    assert f"differs between runs by {max(one['spread'] for one in shapes):.2f} (standard deviation" in text
+    assert {one["runs"] for one in shapes} == {8}
 
 
 def largest_p(phases: list[str], first: int = 4) -> str:
