@@ -333,9 +333,10 @@ class SizeRatio:
 def size_ratio(ladder: Sequence[Rung], resamples: int = 1000) -> SizeRatio:
     """The ratio of sizes at equal loss from a ladder of three rungs or more.
 
-    At each rung the arm's mean loss is looked up in the power law that is fitted to the other arm, so each
-    arm has its own exponent and the ratio may change with size. The interval: seeds are drawn anew at each
-    rung, in pairs, the law is fitted again, and the rungs that are averaged are drawn anew. Of few seeds such
+    At each rung the power law that is fitted to the other arm says how many times the size takes its own mean
+    loss there to the arm's, so each arm has its own exponent, the ratio may change with size, and what the
+    law misses of both losses cancels. The interval: seeds are drawn anew at each rung, in pairs, the law is
+    fitted again, and the rungs that are averaged are drawn anew. Of few seeds such
     intervals are too narrow: three seeds drawn from three vary by 0.8 of what three new seeds do.
 
     `too_short` where there is one seed, where the other arm's losses fall over the ladder by less than four
@@ -347,10 +348,9 @@ def size_ratio(ladder: Sequence[Rung], resamples: int = 1000) -> SizeRatio:
     others = np.array([np.mean(rung.other_losses) for rung in ladder])
     fit = scaling_fit(sizes.tolist(), means.tolist())
     other_fit = scaling_fit(other_sizes.tolist(), others.tolist())
-    needed = [other_fit.size(float(loss)) for loss in means]
     by_size = {
-        f"{size:.0f}": size / other if 0 < other < math.inf else None
-        for size, other in zip(sizes, needed, strict=True)
+        f"{rung.size:.0f}": _ratio_of_sizes(rung, other_fit, float(mean), float(other))
+        for rung, mean, other in zip(ladder, means, others, strict=True)
     }
     known = [value for value in by_size.values() if value is not None]
     ratio = math.exp(np.log(known).mean()) if len(known) == len(ladder) else None
@@ -376,10 +376,11 @@ def size_ratio(ladder: Sequence[Rung], resamples: int = 1000) -> SizeRatio:
             ]
         ),
     )
-    offset, factor, exponent, _ = (values[:, None] for values in other_laws)
+    offset, _, exponent, _ = (values[:, None] for values in other_laws)
     with np.errstate(divide="ignore", invalid="ignore"):
-        needed = np.log(_middle(other_sizes)) + (np.log(factor) - np.log(drawn_means - offset)) / exponent
-    log_ratios = np.log(sizes) - needed  # [resamples, rungs], not finite where the law does not reach a loss
+        farther = (np.log(drawn_others - offset) - np.log(drawn_means - offset)) / exponent
+    # [resamples, rungs], not finite where the law does not reach a loss
+    log_ratios = np.log(sizes / other_sizes) - farther
     rungs = rng.integers(len(ladder), size=log_ratios.shape)
     drawn = np.take_along_axis(log_ratios, rungs, axis=1).mean(axis=1)
     reached = np.isfinite(drawn)
@@ -392,6 +393,14 @@ def size_ratio(ladder: Sequence[Rung], resamples: int = 1000) -> SizeRatio:
         if np.isfinite(column).all()
     }
     return replace(found, low=float(low), high=float(high), by_size_interval=intervals)
+
+
+def _ratio_of_sizes(rung: Rung, law: ScalingFit, loss: float, other: float) -> float | None:
+    """The arm's size over the one that the other arm needs for `loss`; None where its law never has that."""
+    here, there = law.size(other), law.size(loss)
+    if not 0 < here < math.inf or not 0 < there < math.inf:
+        return None
+    return rung.size / (rung.other_size * there / here)
 
 
 def _drawn_losses(

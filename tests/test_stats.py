@@ -133,6 +133,16 @@ def test_the_ratio_of_sizes_at_equal_loss_is_recovered_with_its_interval():
         assert len(found.by_size) == 5 and found.fit.exponent == pytest.approx(0.4, rel=0.3)
 
 
+def test_what_a_law_misses_of_both_arms_cancels():
+    rungs = ladder(factor=0.9, noise=1e-4)
+    bent = [
+        stats.Rung(r.size, r.other_size, r.losses + miss, r.other_losses + miss)
+        for r, miss in zip(rungs, (0.02, -0.03, 0.03, -0.02, 0.0), strict=True)
+    ]
+    for found in (stats.size_ratio(rungs), stats.size_ratio(bent)):
+        assert list(found.by_size.values()) == pytest.approx([0.9] * 5, abs=0.03)
+
+
 def test_a_crossover_is_seen_by_size():
     rungs = [
         stats.Rung(r.size, r.other_size, r.losses + 0.03 * math.log2(r.size / 4e5), r.other_losses)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,51 +17,98 @@ RESULTS = ROOT / "docs/results"
 KAN, WAVE = "kan_act, normed", "kan_act, normed, kan_initial=gelu_wave"
 FROZEN_WAVE = "kan_act, normed, frozen, kan_initial=gelu_wave"
 
-VERDICT_ROWS = (
-    ("319k, 1M tokens, coefficients 0.0036: mixed", "final-0.3m-mixed"),
-    ("WikiText-2, rates of mixed text", "final-0.3m-wikitext-2"),
-    ("the same, coefficients 0.0012: mixed", "steady-0.3m-mixed"),
-    ("WikiText-2, rates of mixed text", "steady-0.3m-wikitext-2"),
+JUDGED_ROWS = (
+    ("final-0.1m-mixed", KAN),
+    ("final-0.1m-wikitext-2", KAN),
+    ("final-0.3m-mixed", KAN),
+    ("final-0.3m-wikitext-2", KAN),
+    ("steady-0.3m-mixed", KAN),
+    ("steady-0.3m-wikitext-2", KAN),
+    ("steady-0.3m-python", KAN),
 )
-"""The first rows of README's first table, and the phase of the study that each is."""
-LADDER_ROWS = (
-    "WikiText-2, 6 tokens a parameter: 98k, coefficients 0.0036",
-    *("319k, coefficients 0.0012", "591k", "1.23M"),
-)
-"""The rows below, the sizes of the study's first ladder."""
-MIXED_ROWS = (
-    ("mixed, 6 tokens a parameter: 98k, coefficients 0.0036", "best-0.1m-mixed"),
-    ("319k, coefficients 0.0012", "ladder-0.3m-mixed"),
-    ("591k", "half-rate-0.6m-mixed"),
-    ("1.23M", "eighth-rate-1.2m-mixed"),
-)
-"""The next, and the phase of each."""
+"""The first rows of README's first table: phases whose rates other seeds or texts chose."""
+LADDERS = ("wikitext-2, 6 tokens a parameter", "mixed, 6 tokens a parameter")
+"""The rows below, a size each."""
 WAVE_ROWS = (
-    ("WikiText-2, begun at the wave (below), coefficients 0.00036: 98k at 0.024", "wave-0.1m-wikitext-2"),
-    ("319k at 0.012", "wave-0.3m-wikitext-2-long"),
-    ("591k at 0.006", "wave-0.6m-wikitext-2"),
+    ("wave-0.1m-wikitext-2", WAVE),
+    ("wave-0.3m-wikitext-2-long", WAVE),
+    ("wave-0.6m-wikitext-2", WAVE),
+    ("wave-0.3m-mixed", WAVE),
+    ("wave-0.3m-python", WAVE),
 )
-"""The last rows, and the phase of each."""
+"""The last."""
+SIZES = {"0.1m": "98k", "0.3m": "319k", "0.6m": "591k", "1.2m": "1.23M"}
+TEXTS = {"wikitext-2": "WikiText-2", "mixed": "mixed", "python": "Python"}
 
 
 def study_report() -> dict[str, Any]:
     return json.loads((ROOT / "docs/results/study/report.json").read_text(encoding="utf-8"))
 
 
+def outcome(row: dict[str, Any]) -> str:
+    """Of the interval alone: equal is within EQUAL_NATS, though it may leave out 0."""
+    low, high = row["interval_nats"]
+    if -EQUAL_NATS < low and high < EQUAL_NATS:
+        return "equal"
+    return "ahead" if high < 0 else "behind" if low > 0 else "undecided"
+
+
 def verdict_row(words: str, one: dict[str, Any]) -> str:
     low, high = one["interval_nats"]
+    decided = outcome(one)
+    losses = [f"{one['arm_nats']:.4f}", f"{one['baseline_nats']:.4f}"]
+    if decided in ("ahead", "behind"):
+        better = decided == "behind"
+        losses[better] = f"**{losses[better]}**"
     difference = f"{one['difference_nats']:+.4f} ({low:+.4f} to {high:+.4f})"
-    losses = f"**{one['arm_nats']:.4f}** | {one['baseline_nats']:.4f}"
-    return f"| {words} | {one['seeds']} | {losses} | {difference} |"
+    return f"| {words} | {one['seeds']} | {' | '.join(losses)} | {difference} | {decided} |"
+
+
+def judged_words(phase: str, arm: str) -> str:
+    """Text, size, tokens and rates of a phase, as the plan has them."""
+    plan = tomllib.loads((ROOT / "configs/study.toml").read_text(encoding="utf-8"))["phase"]
+    (planned,) = (one for one in plan if one["name"] == phase)
+    wanted = {"arm": "kan_act", "hidden_norm": True} | ({"kan_initial": "gelu_wave"} if arm == WAVE else {})
+    planned["arms"] = [{"kan_initial": "default", **one} for one in planned["arms"]]
+    wanted.setdefault("kan_initial", "default")
+    (kan,) = (one for one in planned["arms"] if wanted.items() <= one.items() and not one.get("frozen"))
+    (twin,) = (one for one in planned["arms"] if one["arm"] == "gelu" and one.get("hidden_norm"))
+    of_the_kan = f"{kan['learning_rate']:g} / {kan['kan_learning_rate']:g}"
+    text = TEXTS[planned["corpus"]] + (", begun at the wave" if arm == WAVE else "")
+    rates = rates_words(of_the_kan, f"{twin['learning_rate']:g}")
+    return f"{text} | {SIZES[planned['size']]} | {planned['tokens'] / 1e6:.1f}M | {rates}"
+
+
+def rates_words(of_the_kan: str, of_the_twin: str) -> str:
+    """The twin's, too, where its matrices have another."""
+    return of_the_kan if of_the_kan.split(" / ")[0] == of_the_twin else f"{of_the_kan}; {of_the_twin}"
+
+
+def expected_rows() -> list[str]:
+    judged = against_the_twin()
+    first, last = (
+        [verdict_row(judged_words(*row), judged[row]) for row in rows] for rows in (JUDGED_ROWS, WAVE_ROWS)
+    )
+    between = []
+    for name in LADDERS:
+        for size, rung in zip(SIZES.values(), ladder_of(name)["rungs"], strict=True):
+            text, tokens = TEXTS[name.split(",")[0]], f"{rung['tokens'] / 1e6:.1f}M"
+            words = f"{text} | {size} | {tokens} | {rates_words(*rung['rates'])}"
+            between.append(verdict_row(words, rung))
+    return [*first, *between, *last]
+
+
+def ladder_of(name: str) -> dict[str, Any]:
+    (ladder,) = (one for one in study_report()["ladders"] if one["name"] == name)
+    return ladder
 
 
 def test_the_verdicts_rows_are_what_the_study_judged():
-    words = [words for words, _ in VERDICT_ROWS] + [*LADDER_ROWS]
-    words += [words for words, _ in (*MIXED_ROWS, *WAVE_ROWS)]
-    expected = [verdict_row(*row) for row in zip(words, rows_of_the_table(), strict=True)]
+    expected = expected_rows()
     for page in (README, VERDICT):
-        start = page.index("| test text, nats/token")
-        assert page[start : page.index("\n\n", start)].splitlines()[2:] == expected
+        start = page.index("| test text |")
+        written = page[start : page.index("\n\n", start)].splitlines()[2:]
+        assert written == expected, "\n".join(expected)
 
 
 def judgements(path: str = "study") -> list[dict[str, Any]]:
@@ -233,14 +281,6 @@ def losses_of(settings: dict[str, Any]) -> dict[int, float]:
     wanted = {"kan_initial": None, "frozen": None, "kan_num_groups": None, "kan_grid_size": None, **settings}
     rows = [row for row in trials() if all(row.get(key) == value for key, value in wanted.items())]
     return {row["seed"]: row["test"] for row in rows if "test" in row}
-
-
-def rows_of_the_table() -> list[dict[str, Any]]:
-    judged = against_the_twin()
-    found = [judged[phase, KAN] for _, phase in VERDICT_ROWS]
-    found += study_report()["ladders"][0]["rungs"]
-    found += [judged[phase, KAN] for _, phase in MIXED_ROWS]
-    return found + [judged[phase, WAVE] for _, phase in WAVE_ROWS]
 
 
 def verdict_of(page: str) -> str:
