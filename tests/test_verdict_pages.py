@@ -191,7 +191,7 @@ def sentences_of_judgements() -> Iterator[str]:
     together = holm_of([f"{phase}wikitext-2" for phase in ON_WIKITEXT_2])
     yield f"p is at most {rounded_up(max(together))} on WikiText-2"
     on_mixed = map(rounded_up, holm_of([f"{phase}mixed" for phase in ON_MIXED]))
-    yield "on mixed text it is {}, {}, {} and {},".format(*on_mixed)
+    yield "on mixed text it is {}, {}, {} and {}:".format(*on_mixed)
 
 
 EQUAL_NATS = 0.01
