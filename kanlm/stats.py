@@ -237,8 +237,8 @@ class ScalingFit:
 
     def size(self, loss: float) -> float:
         """The size that reaches `loss`; inf at or below the irreducible loss."""
-        excess = loss - self.irreducible
-        return self.scale / excess ** (1 / self.exponent) if excess > 0 else math.inf
+        power = max(loss - self.irreducible, 0.0) ** (1 / self.exponent)  # 0 at a rounding error above, too
+        return self.scale / power if power > 0 else math.inf
 
 
 EXPONENTS = np.geomspace(0.01, 3.0, 400)
@@ -398,9 +398,9 @@ def size_ratio(ladder: Sequence[Rung], resamples: int = 1000) -> SizeRatio:
 def _ratio_of_sizes(rung: Rung, law: ScalingFit, loss: float, other: float) -> float | None:
     """The arm's size over the one that the other arm needs for `loss`; None where its law never has that."""
     here, there = law.size(other), law.size(loss)
-    if not 0 < here < math.inf or not 0 < there < math.inf:
+    if not 0 < here < math.inf or not 0 < there / here < math.inf:  # a flat law's sizes go out of range
         return None
-    return rung.size / (rung.other_size * there / here)
+    return rung.size / rung.other_size / (there / here)
 
 
 def _drawn_losses(
