@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from kanlm.stats import holm, paired_difference
 
 ROOT = Path(__file__).parents[1]
@@ -183,15 +181,11 @@ def sentences_of_judgements() -> Iterator[str]:
     (equal,) = (share_of(row) for row in rows if outcome(row) == "equal")
     yield f"it is {equal:.1f}%, beyond chance but less than the {EQUAL_NATS:.2f} nats"
     on_wikitext_2, on_mixed = ([outcome(rung) for rung in ladder_of(name)["rungs"]] for name in LADDERS)
-    assert on_wikitext_2 == ["ahead"] * 4 and on_mixed == ["equal", "undecided", "ahead", "ahead"]
-    least = ladder_of(LADDERS[1])["rungs"][1]
-    undecided = judged["ladder-0.3m-mixed", KAN]
-    assert least["difference_nats"] == pytest.approx(undecided["difference_nats"])
-    yield f"({undecided['detectable_nats']:.3f} would have been seen)"
+    assert on_wikitext_2 == ["ahead"] * 4 and on_mixed == ["equal", "ahead", "ahead", "ahead"]
     together = holm_of([f"{phase}wikitext-2" for phase in ON_WIKITEXT_2])
     yield f"p is at most {rounded_up(max(together))} on WikiText-2"
-    on_mixed = map(rounded_up, holm_of([f"{phase}mixed" for phase in ON_MIXED]))
-    yield "on mixed text it is {}, {}, {} and {}:".format(*on_mixed)
+    together = holm_of([f"{phase}mixed" for phase in ON_MIXED])
+    yield f"and {rounded_up(max(together))} on mixed text"
 
 
 EQUAL_NATS = 0.01
@@ -402,9 +396,9 @@ def test_the_bits_of_the_detailed_page_are_those_of_one_judgement():
 def test_the_four_sizes_of_a_text_are_decided_together():
     text = " ".join(VERDICT.split())
     largest = rounded_up(max(holm_of([f"{phase}wikitext-2" for phase in ON_WIKITEXT_2])))
-    assert f"(Holm) every p is at most {largest}." in text
-    first, *between, last = map(rounded_up, holm_of([f"{phase}mixed" for phase in ON_MIXED]))
-    assert f"On mixed text they are {first}, {', '.join(between)} and {last}." in text
+    assert f"(Holm) every p is at most {largest}, over" in text
+    largest = rounded_up(max(holm_of([f"{phase}mixed" for phase in ON_MIXED])))
+    assert f"over those on mixed text at most {largest}." in text
 
 
 def test_the_shape_that_runs_learn_is_that_of_the_studys_functions():
