@@ -168,6 +168,8 @@ def sentences_of_judgements() -> Iterator[str]:
     judged = against_the_twin()
     for phase, arm, words in JUDGED:
         yield filled(words, judged[phase, arm])
+        (plain,) = (one for one in judgements() if one["phase"] == "plain-gelu-0.6m-wikitext-2")
+    yield filled("ahead of that, too, by {lead:.4f} ({lead_low:.4f} to {lead_high:.4f}, {seeds} seeds", plain)
     texts = [f"texts-0.3m-{name}" for name in ("python", "stories", "novels", "textbooks")]
     adjusted = holm([judged[text, KAN]["p_value"] for text in texts])
     yield f"{adjusted[-1]:.2f} as one of four texts)"
