@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import shutil
 
 import pytest
 import torch
@@ -25,6 +26,11 @@ def no_compiler(monkeypatch):
 
     monkeypatch.setattr(kernels, "library", missing)
     monkeypatch.setattr(kernels, "_logged", set())
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+def test_a_compiler_suffices_for_the_library_without_which_other_tests_are_skipped():
+    native.library()
 
 
 def test_reference_removes_kernels():
