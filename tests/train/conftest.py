@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
+import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -87,6 +90,16 @@ def write_toml(run_table, tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port for a launcher, that no other run of the tests has, below those that the system gives out."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise OSError("no free port")
 
 
 def toml(table: dict) -> str:

@@ -20,7 +20,6 @@ from kanlm.train.lock import is_locked
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ("train.max_tokens=102_400", "train.zero_gradient_steps=0")  # 800 steps
-PORT = 29660
 
 
 def waited_for(happened, process: subprocess.Popen, log: Path) -> None:
@@ -45,13 +44,15 @@ slow = pytest.mark.slow
         pytest.param(2, signal.SIGKILL, marks=slow),
     ],
 )
-def test_signal_to_the_launcher_saves_the_run(processes, number, write_toml, run_config, tmp_path, losses):
+def test_signal_to_the_launcher_saves_the_run(
+    processes, number, write_toml, run_config, tmp_path, losses, free_port
+):
     path, config, log = write_toml(*SETTINGS), run_config(*SETTINGS), tmp_path / "log"
     run = RunDir(config.run_dir)
     how = ["--num_processes", "1"]
     if processes == 2:
         how = ["--config_file", str(ROOT / "configs/accelerate/2-cpus-ddp.yaml")]
-        how += ["--main_process_port", str(29630 + number)]
+        how += ["--main_process_port", str(free_port)]
     command = [sys.executable, "-m", "accelerate.commands.launch", *how, "-m", "kanlm", "train", str(path)]
     with open(log, "w") as out:
         # Where the tests run in the background, SIGINT is ignored, and a child would inherit that.
@@ -91,17 +92,24 @@ def test_signal_to_the_launcher_saves_the_run(processes, number, write_toml, run
 
 
 @slow
-def test_two_launchers_that_meet_train_one_run(write_toml, run_config, tmp_path):
+def test_two_launchers_that_meet_train_one_run(write_toml, run_config, tmp_path, free_port):
     """The launch of two machines, on one: one process for each launcher."""
     config = ROOT / "configs" / "accelerate" / "2x8-gpus.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(PORT)]
+    command += [
+        "--num_processes",
+        "2",
+        "--main_process_ip",
+        "127.0.0.1",
+        "--main_process_port",
+        str(free_port),
+    ]
     command += ["--rdzv_backend", "c10d"]
     log, launchers = tmp_path / "log", []
 
     def first_listens() -> bool:
         with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", PORT)) == 0
+            return probe.connect_ex(("127.0.0.1", free_port)) == 0
 
     try:
         for machine in (0, 1):
@@ -110,7 +118,12 @@ def test_two_launchers_that_meet_train_one_run(write_toml, run_config, tmp_path)
                 environment = os.environ | {"PYTHONPATH": str(ROOT)}
                 launchers.append(subprocess.Popen(command + rest, stdout=out, stderr=out, env=environment))
             waited_for(first_listens, launchers[0], log)
-        assert [launcher.wait(timeout=300) for launcher in launchers] == [0, 0], log.read_text()
+        deadline = time.monotonic() + 240
+        while any(launcher.poll() is None for launcher in launchers):
+            failed = [launcher.poll() for launcher in launchers if launcher.poll() not in (None, 0)]
+            assert not failed and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        assert [launcher.returncode for launcher in launchers] == [0, 0], log.read_text()
     finally:
         for launcher in launchers:
             launcher.kill()

@@ -75,7 +75,9 @@ def jobs_of(table, kind: str) -> list[dict]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one(kind, run_table, run_config, tmp_path, losses, worker, monkeypatch):
+def test_two_processes_train_as_one(
+    kind, run_table, run_config, tmp_path, losses, worker, monkeypatch, free_port
+):
     alone = run_config("name=alone")
     loop.train(alone)
     muon = run_config("name=alone-muon", "train.optimizer=muon")
@@ -98,8 +100,7 @@ def test_two_processes_train_as_one(kind, run_table, run_config, tmp_path, losse
 
     jobs, out = tmp_path / "jobs.json", tmp_path / "observed.json"
     jobs.write_text(json.dumps(jobs_of(run_table, kind)))
-    port = 29610 if kind == "ddp" else 29620
-    ran = launch(f"2-cpus-{kind}.yaml", str(WORKER), str(jobs), str(out), port=port)
+    ran = launch(f"2-cpus-{kind}.yaml", str(WORKER), str(jobs), str(out), port=free_port)
     ended = time.time()
     # The last job ends with the death of rank 1, which ends rank 0 and is shown.
     assert ran.returncode != 0 and ("rank 1 dies here" if kind == "ddp" else "SIGKILL") in ran.stderr
