@@ -40,6 +40,10 @@ WAVE_ROWS = (
     ("wave-0.3m-python", WAVE),
 )
 """The last."""
+PLAIN_ROWS = tuple(
+    f"plain-gelu-{size}-{text}" for text in ("wikitext-2", "mixed") for size in ("0.1m", "0.3m", "0.6m")
+)
+"""The rows of the detailed page's second table: the KAN against GELU without the norm."""
 SIZES = {"0.1m": "98k", "0.3m": "319k", "0.6m": "591k", "1.2m": "1.23M"}
 TEXTS = {"wikitext-2": "WikiText-2", "mixed": "mixed", "python": "Python"}
 
@@ -121,6 +125,26 @@ def judgements(path: str = "study") -> list[dict[str, Any]]:
 def against_the_twin() -> dict[tuple[str, str], dict[str, Any]]:
     """The study's judgements by phase and arm."""
     return {(one["phase"], one["arm"]): one for one in judgements() if one["baseline"] == "gelu, normed"}
+
+
+def against_plain_gelu() -> dict[str, dict[str, Any]]:
+    """The study's judgements of the KAN against GELU without the norm, by phase."""
+    return {one["phase"]: one for one in judgements() if one["phase"] in PLAIN_ROWS}
+
+
+def test_the_rows_against_gelu_without_the_norm_are_what_the_study_judged():
+    plan = tomllib.loads((ROOT / "configs/study.toml").read_text(encoding="utf-8"))["phase"]
+    planned = {one["name"]: one for one in plan}
+    judged = against_plain_gelu()
+    expected = []
+    for phase in PLAIN_ROWS:
+        (mlp,) = (one for one in planned[phase]["arms"] if one["arm"] == "gelu")
+        assert "hidden_norm" not in mlp and judged[phase]["baseline"] == "gelu"
+        words = f"{TEXTS[planned[phase]['corpus']]} | {SIZES[planned[phase]['size']]}"
+        expected.append(verdict_row(f"{words} | {mlp['learning_rate']:g}", judged[phase]))
+    start = VERDICT.index("| test text | size | its rate |")
+    written = VERDICT[start : VERDICT.index("\n\n", start)].splitlines()[2:]
+    assert written == expected, "\n".join(expected)
 
 
 COUNTS = {2: "two", 3: "three", 6: "six", 8: "eight"}
