@@ -28,7 +28,7 @@ JUDGED_ROWS = (
     ("steady-0.3m-wikitext-2", KAN),
     ("steady-0.3m-python", KAN),
 )
-"""The first rows of README's first table: phases whose rates other seeds or texts chose."""
+"""The first rows of the detailed page's first table: phases whose rates other seeds or texts chose."""
 LADDERS = ("wikitext-2, 6 tokens a parameter", "mixed, 6 tokens a parameter")
 """The rows below, a size each."""
 ON_WIKITEXT_2 = ("tuned-0.1m-", "half-rate-0.3m-", "between-rates-0.6m-", "eighth-rate-1.2m-")
@@ -123,12 +123,33 @@ def ladder_of(name: str) -> dict[str, Any]:
     return ladder
 
 
-def test_the_verdicts_rows_are_what_the_study_judged():
+def table_of(page: str, header: str) -> list[str]:
+    """The rows below a table's header."""
+    start = page.index(header)
+    return page[start : page.index("\n\n", start)].splitlines()[2:]
+
+
+def test_the_detailed_pages_rows_are_what_the_study_judged():
     expected = expected_rows()
-    for page in (README, VERDICT):
-        start = page.index("| test text |")
-        written = page[start : page.index("\n\n", start)].splitlines()[2:]
-        assert written == expected, "\n".join(expected)
+    assert table_of(VERDICT, "| test text |") == expected, "\n".join(expected)
+
+
+def test_readmes_rows_are_the_ladders_against_both_mlps():
+    plain = against_plain_gelu()
+    expected = []
+    for name in LADDERS:
+        text = name.split(",")[0]
+        for size, one in zip(SIZES, judged_rungs(name), strict=True):
+            against_both = [against(one), against(plain.get(f"plain-gelu-{size}-{text}"))]
+            expected.append(f"| {TEXTS[text]} | {SIZES[size]} | {' | '.join(against_both)} |")
+    assert table_of(README, "| test text |") == expected, "\n".join(expected)
+
+
+def against(one: dict[str, Any] | None) -> str:
+    """Cells of a judgement: how many seeds, the difference, the outcome."""
+    if one is None:
+        return "0 | | not judged"
+    return f"{one['seeds']} | {filled('{difference:+.4f} ({low:+.4f} to {high:+.4f})', one)} | {outcome(one)}"
 
 
 def judgements(path: str = "study") -> list[dict[str, Any]]:
@@ -155,9 +176,7 @@ def test_the_rows_against_gelu_without_the_norm_are_what_the_study_judged():
         assert "hidden_norm" not in mlp and judged[phase]["baseline"] == "gelu"
         words = f"{TEXTS[planned[phase]['corpus']]} | {SIZES[planned[phase]['size']]}"
         expected.append(verdict_row(f"{words} | {mlp['learning_rate']:g}", judged[phase]))
-    start = VERDICT.index("| test text | size | its rate |")
-    written = VERDICT[start : VERDICT.index("\n\n", start)].splitlines()[2:]
-    assert written == expected, "\n".join(expected)
+    assert table_of(VERDICT, "| test text | size | its rate |") == expected, "\n".join(expected)
 
 
 COUNTS = {2: "two", 3: "three", 6: "six", 8: "eight"}
@@ -190,6 +209,7 @@ JUDGED = (
     ("texts-0.3m-textbooks", KAN, "ahead by {lead:.4f} on textbooks alone (p {p:.3f};"),
     ("half-rate-1.2m-wikitext-2", KAN, "so the lead is {lead:.4f} there"),
     ("eighth-rate-1.2m-wikitext-2", KAN, "and {lead:.4f} here"),
+    ("steady-0.3m-python", KAN, "on Python sources ({difference:+.4f}, {low:+.4f} to {high:+.4f})"),
     (
         "best-rates-1.2m-wikitext-2",
         KAN,
@@ -205,7 +225,6 @@ def sentences_of_judgements() -> Iterator[str]:
     judged = against_the_twin()
     for phase, arm, words in JUDGED:
         yield filled(words, judged[phase, arm])
-    yield from sentences_against_plain_gelu()
     texts = [f"texts-0.3m-{name}" for name in ("python", "stories", "novels", "textbooks")]
     adjusted = holm([judged[text, KAN]["p_value"] for text in texts])
     yield f"{adjusted[-1]:.2f} as one of four texts)"
@@ -213,10 +232,9 @@ def sentences_of_judgements() -> Iterator[str]:
     gains = [high[key] - low[key] for key in ("baseline_nats", "arm_nats")]
     yield "gains the twin {:.3f} and the KAN {:.3f}".format(*gains)
     rungs = [rung for name in LADDERS for rung in judged_rungs(name)]
-    rows = [judged[row] for row in JUDGED_ROWS] + rungs
-    shares = [share_of(row) for row in rows if outcome(row) == "ahead"]
+    shares = [share_of(row) for row in rungs if outcome(row) == "ahead"]
     yield f"by {min(shares):.1f} to {max(shares):.1f}% of the loss"
-    equal = [share_of(row) for row in rows if outcome(row) == "equal"]
+    equal = [share_of(row) for row in rungs if outcome(row) == "equal"]
     yield "it is {:.1f}% and {:.1f}%, beyond chance".format(*equal)
     yield f"but within the {EQUAL_NATS:.2f} nats that count as equal"
     on_wikitext_2, on_mixed = ([outcome(one) for one in judged_rungs(name)] for name in LADDERS)
@@ -231,16 +249,14 @@ def sentences_of_judgements() -> Iterator[str]:
 EQUAL_NATS = 0.01
 
 
-def sentences_against_plain_gelu() -> Iterator[str]:
-    plain = against_plain_gelu()
-    on_wikitext_2 = [plain[f"plain-gelu-{size}-wikitext-2"] for size in ("0.3m", "0.6m")]
-    spans = [filled("{lead:.4f} ({lead_low:.4f} to {lead_high:.4f})", one) for one in on_wikitext_2]
-    assert [one["seeds"] for one in on_wikitext_2] == [8, 8]
-    yield f"ahead of that, too: there by {spans[0]} and {spans[1]}, eight seeds each"
-    span = "on mixed text at 319k by {lead:.4f} ({lead_low:.4f} to {lead_high:.4f})"
-    yield filled(span, plain["plain-gelu-0.3m-mixed"])
-    outcomes = [outcome(plain[phase]) for phase in PLAIN_ROWS]
-    assert outcomes == ["ahead"] * 5 + ["undecided"]
+def test_gelu_without_the_norm_is_ahead_nowhere_as_readme_says():
+    outcomes = {outcome(one) for one in against_plain_gelu().values()}
+    assert outcomes == {"ahead", "undecided"}
+    first = [against_plain_gelu_of(*size, range(3)) for size in PLAIN_SIZES]
+    added = [against_plain_gelu_of(*size, range(3, 8)) for size in PLAIN_SIZES]
+    assert all(gap.high > 0 for gap in first) and all(gap.high < 0 for gap in added)
+    words = "five were added after an undecided look and decided alone"
+    assert words in verdict_of(README)
 
 
 def share_of(row: dict[str, Any]) -> float:
