@@ -21,6 +21,7 @@ from kanlm.stats import holm, paired_difference, standard_error
 from kanlm.study.figures import forest
 from kanlm.study.ladders import ladders
 from kanlm.study.plan import AVERAGED, SEGMENTS, StudyFolder, key_of, label_of, megaflops, rates_of, trials_of
+from kanlm.study.rates import losses_by_rate
 from kanlm.study.shapes import learned_functions
 from kanlm.study.texts import counted
 
@@ -36,8 +37,8 @@ a phase; "tie p": of equivalence within 0.01 nats (two one-sided tests; small: a
 sign-flip p below 0.25: there an interval rests on normal differences. Holm runs within a phase, not over
 phases.
 
-Below: every final phase with its interval; the ladders, losses by size; then each phase, those judged on
-test text before the search."""
+Below: every final phase with its interval; the ladders, losses by size; losses by rate; then each phase,
+those judged on test text before the search."""
 
 
 def is_study(directory: str | Path) -> bool:
@@ -70,8 +71,10 @@ def report(directory: str | Path) -> Path:
     picture = f"![differences of the KANs to their MLP by phase, with intervals]({drawn})"
     shapes, learned = learned_functions(study) if study.functions.is_file() else ([], [])
     texts, measured = ladders(study, rows)
-    parts = [HEADER, picture, *learned, *(["## Ladders"] if texts else []), *texts, *final, *search]
+    by_rate, at_rates = losses_by_rate(study, rows)
+    parts = [HEADER, picture, *learned, *(["## Ladders"] if texts else []), *texts, *by_rate, *final, *search]
     found_in_all = {"verdict": {"judgements": judged}, "ladders": measured, "functions": shapes}
+    found_in_all["rates"] = at_rates
     write_json(study.path / "report.json", found_in_all)
     write_text(study.path / "report.md", "\n\n".join(parts) + "\n")
     return study.path / "report.md"
