@@ -485,7 +485,9 @@ def test_the_bits_of_the_detailed_page_are_those_of_one_judgement():
     text = " ".join(VERDICT[VERDICT.index("## Counting") :].split())
     pairs = re.findall(r"(\d\.\d{3}) and (\d\.\d{3})", text)
     known = {
-        (f"{one['arm_bits_per_byte']:.3f}", f"{one['baseline_bits_per_byte']:.3f}") for one in judgements()
+        (f"{one['arm_bits_per_byte']:.3f}", f"{one['baseline_bits_per_byte']:.3f}")
+        for one in judgements()
+        if one["seeds"]
     }
     assert len(pairs) > 6 and set(pairs) <= known
 
