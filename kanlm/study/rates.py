@@ -126,24 +126,30 @@ def lead_text(own: list[float], other: list[float]) -> str:
 
 
 def losses_table(found: list[dict[str, Any]]) -> str:
-    columns = sorted({rate for row in found for rate in row["losses"]}, key=float)
-    lines = [
-        f"| size | arm | coefficients | seeds | {' | '.join(columns)} |",
-        "|---|---|--:|---|" + "--:|" * len(columns),
-    ]
+    rows = []
     for row in found:
-        best = min((loss for loss in row["losses"].values() if loss is not None), default=math.nan)
-        cells = [loss_text(row["losses"], rate, best) for rate in columns]
+        losses = row["losses"]
+        best = min((loss for loss in losses.values() if loss is not None), default=math.nan)
         coefficients = "" if row["coefficients"] is None else f"{row['coefficients']:g}"
         place = f"{row['size']} | {row['arm']} | {coefficients} | {seeds_text(row['seeds'])}"
-        lines.append(f"| {place} | {' | '.join(cells)} |")
+        rows.append((place, {rate: loss_text(loss, best) for rate, loss in losses.items()}))
+    return table("| size | arm | coefficients | seeds", "|---|---|--:|---", rows)
+
+
+def leads_table(found: list[dict[str, Any]]) -> str:
+    rows = [(f"{row['size']} | {row['coefficients']:g}", row["leads"]) for row in found]
+    return table("| size | coefficients", "|---|--:", rows)
+
+
+def table(header: str, rule: str, rows: list[tuple[str, dict[str, str]]]) -> str:
+    """Of rows with their first cells and those by rate, a column for each rate that one of them has."""
+    columns = sorted({rate for _, cells in rows for rate in cells}, key=float)
+    lines = [f"{header} | {' | '.join(columns)} |", f"{rule}|" + "--:|" * len(columns)]
+    lines += [f"| {place} | {' | '.join(cells.get(rate, '') for rate in columns)} |" for place, cells in rows]
     return "\n".join(lines)
 
 
-def loss_text(losses: dict[str, float | None], rate: str, best: float) -> str:
-    if rate not in losses:
-        return ""
-    loss = losses[rate]
+def loss_text(loss: float | None, best: float) -> str:
     if loss is None:
         return "diverged"
     return f"**{loss:.4f}**" if loss == best else f"{loss:.4f}"
@@ -158,15 +164,3 @@ def seeds_text(seeds: list[int]) -> str:
         else:
             runs.append([seed])
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
-
-
-def leads_table(found: list[dict[str, Any]]) -> str:
-    columns = sorted({rate for row in found for rate in row["leads"]}, key=float)
-    lines = [
-        f"| size | coefficients | {' | '.join(columns)} |",
-        "|---|--:|" + "--:|" * len(columns),
-    ]
-    for row in found:
-        cells = " | ".join(row["leads"].get(rate, "") for rate in columns)
-        lines.append(f"| {row['size']} | {row['coefficients']:g} | {cells} |")
-    return "\n".join(lines)
